@@ -1,0 +1,225 @@
+"""DDPMSchedulerCustom: the diffusers face of `GaussianDiffusion`."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+
+from .gaussian import GaussianDiffusion, Timestep, working_dtype
+from .interop import SavesAsStock
+from .schedules import make_betas
+
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+
+
+class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
+    """Ancestral sampling with a DDPM (Ho et al. 2020, algorithm 2), and the noising that training needs.
+
+    Arguments, defaults and calls are those of `diffusers.DDPMScheduler`. The tables are float64 (`diffusion`), any
+    set of timesteps is a chain of its own whose last step adds no noise, and samples are computed in at least float32.
+
+    Args:
+        num_train_timesteps: T, the length of the chain that the model was trained on.
+        beta_start, beta_end, beta_schedule: the β schedule, a name of `schedules.BETA_SCHEDULES`.
+        trained_betas: T numbers in place of a schedule.
+        variance_type: "fixed_small" (β̃_t), "fixed_large" (β_t), their "_log" forms, "learned" or "learned_range".
+        clip_sample, clip_sample_range: clamp the predicted x_0 to [-range, range].
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x_0 (Imagen), which
+            replaces clamping.
+        timestep_spacing, steps_offset: which timesteps `set_timesteps(n)` picks (Lin et al. 2023, table 2).
+        rescale_betas_zero_snr: make ᾱ_T zero.
+    """
+
+    stock_class = DDPMScheduler
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        if timestep_spacing not in TIMESTEP_SPACINGS:
+            raise ValueError(f"timestep_spacing must be one of {TIMESTEP_SPACINGS}, got {timestep_spacing!r}.")
+        if steps_offset < 0:
+            raise ValueError(f"steps_offset must not be negative, got {steps_offset!r}.")
+        betas = make_betas(
+            beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas, rescale_betas_zero_snr
+        )
+        self.diffusion = GaussianDiffusion(betas, prediction_type, variance_type)
+        self.betas = betas.float()
+        self.alphas = self.diffusion.alphas.float()
+        self.alphas_cumprod = self.diffusion.alphas_cumprod.float()
+        self.init_noise_sigma = 1.0
+        self.variance_type = variance_type
+        self.num_inference_steps = None
+        self.custom_timesteps = False
+        self._use_chain(torch.arange(num_train_timesteps - 1, -1, -1), self.diffusion)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # ------------------------------------------------------------------ choosing the chain
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the chain to sample: `num_inference_steps` by the configured spacing, or `timesteps` as given.
+
+        Sets `timesteps`, int64, in descending order, exactly as many as asked for. Raises ValueError unless exactly
+        one of the two is given, for a count outside 1..T, and for timesteps that do not descend within 0..T−1.
+        `add_noise`, `get_velocity`, and `step` at timesteps that are not on the chain stay those of the full chain.
+        """
+        T = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                "set_timesteps needs exactly one of num_inference_steps and timesteps, got "
+                f"num_inference_steps={num_inference_steps!r}, timesteps={timesteps!r}."
+            )
+        if timesteps is not None:
+            chosen = torch.as_tensor(timesteps)
+            if chosen.ndim != 1 or not chosen.numel() or chosen.is_floating_point() or (chosen.diff() >= 0).any():
+                raise ValueError(f"timesteps must be integers in strictly descending order, got {timesteps!r}.")
+            chosen = chosen.to(torch.int64)
+        elif isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+            raise TypeError(f"num_inference_steps must be an int, got {num_inference_steps!r}.")
+        elif not 1 <= num_inference_steps <= T:
+            raise ValueError(f"num_inference_steps must lie in 1..{T}, the model's own T, got {num_inference_steps}.")
+        else:
+            chosen = spaced_timesteps(T, num_inference_steps, self.config.timestep_spacing, self.config.steps_offset)
+        chain = self.diffusion.strided(chosen)
+        self.num_inference_steps = len(chosen)
+        self.custom_timesteps = timesteps is not None
+        self._use_chain(chosen, chain, device)
+
+    def _use_chain(self, timesteps: torch.Tensor, chain: GaussianDiffusion, device=None) -> None:
+        previous = torch.arange(-1, self.config.num_train_timesteps - 1)
+        previous[timesteps] = torch.cat([timesteps[1:], torch.tensor([-1])])
+        self._previous = previous.tolist()
+        self._chain = chain
+        self.timesteps = timesteps.to(device)
+
+    def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
+        """The timestep that `step` goes to from `timestep`; −1 stands for the image."""
+        if isinstance(timestep, torch.Tensor):
+            return torch.tensor(self._previous, device=timestep.device)[timestep]
+        return self._previous[timestep]
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Timestep | None = None) -> torch.Tensor:
+        """The sample itself: DDPM models take x_t as it is."""
+        return sample
+
+    # ------------------------------------------------------------------ sampling
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Timestep,
+        sample: torch.Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Draw x_{t−1} from p_θ(x_{t−1} | x_t) (eq. 11), t−1 being the next timestep of the chain.
+
+        Args:
+            model_output: the network's output at (x_t, t): shape (B, C, H, W), or (B, 2C, H, W) for a learned variance.
+            timestep: t, an int, a 0-d tensor or a tensor (B,).
+            sample: x_t, shape (B, C, H, W).
+            generator: of the noise z; one, or a list of one per sample.
+
+        Returns `DDPMSchedulerOutput(prev_sample, pred_original_sample)`, or the tuple of the two; dtype of `sample`.
+        """
+        self._chain.check_timestep(timestep, sample)
+        if isinstance(generator, (list, tuple)):
+            if len(generator) != sample.shape[0]:
+                raise ValueError(
+                    f"generator must be one per sample: got {len(generator)} for a batch of {sample.shape[0]}."
+                )
+            generator = list(generator)
+        mean, std, x_0 = self._chain.p_mean_std(model_output, sample, timestep, self._clip)
+        if not (isinstance(std, float) and std == 0.0):
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=mean.dtype)
+            mean = mean + std * noise
+        prev_sample, x_0 = mean.to(sample.dtype), x_0.to(sample.dtype)
+        return DDPMSchedulerOutput(prev_sample, x_0) if return_dict else (prev_sample, x_0)
+
+    def _clip(self, x_0: torch.Tensor) -> torch.Tensor:
+        if self.config.thresholding:
+            return dynamic_threshold(x_0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        if self.config.clip_sample:
+            return x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return x_0
+
+    # ------------------------------------------------------------------ training
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Timestep) -> torch.Tensor:
+        """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·z (eq. 2), on the full chain; computed in at least float32, dtype of the input."""
+        timesteps = _on_device(timesteps, original_samples)
+        return self.diffusion.q_sample(original_samples, timesteps, noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Timestep) -> torch.Tensor:
+        """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0, the target of v-prediction; dtype of `sample`."""
+        timesteps = _on_device(timesteps, sample)
+        return self.diffusion.velocity(sample, timesteps, noise).to(sample.dtype)
+
+
+def _on_device(timesteps: Timestep, like: torch.Tensor) -> Timestep:
+    return timesteps.to(like.device) if isinstance(timesteps, torch.Tensor) else timesteps
+
+
+def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Tensor:
+    """n of the timesteps 0..T−1, descending, as diffusers spaces them (int64, exactly n of them).
+
+    "linspace" has both ends, "leading" counts up from `offset` in whole steps, "trailing" counts down from T−1.
+    Raises ValueError where the offset would leave the chain.
+    """
+    i = torch.arange(n - 1, -1, -1)
+    if spacing == "linspace":
+        return torch.linspace(0, T - 1, n, dtype=torch.float64).round().to(torch.int64).flip(0)
+    if spacing == "trailing":
+        # The exact quotient rounded to even, as the float formula means it; floats themselves lose or gain a step.
+        numerator = (i + 1) * T
+        quotient, remainder = numerator // n, numerator % n
+        up = (2 * remainder > n) | ((2 * remainder == n) & (quotient % 2 == 1))
+        return quotient + up.to(torch.int64) - 1
+    timesteps = i * (T // n) + offset
+    if timesteps[0] >= T:
+        raise ValueError(
+            f"steps_offset={offset} with {n} leading steps reaches timestep {int(timesteps[0])}; the model's last is {T - 1}."
+        )
+    return timesteps
+
+
+def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
+    """Clamp each image to its own `ratio` quantile s of |x_0|, 1 ≤ s ≤ `max_value`, and divide by s (Imagen, 2.3)."""
+    magnitude = x_0.flatten(1).abs()
+    # torch.quantile refuses large inputs; two order statistics and the line between them are the same number.
+    position = ratio * (magnitude.shape[1] - 1)
+    low = int(position)
+    ordered = magnitude.sort(dim=1).values
+    below, above = ordered[:, low], ordered[:, min(low + 1, magnitude.shape[1] - 1)]
+    s = torch.lerp(below, above, position - low).clamp(1, max_value)
+    s = s.reshape(-1, *[1] * (x_0.ndim - 1))
+    return torch.maximum(torch.minimum(x_0, s), -s) / s
