@@ -169,7 +169,9 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
             raise ValueError(f"generator must be one, or {batch_size} (one per image), got {len(generator)}.")
         learned = getattr(self.scheduler.config, "variance_type", None) in LEARNED_VARIANCES
-        if isinstance(self.scheduler, DDPMSchedulerCustom) and config.out_channels != config.in_channels * (1 + learned):
+        if isinstance(self.scheduler, DDPMSchedulerCustom) and config.out_channels != config.in_channels * (
+            1 + learned
+        ):
             raise ValueError(
                 f"variance_type={self.scheduler.config.variance_type!r} needs a U-Net with "
                 f"{config.in_channels * (1 + learned)} output channels, this one has {config.out_channels}."
@@ -291,5 +293,7 @@ def _load_scheduler(folder: Path) -> SchedulerMixin:
     if name in ("DDPMScheduler", "DDPMSchedulerCustom"):
         return DDPMSchedulerCustom.from_pretrained(folder)
     if not hasattr(diffusers, name):
-        raise ValueError(f"{folder / 'scheduler_config.json'} names the scheduler {name!r}, which diffusers does not have.")
+        raise ValueError(
+            f"{folder / 'scheduler_config.json'} names the scheduler {name!r}, which diffusers does not have."
+        )
     return getattr(diffusers, name).from_pretrained(folder)

@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
-from .gaussian import GaussianDiffusion, Timestep, working_dtype
+from .gaussian import GaussianDiffusion, Timestep
 from .interop import SavesAsStock
 from .schedules import make_betas
 
