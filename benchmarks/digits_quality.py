@@ -1,0 +1,73 @@
+"""How good are the digits? `python benchmarks/digits_quality.py --model outputs/digits`
+
+Samples the model, judges the samples and held-out real digits with the same classifier and the same distances, prints
+both side by side with the thresholds that the shipped preset is held to, and brings the folder's metrics.json and
+model card up to date. Exits with 1 if a threshold is missed.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+from finish import judge_digits, sample, write_metrics_and_card
+from transformers import HfArgumentParser
+
+from ddpm_hf import DDPMPipelineCustom
+
+
+@dataclass
+class QualityArguments:
+    model: str = field(metadata={"help": "the output folder of training/train.py --config digits"})
+    num_samples: int = 500
+    steps: int = field(default=100, metadata={"help": "sampling steps"})
+    seed: int = 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = HfArgumentParser(QualityArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    folder = Path(args.model)
+    if not (folder / "metrics.json").is_file():
+        sys.exit(f"digits_quality.py: error: {folder} holds no metrics.json: is it the output of training/train.py?")
+    pipe = DDPMPipelineCustom.from_pretrained(folder)
+    samples = sample(pipe, range(args.num_samples), args.steps, args.seed)
+    quality = judge_digits(samples, args.steps, args.seed)
+    metrics = json.loads((folder / "metrics.json").read_text()) | {"quality": quality}
+    write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
+
+    closer, p_value = quality["closer_than_5_percent_of_held_out"], quality["closer_p_value"]
+    checks = [
+        ("recognised with probability > 0.9", f"{quality['recognised']:.1%}", quality["recognised_ratio"] >= 0.8),
+        ("  the same of held-out real digits", f"{quality['recognised_held_out']:.1%}", None),
+        ("  ratio (at least 80 %)", f"{quality['recognised_ratio']:.1%}", quality["recognised_ratio"] >= 0.8),
+        (
+            "rarest class (at least 4 %)",
+            f"{quality['smallest_class_share']:.1%}",
+            quality["smallest_class_share"] >= 0.04,
+        ),
+        (
+            "commonest class (at most 20 %)",
+            f"{quality['largest_class_share']:.1%}",
+            quality["largest_class_share"] <= 0.2,
+        ),
+        ("closer to training data than 95 % of held-out", f"{closer:.1%}", None),
+        ("p of samples being no closer (at least 0.01)", f"{p_value:.2f}", p_value >= 0.01),
+    ]
+    distances, held_out = quality["nearest_distance_quantiles"], quality["nearest_distance_quantiles_held_out"]
+    print(f"{args.num_samples} samples, {args.steps} steps, seed {args.seed}")
+    for name, value, passed in checks:
+        print(f"{name:48s} {value:>8s}  {'' if passed is None else 'ok' if passed else 'MISSED'}")
+    for q in distances:
+        print(
+            f"nearest training digit, {float(q):.0%} quantile".ljust(48),
+            f"{distances[q]:8.3f}  held-out {held_out[q]:.3f}",
+        )
+    return int(any(passed is False for _, _, passed in checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

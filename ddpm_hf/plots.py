@@ -1,0 +1,123 @@
+"""Figures, as matplotlib figures that the caller saves: sample grid, noising and denoising strips, curves.
+
+Images are arrays (..., H, W, C) in [0, 1], as a pipeline gives them with output_type="np".
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .gaussian import GaussianDiffusion
+from .pipeline import DDPMPipelineCustom
+
+
+def image_grid(images: np.ndarray, columns: int = 10, cell_inches: float = 0.6) -> Figure:
+    """Images (N, H, W, C) in rows of `columns`."""
+    rows = -(-len(images) // columns)
+    return _cells(images, rows, columns, cell_inches)
+
+
+def _cells(images: np.ndarray, rows: int, columns: int, cell_inches: float, titles: Sequence[str] = ()) -> Figure:
+    height, width = images.shape[1:3]
+    top = 0.3 if titles else 0.0
+    size = (columns * cell_inches * width / height, rows * cell_inches + top)
+    figure = Figure(figsize=size, dpi=160)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - top / size[1] - 0.01, wspace=0.06, hspace=0.06)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image in zip(axes.flat, images):
+        axis.imshow(_displayable(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=7, pad=3)
+    return figure
+
+
+def _displayable(image: np.ndarray) -> np.ndarray:
+    image = np.clip(image, 0, 1)
+    return image[..., 0] if image.shape[-1] == 1 else image
+
+
+def to_display(x: torch.Tensor) -> np.ndarray:
+    """(B, C, H, W) in [-1, 1] to (B, H, W, C) in [0, 1]."""
+    return ((x.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def figure_bytes(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """One image (H, W, C) in [0, 1], C of 1, 3 or 4, as the bytes of an 8-bit PNG file, pixel for pixel."""
+    stream = io.BytesIO()
+    Image.fromarray((_displayable(image) * 255).round().astype(np.uint8)).save(stream, format="png")
+    return stream.getvalue()
+
+
+def noising_strip(diffusion: GaussianDiffusion, image: torch.Tensor, columns: int = 10, seed: int = 0) -> Figure:
+    """One image (C, H, W) in [-1, 1] from x_0 to x_T (eq. 2), the same noise z throughout."""
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(seed))[None]
+    timesteps = torch.linspace(0, len(diffusion) - 1, columns - 1).round().int().tolist()
+    states = [image[None]] + [diffusion.q_sample(image[None], t, noise) for t in timesteps]
+    titles = ["$x_0$"] + [f"$x_{{{t + 1}}}$" for t in timesteps]
+    return _cells(to_display(torch.cat(states)), 1, columns, 0.9, titles)
+
+
+def denoising_strip(
+    pipe: DDPMPipelineCustom, rows: int = 4, columns: int = 11, num_inference_steps: int | None = None, seed: int = 0
+) -> Figure:
+    """`rows` images on their way from x_T to x_0, at `columns` moments evenly spaced over the chain."""
+    size = pipe.unet.config.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    latents = torch.randn(rows, pipe.unet.config.in_channels, *size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    states, titles = [to_display(latents)], ["$x_T$"]
+    for step in pipe.denoise(rows, generator, num_inference_steps, latents=latents):
+        states.append(to_display(step.x))
+        titles.append(f"t = {int(step.t)}")
+    titles[-1] = "$x_0$"
+    # Titles name the timestep an image is made at; the last is the image itself.
+    kept = np.linspace(0, len(states) - 1, min(columns, len(states))).round().astype(int)
+    cells = np.stack([states[k][row] for row in range(rows) for k in kept])
+    return _cells(cells, rows, len(kept), 0.8, [titles[k] for k in kept])
+
+
+def loss_curve(images_seen: Sequence[float], losses: Sequence[float], smoothing: float = 0.9) -> Figure:
+    """Training loss against images seen, as logged and smoothed, on a logarithmic axis."""
+    figure = Figure(figsize=(6, 3.5), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    smooth, weight, curve = 0.0, 0.0, []
+    for loss in losses:
+        smooth, weight = smoothing * smooth + (1 - smoothing) * loss, smoothing * weight + (1 - smoothing)
+        curve.append(smooth / weight)
+    axis.plot(images_seen, losses, color="0.75", linewidth=0.8, label="as logged")
+    axis.plot(images_seen, curve, color="C0", label="smoothed")
+    axis.set(xlabel="images seen", ylabel="loss", yscale="log")
+    axis.legend(frameon=False)
+    return figure
+
+
+def schedule_curves(diffusions: Mapping[str, GaussianDiffusion]) -> Figure:
+    """β_t, √(1−β_t), ᾱ_t and the signal-to-noise ratio against t/T, one line per named chain."""
+    figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    curves = {
+        r"$\beta_t$": "betas",
+        r"$\sqrt{1-\beta_t}$": "sqrt_alphas",
+        r"$\bar\alpha_t$": "alphas_cumprod",
+        "SNR": "snr",
+    }
+    for axis, (label, table) in zip(axes, curves.items()):
+        for name, diffusion in diffusions.items():
+            t = np.arange(1, len(diffusion) + 1) / len(diffusion)
+            axis.plot(t, getattr(diffusion, table).numpy(), label=name)
+        axis.set(xlabel="t / T", ylabel=label, yscale="log" if table == "snr" else "linear")
+    axes[0].legend(frameon=False) if len(diffusions) > 1 else None
+    return figure

@@ -1,0 +1,88 @@
+"""What a finished run leaves behind: pipeline, figures, metrics and model card, each whole or absent."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from training_config import TrainingConfig
+
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.checkpoints import write_whole
+from ddpm_hf.data import addressed_generator, digits
+from ddpm_hf.metrics import DigitsJudge
+from ddpm_hf.model_card import make_card
+from ddpm_hf.plots import denoising_strip, figure_bytes, image_grid, loss_curve
+
+ROOT = Path(__file__).resolve().parent.parent
+GRID = 100  # images of samples.png
+SAMPLE_BATCH = 250
+
+
+def finish(
+    config: TrainingConfig,
+    unet: UNet2DModelCustom,
+    scheduler: DDPMSchedulerCustom,
+    history: list[tuple[int, float]],
+    training: dict,
+) -> None:
+    """Write everything into `config.output_dir` and say what is there and what can be done with it."""
+    output_dir = Path(config.output_dir)
+    pipe = DDPMPipelineCustom(unet, scheduler)
+    save_pipeline(pipe, output_dir)
+
+    pipe.set_progress_bar_config(desc="Sampling", unit="step")
+    samples = sample(pipe, range(max(GRID, config.quality_samples)), config.sample_steps, config.seed)
+    write_whole(output_dir / "samples.png", figure_bytes(image_grid(samples[:GRID])))
+    strip = denoising_strip(pipe, num_inference_steps=config.sample_steps, seed=config.seed)
+    write_whole(output_dir / "denoising.png", figure_bytes(strip))
+    images_seen, losses = zip(*[(step * config.batch_size, loss) for step, loss in history])
+    write_whole(output_dir / "loss.png", figure_bytes(loss_curve(images_seen, losses)))
+
+    metrics = {"training": training}
+    if config.dataset == "digits" and config.quality_samples:
+        metrics["quality"] = judge_digits(samples[: config.quality_samples], config.sample_steps, config.seed)
+    write_metrics_and_card(output_dir, config.to_yaml(), metrics)
+
+    print(
+        f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/\n"
+        f"  sample:    python training/sample.py --model {output_dir} --num_images 64\n"
+        + (f"  evaluate:  python benchmarks/digits_quality.py --model {output_dir}\n" if "quality" in metrics else "")
+        + f"  publish:   python training/publish.py --model {output_dir} --repo_id <user>/<name>"
+    )
+
+
+def sample(pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int) -> np.ndarray:
+    """The images of these indices of a seed, (N, H, W, C) in [0, 1]: each the same in any company."""
+    batches = []
+    for start in range(0, len(indices), SAMPLE_BATCH):
+        chosen = indices[start : start + SAMPLE_BATCH]
+        generators = [addressed_generator("cpu", seed, "sample", i) for i in chosen]
+        batches.append(pipe(len(chosen), generators, steps, output_type="np").images)
+    return np.concatenate(batches)
+
+
+def judge_digits(samples: np.ndarray, steps: int, seed: int) -> dict:
+    """The quality of samples (N, 8, 8, 1) of the digits, with the protocol of the figures."""
+    return {**DigitsJudge(digits())(samples).as_dict(), "sample_steps": steps, "seed": seed}
+
+
+def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> None:
+    """metrics.json, and the model card made from it."""
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    card = make_card(ROOT / "model_cards" / "template.md", config_yaml, metrics)
+    write_whole(folder / "README.md", str(card))
+
+
+def save_pipeline(pipe: DDPMPipelineCustom, folder: Path) -> None:
+    """`save_pretrained`, written beside its place and moved there part by part."""
+    beside = folder / ".pipeline.unfinished"
+    shutil.rmtree(beside, ignore_errors=True)
+    pipe.save_pretrained(beside)
+    for part in sorted(beside.iterdir()):
+        if part.is_dir():
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+        os.replace(part, folder / part.name)
+    beside.rmdir()

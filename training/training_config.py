@@ -1,0 +1,185 @@
+"""What a training run is made of, typed: a preset from configs/*.yaml, overridden by command-line flags."""
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def _list(*default):
+    return field(default_factory=lambda: list(default))
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Every option of `training/train.py`. Lengths are in images or steps, as the name says."""
+
+    # Where
+    output_dir: str = field(
+        default="outputs/custom", metadata={"help": "folder for the model, figures and checkpoints"}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "delete the checkpoints in output_dir and start again"})
+
+    # Data
+    dataset: str = field(default="", metadata={"help": "'digits', a folder of images, or a data set on the Hub"})
+    dataset_config: str | None = None
+    split: str = "train"
+    image_column: str | None = None
+    resolution: list[int] = field(default_factory=lambda: [32], metadata={"help": "one number, or height and width"})
+    channels: int = field(default=3, metadata={"help": "1 grey, 3 RGB, 4 RGBA"})
+    random_flip: bool = field(default=False, metadata={"help": "mirror each image with probability 1/2"})
+    skip_broken_images: bool = field(default=False, metadata={"help": "leave unreadable images out, and say which"})
+    memory_limit_bytes: int = field(default=2**31, metadata={"help": "data sets up to this size stay decoded in RAM"})
+    num_workers: int = field(default=2, metadata={"help": "decoding processes for larger ones"})
+
+    # Network (the names of UNet2DModel)
+    block_out_channels: list[int] = _list(128, 256, 256, 256)
+    down_block_types: list[str] = _list("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D")
+    up_block_types: list[str] = _list("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D")
+    layers_per_block: int = 2
+    attention_head_dim: int | None = None
+    norm_num_groups: int = 32
+    dropout: float = 0.0
+
+    # Diffusion (the names of DDPMScheduler)
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "linear"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    timestep_sampler: Literal["uniform", "stratified"] = "uniform"
+
+    # Optimisation
+    seed: int = 0
+    total_images: int = field(default=0, metadata={"help": "length of the run, in images seen"})
+    batch_size: int = field(default=128, metadata={"help": "images per optimiser step, over all processes"})
+    micro_batch_size: int | None = field(default=None, metadata={"help": "images per process at a time; None: all"})
+    learning_rate: float = 2e-4
+    adam_beta2: float = 0.999
+    warmup_steps: int = field(default=5000, metadata={"help": "steps over which the rate rises linearly"})
+    learning_rate_schedule: Literal["constant", "cosine"] = field(
+        default="constant", metadata={"help": "after warm-up: stay, or fall to 0 at the end of the run"}
+    )
+    max_grad_norm: float = 1.0
+    ema_halflife_images: int = field(default=1_000_000, metadata={"help": "half-life of the weights' average"})
+    cpu_threads: int | None = field(default=None, metadata={"help": "per process; None: all cores, shared out"})
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+
+    # Records
+    checkpoint_every_steps: int = 5000
+    keep_checkpoints: int = 2
+    log_every_steps: int = 50
+    report_to: Literal["none", "tensorboard", "wandb"] = "tensorboard"
+    sample_steps: int = field(default=250, metadata={"help": "sampling steps of the figures and of the quality check"})
+    quality_samples: int = field(default=0, metadata={"help": "digits only: samples to judge at the end; 0: none"})
+
+    def __post_init__(self):
+        size = list(self.resolution) * (2 if len(self.resolution) == 1 else 1)
+        object.__setattr__(self, "resolution", size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"resolution must be one number or height and width, got {self.resolution!r}.")
+        if not self.dataset:
+            raise ValueError("dataset must be given: 'digits', a folder of images, or a data set's name on the Hub.")
+        multiple = 2 ** (len(self.block_out_channels) - 1)
+        if any(length % multiple for length in size):
+            raise ValueError(
+                f"resolution {size[0]}×{size[1]} cannot be halved {len(self.block_out_channels) - 1} times, as "
+                f"block_out_channels of {len(self.block_out_channels)} levels asks: use multiples of {multiple}, or fewer levels."
+            )
+        for name in ("total_images", "batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.total_images < self.batch_size:
+            raise ValueError(f"total_images = {self.total_images} is less than one batch of {self.batch_size}.")
+        if not 1 <= self.sample_steps <= self.num_train_timesteps:
+            raise ValueError(f"sample_steps must lie in 1..{self.num_train_timesteps}, got {self.sample_steps}.")
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.total_images // self.batch_size
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of step 0, 1, ...: a linear rise to `learning_rate`, then `learning_rate_schedule`."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        decay = (
+            0.5 * (1 + math.cos(math.pi * step / self.num_steps)) if self.learning_rate_schedule == "cosine" else 1.0
+        )
+        return self.learning_rate * warmup * decay
+
+    def micro_batches(self, num_processes: int) -> int:
+        """Parts that a process computes its share of a batch in. Raises ValueError if the batch does not divide."""
+        share, rest = divmod(self.batch_size, num_processes)
+        micro = min(self.micro_batch_size or share, share)
+        if rest or share % micro:
+            raise ValueError(
+                f"batch_size = {self.batch_size} must be a multiple of {num_processes} processes × micro_batch_size = "
+                f"{self.micro_batch_size}."
+            )
+        return share // micro
+
+    # What may differ between a checkpoint and the run that goes on from it: none of it changes the weights.
+    MAY_CHANGE = frozenset(
+        {
+            "output_dir",
+            "overwrite",
+            "micro_batch_size",
+            "memory_limit_bytes",
+            "num_workers",
+            "cpu_threads",
+            "checkpoint_every_steps",
+        }
+        | {"keep_checkpoints", "log_every_steps", "report_to", "sample_steps", "quality_samples"}
+    )
+
+    def check_same_run(self, saved: dict, where: Path) -> None:
+        """Raises ValueError, naming the options, if a checkpoint's configuration makes another run than this one.
+
+        A run of constant rate may be made longer.
+        """
+        free = self.MAY_CHANGE | ({"total_images"} if self.learning_rate_schedule == "constant" else set())
+        mine = dataclasses.asdict(self)
+        if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
+            table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} asked for" for k in sorted(differing))
+            raise ValueError(
+                f"{where} was made under another configuration:\n{table}\n"
+                "Use the same options to go on, another --output_dir to keep both, or --overwrite to start again."
+            )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def presets() -> list[str]:
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+
+
+def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
+    """The configuration of a command line: `--config <preset or YAML file>` (default: digits), then flags over it."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = HfArgumentParser(TrainingConfig, description="Train a DDPM.", allow_abbrev=False)
+    parser.add_argument("--config", default="digits", help=f"one of {presets()}, or a YAML file")
+    known, _ = parser.parse_known_args(arguments)
+    parser.set_defaults(**load_preset(known.config))
+    config, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    return config
+
+
+def load_preset(name: str) -> dict:
+    """The options of a preset or YAML file. Raises ValueError for one that is not there, and for unknown options."""
+    file = CONFIGS / f"{name}.yaml" if name in presets() else Path(name)
+    if not file.is_file():
+        raise ValueError(f"--config {name!r} is neither a preset ({', '.join(presets())}) nor a YAML file.")
+    options = yaml.safe_load(file.read_text()) or {}
+    known = {option.name for option in dataclasses.fields(TrainingConfig)}
+    if not isinstance(options, dict) or (unknown := set(options) - known):
+        raise ValueError(
+            f"{file}: {sorted(unknown) if isinstance(options, dict) else options!r} is no option of a run."
+        )
+    return options
