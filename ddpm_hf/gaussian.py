@@ -4,21 +4,38 @@ Index t of this file is the paper's t + 1 (diffusers' timesteps): `alphas_cumpro
 lands on the image. Equation numbers are those of docs/derivation.md.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
+from .schedules import chain_tables, check_betas
+
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# The log variants differ from the plain ones only in how other code stored the number.
+# The tables of σ_t (0 where x_{t−1} is the image) and log σ_t². The log variants of a variance differ from the plain
+# ones only in how other code stored the number.
+_SMALL = ("sampling_std_posterior_variance", "posterior_log_variance_clipped")
+_LARGE = ("sampling_std_betas", "log_variance_betas")
 FIXED_VARIANCES = {
-    "fixed_small": "posterior_variance",
-    "fixed_small_log": "posterior_variance",
-    "fixed_large": "betas",
-    "fixed_large_log": "betas",
+    "fixed_small": _SMALL,
+    "fixed_small_log": _SMALL,
+    "fixed_large": _LARGE,
+    "fixed_large_log": _LARGE,
+    "analytic": ("sampling_std_analytic_variance", "log_variance_analytic"),
 }
 LEARNED_VARIANCES = ("learned", "learned_range")
 VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
+
+# target = table·x_t ± table·source, for every two of ε, x_0 and v.
+_CONVERSIONS = {
+    ("epsilon", "sample"): ("sqrt_recip_alphas_cumprod", -1, "sqrt_recipm1_alphas_cumprod"),
+    ("v_prediction", "sample"): ("sqrt_alphas_cumprod", -1, "sqrt_one_minus_alphas_cumprod"),
+    ("sample", "epsilon"): ("sqrt_recip_one_minus_alphas_cumprod", -1, "sqrt_snr"),
+    ("v_prediction", "epsilon"): ("sqrt_one_minus_alphas_cumprod", 1, "sqrt_alphas_cumprod"),
+    ("sample", "v_prediction"): ("sqrt_snr", -1, "sqrt_recip_one_minus_alphas_cumprod"),
+    ("epsilon", "v_prediction"): ("minus_sqrt_recipm1_alphas_cumprod", 1, "sqrt_recip_alphas_cumprod"),
+}
 
 Timestep = int | torch.Tensor
 
@@ -32,15 +49,25 @@ class ReverseStep(NamedTuple):
     x_0: torch.Tensor
 
 
+class ReverseDistribution(NamedTuple):
+    """p_θ(x_{t−1} | x_t) as a density; `log_variance` broadcasts against `mean`."""
+
+    mean: torch.Tensor
+    log_variance: torch.Tensor | float
+    x_0: torch.Tensor
+
+
 class GaussianDiffusion:
     """A chain of T noising steps with variances β and everything that follows from them.
 
     Args:
         betas: float64 tensor (T,), each in (0, 1); the last may be 1 (zero terminal SNR).
         prediction_type: what the network's output means: "epsilon", "sample" (x_0) or "v_prediction".
-        variance_type: Σ_θ of the reverse step: β̃_t ("fixed_small"), β_t ("fixed_large"), or predicted in a second
-            half of the channels, as the variance itself ("learned") or between the two ("learned_range").
+        variance_type: Σ_θ of the reverse step: β̃_t ("fixed_small"), β_t ("fixed_large"), the optimum that the network's
+            own second moment tells ("analytic"), or predicted in a second half of the channels, as the variance
+            itself ("learned") or between β̃_t and β_t ("learned_range").
         timesteps: (T,) the number that the network is told at each index; 0..T−1 unless this is a sub-chain.
+        analytic_moments: (T,) Γ_t = E‖ε_θ(x_t, t)‖²/d, of `estimate_analytic_moments`; with "analytic" only.
 
     The tables (`betas`, `alphas_cumprod`, `posterior_variance`, ...) are float64 on the CPU. They are rounded once,
     to at least float32, when a method uses them. A timestep is an int, a 0-d tensor, or one per sample; tensors may
@@ -53,25 +80,45 @@ class GaussianDiffusion:
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
         timesteps: torch.Tensor | None = None,
+        analytic_moments: torch.Tensor | Sequence[float] | None = None,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
         if variance_type not in VARIANCE_TYPES:
             raise ValueError(f"variance_type must be one of {VARIANCE_TYPES}, got {variance_type!r}.")
-        self.prediction_type, self.variance_type = prediction_type, variance_type
-        betas = betas.to(device="cpu", dtype=torch.float64)
-        if prediction_type == "epsilon" and betas[-1] == 1:
+        if (variance_type == "analytic") != (analytic_moments is not None):
             raise ValueError(
-                "prediction_type='epsilon' cannot be used where the last β is 1 (zero terminal SNR): x_T holds no "
-                "trace of x_0, so x_0 cannot be had from the noise. Use 'v_prediction' or 'sample'."
+                f"variance_type='analytic' and analytic_moments go together: got variance_type={variance_type!r} and "
+                f"analytic_moments {'missing' if analytic_moments is None else 'given'}."
             )
+        self.prediction_type, self.variance_type = prediction_type, variance_type
+        betas = torch.as_tensor(betas).to(device="cpu", dtype=torch.float64)
+        check_betas(betas)
         self.timesteps = torch.arange(len(betas)) if timesteps is None else timesteps
-        self._set_tables(_tables(betas))
+        if self.timesteps.shape != betas.shape:
+            raise ValueError(f"timesteps must have shape {tuple(betas.shape)}, got {tuple(self.timesteps.shape)}.")
+        self.analytic_moments = None if analytic_moments is None else _check_moments(analytic_moments, len(betas))
+        self._set_tables(chain_tables(betas, self.analytic_moments))
+        if variance_type == "analytic" and self.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "variance_type='analytic' cannot be used where ᾱ_T is 0 (zero terminal SNR): the noise tells nothing of x_0."
+            )
+        if prediction_type == "epsilon" and not self.sqrt_recip_alphas_cumprod[-1] < torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"prediction_type='epsilon' cannot be used where ᾱ_T is {self.alphas_cumprod[-1].item():g} (zero terminal "
+                "SNR): x_T holds no trace of x_0, so x_0 cannot be had from the noise. Use 'v_prediction' or 'sample'."
+            )
 
     def _set_tables(self, tables: dict[str, torch.Tensor]) -> None:
         self.tables = tables
         self._floats = {name: table.tolist() for name, table in tables.items()}
         self._rounded: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+        self.place(torch.device("cpu"))
+
+    def place(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Copy the tables to `device`, rounded to `dtype`, ahead of the first use there (which would do it itself)."""
+        if (device, dtype) not in self._rounded:
+            self._rounded[device, dtype] = {name: table.to(device, dtype) for name, table in self.tables.items()}
 
     def __getattr__(self, name: str) -> torch.Tensor:
         tables = self.__dict__.get("tables", {})
@@ -86,13 +133,14 @@ class GaussianDiffusion:
 
     def at(self, name: str, t: Timestep, like: torch.Tensor) -> torch.Tensor | float:
         """Table `name` at t, broadcastable against `like` (batch first): a float for an int t, else a tensor."""
+        t = beside(t, like)
         if isinstance(t, int) and not torch.compiler.is_compiling():
             return self._floats[name][t]
-        key = (like.device, working_dtype(like))
-        if key not in self._rounded:
-            self._rounded[key] = {n: table.to(*key) for n, table in self.tables.items()}
-        value = self._rounded[key][name][t]
-        return value if isinstance(t, int) or t.ndim == 0 else value.reshape(-1, *[1] * (like.ndim - 1))
+        dtype = working_dtype(like)
+        self.place(like.device, dtype)
+        table = self._rounded[like.device, dtype][name]
+        # Indexing with a 0-d tensor would read it back to the host; selecting with one of length 1 does not.
+        return table[t] if isinstance(t, int) else table[t.reshape(-1)].reshape(-1, *[1] * (like.ndim - 1))
 
     def check_timestep(self, t: Timestep, like: torch.Tensor) -> None:
         """Raises TypeError or ValueError for a t that is no timestep of this chain (values on a device and inside a
@@ -116,11 +164,27 @@ class GaussianDiffusion:
                 f"timesteps must lie in 0..{len(self) - 1}, got {low if low == high else f'{low}..{high}'}."
             )
 
+    def _mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
+        """a_t·x ± b_t·y, in at least float32."""
+        if x.shape != y.shape:
+            raise ValueError(
+                f"images, noise and predictions must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}."
+            )
+        if not (x.is_floating_point() and y.is_floating_point()):
+            raise TypeError(f"images and noise must be floating point, in [-1, 1], got {x.dtype} and {y.dtype}.")
+        self.check_timestep(t, x)
+        x = x.to(working_dtype(x, y))
+        y, t = y.to(x.dtype), beside(t, x)
+        a_t, b_t = self.at(a, t, x), self.at(b, t, x)
+        if isinstance(b_t, float):
+            return torch.add(a_t * x, y, alpha=sign * b_t)
+        return torch.addcmul(a_t * x, b_t, y, value=sign)
+
     # ------------------------------------------------------------------ forward process (eqs. 1 and 2)
 
     def q_step(self, x_prev: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """x_t = √(1−β_t)·x_{t−1} + √β_t·z (eq. 1). Shapes: all as `x_prev`."""
-        return self._mix("sqrt_alphas", "sqrt_betas", x_prev, noise, t)
+        return self._mix("sqrt_alphas", x_prev, 1, "sqrt_betas", noise, t)
 
     def q_mean_variance(self, x_0: torch.Tensor, t: Timestep) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean √ᾱ_t·x_0 and variance 1−ᾱ_t of q(x_t | x_0) (eq. 2)."""
@@ -130,18 +194,11 @@ class GaussianDiffusion:
 
     def q_sample(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·z (eq. 2). Shapes: all as `x_0`; computed in at least float32."""
-        return self._mix("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", x_0, noise, t)
+        return self._mix("sqrt_alphas_cumprod", x_0, 1, "sqrt_one_minus_alphas_cumprod", noise, t)
 
     def velocity(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0 (Salimans and Ho 2022, section 4)."""
-        return self._mix("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", noise, -x_0, t)
-
-    def _mix(self, a: str, b: str, x: torch.Tensor, y: torch.Tensor, t: Timestep) -> torch.Tensor:
-        if x.shape != y.shape:
-            raise ValueError(f"the image and the noise must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
-        self.check_timestep(t, x)
-        x, y = x.to(working_dtype(x)), y.to(working_dtype(x))
-        return self.at(a, t, x) * x + self.at(b, t, x) * y
+        return self._mix("sqrt_alphas_cumprod", noise, -1, "sqrt_one_minus_alphas_cumprod", x_0, t)
 
     # ------------------------------------------------------------------ posterior (eqs. 7 and 8)
 
@@ -149,33 +206,77 @@ class GaussianDiffusion:
         self, x_0: torch.Tensor, x_t: torch.Tensor, t: Timestep
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean μ̃_t and variance β̃_t of q(x_{t−1} | x_t, x_0) (eqs. 7 and 8)."""
-        mean = self._mix("posterior_mean_coef_x_0", "posterior_mean_coef_x_t", x_0, x_t, t)
+        mean = self._mix("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
         return mean, self.at("posterior_variance", t, mean)
 
-    # ------------------------------------------------------------------ reverse process (eqs. 3, 9 to 11)
+    # ------------------------------------------------------------------ what a prediction stands for (eq. 9)
+
+    def convert(self, value: torch.Tensor, x_t: torch.Tensor, t: Timestep, source: str, target: str) -> torch.Tensor:
+        """A prediction at (x_t, t) in other terms; `source` and `target` are a prediction type or "score".
+
+        x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (eq. 2), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0, and the score ∇ log q(x_t) = −ε/√(1−ᾱ_t).
+        Shapes: all as `x_t`. Where ᾱ_t is 0 neither ε nor the score tells x_0 or v: the result is not finite.
+        """
+        if {source, target} - {*PREDICTION_TYPES, "score"}:
+            raise ValueError(
+                f"source and target must be of {(*PREDICTION_TYPES, 'score')}, got {source!r} and {target!r}."
+            )
+        value = value.to(working_dtype(value, x_t))
+        if source == target:
+            return value
+        self.check_timestep(t, x_t)
+        if source == "score":
+            epsilon = -self.at("sqrt_one_minus_alphas_cumprod", t, value) * value
+            return self.convert(epsilon, x_t, t, "epsilon", target)
+        if target == "score":
+            epsilon = self.convert(value, x_t, t, source, "epsilon")
+            return -self.at("sqrt_recip_one_minus_alphas_cumprod", t, value) * epsilon
+        a, sign, b = _CONVERSIONS[source, target]
+        return self._mix(a, x_t, sign, b, value, t)
 
     def predict_x_0(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
         """The x_0 that the network's output stands for, by `prediction_type`."""
-        if self.prediction_type == "epsilon":
-            return self.predict_x_0_from_epsilon(model_output, x_t, t)
-        if self.prediction_type == "sample":
-            return model_output.to(working_dtype(x_t))
-        return self._mix("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", x_t, -model_output, t)
+        return self.convert(model_output, x_t, t, self.prediction_type, "sample")
+
+    def predict_epsilon(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
+        """The noise that the network's output stands for, by `prediction_type`."""
+        return self.convert(model_output, x_t, t, self.prediction_type, "epsilon")
 
     def predict_x_0_from_epsilon(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
         """x_0 = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t (eq. 9)."""
-        return self._mix("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", x_t, -epsilon, t)
+        return self.convert(epsilon, x_t, t, "epsilon", "sample")
 
     def posterior_mean_from_epsilon(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
         """μ = (x_t − β_t/√(1−ᾱ_t)·ε)/√α_t (eqs. 10 and 11): `q_posterior` with x_0 from eq. 9 put in."""
-        return self._mix("epsilon_mean_coef_x_t", "epsilon_mean_coef_epsilon", x_t, -epsilon, t)
+        return self._mix("epsilon_mean_coef_x_t", x_t, -1, "epsilon_mean_coef_epsilon", epsilon, t)
+
+    # ------------------------------------------------------------------ reverse process (eqs. 3 and 11)
 
     def p_mean_std(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip=None) -> ReverseStep:
-        """p_θ(x_{t−1} | x_t) (eqs. 3 and 11) from the network's output at (x_t, t).
+        """p_θ(x_{t−1} | x_t) (eqs. 3 and 11), to sample from, from the network's output at (x_t, t).
 
         `model_output` has the shape of x_t, or twice its channels for a learned variance. `clip`, when given, maps
         the predicted x_0 before the mean is made from it.
         """
+        mean, variance_output, x_0 = self._p_mean(model_output, x_t, t, clip)
+        return ReverseStep(mean, self._std(variance_output, t, mean), x_0)
+
+    def p_mean_variance(
+        self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip=None
+    ) -> ReverseDistribution:
+        """p_θ(x_{t−1} | x_t) (eqs. 3 and 11) as a density, for likelihoods; arguments as for `p_mean_std`.
+
+        At index 0, where sampling adds no noise, the fixed variances take the next index's β̃ (the original code's
+        convention), since the decoder of the image needs one above 0.
+        """
+        mean, variance_output, x_0 = self._p_mean(model_output, x_t, t, clip)
+        if self.variance_type in FIXED_VARIANCES:
+            return ReverseDistribution(mean, self.at(FIXED_VARIANCES[self.variance_type][1], t, mean), x_0)
+        if self.variance_type == "learned":
+            return ReverseDistribution(mean, variance_output.log(), x_0)
+        return ReverseDistribution(mean, self._interpolated_log_variance(variance_output, t), x_0)
+
+    def _p_mean(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip) -> tuple[torch.Tensor, ...]:
         channels = x_t.shape[1]
         expected = 2 * channels if self.variance_type in LEARNED_VARIANCES else channels
         if model_output.shape != (x_t.shape[0], expected, *x_t.shape[2:]):
@@ -183,24 +284,30 @@ class GaussianDiffusion:
                 f"with variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)} the model's output "
                 f"must have {expected} channels and the same batch and size, got shape {tuple(model_output.shape)}."
             )
-        variance_output = model_output[:, channels:]
+        t = beside(t, x_t)
         x_0 = self.predict_x_0(model_output[:, :channels], x_t, t)
         if clip is not None:
             x_0 = clip(x_0)
-        mean, _ = self.q_posterior(x_0, x_t, t)
-        return ReverseStep(mean, self._std(variance_output, t, mean), x_0)
+        mean = self._mix("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
+        return mean, model_output[:, channels:].to(mean.dtype), x_0
 
     def _std(self, variance_output: torch.Tensor, t: Timestep, like: torch.Tensor) -> torch.Tensor | float:
         if self.variance_type in FIXED_VARIANCES:
-            return self.at(f"sampling_std_{FIXED_VARIANCES[self.variance_type]}", t, like)
-        variance_output = variance_output.to(like.dtype)
+            return self.at(FIXED_VARIANCES[self.variance_type][0], t, like)
         if self.variance_type == "learned":
             std = variance_output.sqrt()
-        else:  # Improved DDPM eq. 15, with v = (output + 1)/2
-            low, high = self.at("posterior_log_variance_clipped", t, like), self.at("log_betas", t, like)
-            std = torch.exp((low + (variance_output + 1) / 2 * (high - low)) / 2)
+        else:
+            std = torch.exp(self._interpolated_log_variance(variance_output, t) / 2)
+        is_last = self.at("is_last_step", t, like)
+        if isinstance(is_last, float):
+            return 0.0 if is_last else std
         # A product would keep a NaN of the last step, whose variance is never used.
-        return torch.where(torch.as_tensor(self.at("is_last_step", t, like) != 0, device=like.device), 0.0, std)
+        return torch.where(is_last != 0, 0.0, std)
+
+    def _interpolated_log_variance(self, variance_output: torch.Tensor, t: Timestep) -> torch.Tensor:
+        """v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
+        low, high = (self.at(n, t, variance_output) for n in ("posterior_log_variance_clipped", "log_betas"))
+        return low + (variance_output + 1) / 2 * (high - low)
 
     # ------------------------------------------------------------------ sub-chains
 
@@ -210,68 +317,110 @@ class GaussianDiffusion:
         Its β follow from the ratios of ᾱ, β' = 1 − ᾱ_t/ᾱ_s, taken here as 1 − ∏(1−β) over the steps between,
         so that every formula of the full chain holds for it, and its last step lands on x_0.
         """
-        kept = torch.as_tensor(timesteps)
-        if kept.ndim != 1 or kept.numel() == 0 or kept.is_floating_point() or kept.dtype == torch.bool:
-            raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}.")
-        kept = kept.to(device="cpu", dtype=torch.int64).sort().values
+        kept = as_timesteps(timesteps).sort().values
         if kept[0] < 0 or kept[-1] >= len(self) or (kept.diff() == 0).any():
             raise ValueError(f"timesteps must be different integers in 0..{len(self) - 1}, got {kept.tolist()}.")
         log_alphas = torch.log1p(-self.betas[: kept[-1] + 1])
         segment = torch.searchsorted(kept, torch.arange(len(log_alphas)))
         log_ratio = torch.zeros(len(kept), dtype=torch.float64).index_add_(0, segment, log_alphas)
+        moments = None if self.analytic_moments is None else self.analytic_moments[kept]
         return GaussianDiffusion(
-            -torch.expm1(log_ratio), self.prediction_type, self.variance_type, self.timesteps[kept]
+            -torch.expm1(log_ratio), self.prediction_type, self.variance_type, self.timesteps[kept], moments
         )
 
     def strided(self, timesteps: Sequence[int] | torch.Tensor) -> "GaussianDiffusion":
         """This chain, except that the step at each of `timesteps` goes straight to the next lower one of them (to
         x_0 from the lowest): `respace` with the full chain's numbering. All other timesteps keep their step."""
         chain = self.respace(timesteps)
-        index = torch.as_tensor(timesteps).to(device="cpu", dtype=torch.int64).sort().values
-        strided = GaussianDiffusion(self.betas, self.prediction_type, self.variance_type, self.timesteps)
+        index = as_timesteps(timesteps).sort().values
+        strided = GaussianDiffusion(
+            self.betas, self.prediction_type, self.variance_type, self.timesteps, self.analytic_moments
+        )
         strided._set_tables({n: table.index_copy(0, index, chain.tables[n]) for n, table in self.tables.items()})
         return strided
 
 
-def working_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype sample arithmetic happens in: the image's own, but at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype sample arithmetic happens in: the widest of the tensors' own, but at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
-def _tables(betas: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every table of a chain, float64, shape (T,)."""
-    alphas = 1 - betas
-    alphas_cumprod = torch.cumprod(alphas, 0)
-    alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    # 1 − ᾱ_t = Σ ᾱ_{s−1}β_s: a sum of positive terms keeps the relative precision that 1 − ᾱ loses at small t.
-    one_minus = torch.cumsum(alphas_cumprod_prev * betas, 0)
-    one_minus_prev = torch.cat([torch.zeros(1, dtype=torch.float64), one_minus[:-1]])
-    posterior_variance = one_minus_prev / one_minus * betas
-    # β̃ of the first index is 0: its logarithm takes the next one's place (the original code's convention).
-    clipped = torch.cat([posterior_variance[1:2] if len(betas) > 1 else betas[:1], posterior_variance[1:]])
-    no_noise_last = torch.ones_like(betas)
-    no_noise_last[0] = 0
-    return {
-        "betas": betas,
-        "alphas": alphas,
-        "alphas_cumprod": alphas_cumprod,
-        "alphas_cumprod_prev": alphas_cumprod_prev,
-        "one_minus_alphas_cumprod": one_minus,
-        "snr": alphas_cumprod / one_minus,
-        "sqrt_betas": betas.sqrt(),
-        "sqrt_alphas": alphas.sqrt(),
-        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": one_minus.sqrt(),
-        "sqrt_recip_alphas_cumprod": alphas_cumprod.rsqrt(),
-        "sqrt_recipm1_alphas_cumprod": (one_minus / alphas_cumprod).sqrt(),
-        "posterior_variance": posterior_variance,
-        "posterior_log_variance_clipped": clipped.log(),
-        "log_betas": betas.log(),
-        "posterior_mean_coef_x_0": alphas_cumprod_prev.sqrt() * betas / one_minus,
-        "posterior_mean_coef_x_t": alphas.sqrt() * one_minus_prev / one_minus,
-        "epsilon_mean_coef_x_t": alphas.rsqrt(),
-        "epsilon_mean_coef_epsilon": betas / (one_minus * alphas).sqrt(),
-        "sampling_std_posterior_variance": posterior_variance.sqrt(),
-        "sampling_std_betas": betas.sqrt() * no_noise_last,
-        "is_last_step": 1 - no_noise_last,
-    }
+def beside(t: Timestep, like: torch.Tensor) -> Timestep:
+    """t where it can be used with `like` without a sync: on its device, or as an int where it is one number on the
+    host (outside a compiled graph)."""
+    if not isinstance(t, torch.Tensor) or t.device == like.device:
+        return t
+    if t.ndim == 0 and t.device.type == "cpu" and not torch.compiler.is_compiling():
+        return int(t)
+    return t.to(like.device)
+
+
+def as_timesteps(timesteps: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """`timesteps` as an int64 tensor on the CPU; ValueError where they are no non-empty list of integers."""
+    try:
+        chosen = torch.as_tensor(timesteps if isinstance(timesteps, torch.Tensor) else list(timesteps))
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.empty(0)
+    if chosen.ndim != 1 or not chosen.numel() or chosen.is_floating_point() or chosen.dtype == torch.bool:
+        raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}.")
+    return chosen.to(device="cpu", dtype=torch.int64)
+
+
+def gaussian_kl(
+    mean_1: torch.Tensor,
+    log_variance_1: torch.Tensor | float,
+    mean_2: torch.Tensor,
+    log_variance_2: torch.Tensor | float,
+) -> torch.Tensor:
+    """KL(N(mean_1, variance_1) ‖ N(mean_2, variance_2)) of each element, in nats; arguments broadcast."""
+    difference = log_variance_1 - log_variance_2
+    expm1 = torch.expm1 if isinstance(difference, torch.Tensor) else math.expm1
+    exp = torch.exp if isinstance(log_variance_2, torch.Tensor) else math.exp
+    return (expm1(difference) - difference + (mean_1 - mean_2).square() * exp(-log_variance_2)) / 2
+
+
+@torch.no_grad()
+def estimate_analytic_moments(
+    diffusion: GaussianDiffusion,
+    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    batches: Iterable[torch.Tensor],
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Γ_t = E‖ε_θ(x_t, t)‖²/d for every t of the chain (Analytic-DPM, eq. 8, in terms of ε), for `analytic_moments`.
+
+    Args:
+        model: called as `model(x_t, t)` with x_t (B, C, H, W) and the network's own timesteps t, int64 (B,); returns
+            what `diffusion.prediction_type` says (channels beyond C, a learned variance's, are left aside).
+        batches: x_0, each (B, C, H, W) in [-1, 1], on the model's device. The model runs T times on each batch;
+            a hundred images in all are enough, since Γ_t is an average over every pixel too.
+        generator: of the noise, on the batches' device.
+
+    Returns float64 (T,) on the CPU. Raises ValueError where `batches` is empty.
+    """
+    total, count = torch.zeros(len(diffusion), dtype=torch.float64), 0
+    for x_0 in batches:
+        moments = []
+        for t, t_model in enumerate(diffusion.timesteps.tolist()):
+            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=working_dtype(x_0))
+            x_t = diffusion.q_sample(x_0, t, noise)
+            output = model(x_t, torch.full((x_0.shape[0],), t_model, device=x_0.device))
+            epsilon = diffusion.predict_epsilon(output[:, : x_0.shape[1]], x_t, t)
+            moments.append(epsilon.square().mean())
+        total += torch.stack(moments).cpu().double() * x_0.shape[0]
+        count += x_0.shape[0]
+    if not count:
+        raise ValueError("batches must hold at least one batch of images, got none.")
+    return total / count
+
+
+def _check_moments(moments: torch.Tensor | Sequence[float], T: int) -> torch.Tensor:
+    moments = torch.as_tensor(moments, dtype=torch.float64, device="cpu")
+    if moments.shape != (T,) or not bool((moments >= 0).all()) or not bool(moments.isfinite().all()):
+        raise ValueError(
+            f"analytic_moments must be {T} finite numbers of at least 0, one per timestep, got shape "
+            f"{tuple(moments.shape)} with values from {moments.min().item():g} to {moments.max().item():g}."
+        )
+    return moments
