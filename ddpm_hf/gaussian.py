@@ -4,6 +4,7 @@ Index t of this file is the paper's t + 1 (diffusers' timesteps): `alphas_cumpro
 lands on the image. Equation numbers are those of docs/derivation.md.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -68,6 +69,7 @@ class GaussianDiffusion:
             itself ("learned") or between β̃_t and β_t ("learned_range").
         timesteps: (T,) the number that the network is told at each index; 0..T−1 unless this is a sub-chain.
         analytic_moments: (T,) Γ_t = E‖ε_θ(x_t, t)‖²/d, of `estimate_analytic_moments`; with "analytic" only.
+        alphas: (T,) float64, 1 − β where the difference would lose it: long strides have β within 1e-16 of 1.
 
     The tables (`betas`, `alphas_cumprod`, `posterior_variance`, ...) are float64 on the CPU. They are rounded once,
     to at least float32, when a method uses them. A timestep is an int, a 0-d tensor, or one per sample; tensors may
@@ -81,6 +83,8 @@ class GaussianDiffusion:
         variance_type: str = "fixed_small",
         timesteps: torch.Tensor | None = None,
         analytic_moments: torch.Tensor | Sequence[float] | None = None,
+        *,
+        alphas: torch.Tensor | None = None,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
@@ -93,12 +97,13 @@ class GaussianDiffusion:
             )
         self.prediction_type, self.variance_type = prediction_type, variance_type
         betas = torch.as_tensor(betas).to(device="cpu", dtype=torch.float64)
-        check_betas(betas)
+        if alphas is None:
+            check_betas(betas)
         self.timesteps = torch.arange(len(betas)) if timesteps is None else timesteps
         if self.timesteps.shape != betas.shape:
             raise ValueError(f"timesteps must have shape {tuple(betas.shape)}, got {tuple(self.timesteps.shape)}.")
         self.analytic_moments = None if analytic_moments is None else _check_moments(analytic_moments, len(betas))
-        self._set_tables(chain_tables(betas, self.analytic_moments))
+        self._set_tables(chain_tables(betas, alphas, self.analytic_moments))
         if variance_type == "analytic" and self.alphas_cumprod[-1] == 0:
             raise ValueError(
                 "variance_type='analytic' cannot be used where ᾱ_T is 0 (zero terminal SNR): the noise tells nothing of x_0."
@@ -164,8 +169,11 @@ class GaussianDiffusion:
                 f"timesteps must lie in 0..{len(self) - 1}, got {low if low == high else f'{low}..{high}'}."
             )
 
-    def _mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
-        """a_t·x ± b_t·y, in at least float32."""
+    def _checked_mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
+        self._check(x, y, t)
+        return self._mix(a, x, sign, b, y, t)
+
+    def _check(self, x: torch.Tensor, y: torch.Tensor, t: Timestep) -> None:
         if x.shape != y.shape:
             raise ValueError(
                 f"images, noise and predictions must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}."
@@ -173,6 +181,9 @@ class GaussianDiffusion:
         if not (x.is_floating_point() and y.is_floating_point()):
             raise TypeError(f"images and noise must be floating point, in [-1, 1], got {x.dtype} and {y.dtype}.")
         self.check_timestep(t, x)
+
+    def _mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
+        """a_t·x ± b_t·y, in at least float32."""
         x = x.to(working_dtype(x, y))
         y, t = y.to(x.dtype), beside(t, x)
         a_t, b_t = self.at(a, t, x), self.at(b, t, x)
@@ -184,7 +195,7 @@ class GaussianDiffusion:
 
     def q_step(self, x_prev: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """x_t = √(1−β_t)·x_{t−1} + √β_t·z (eq. 1). Shapes: all as `x_prev`."""
-        return self._mix("sqrt_alphas", x_prev, 1, "sqrt_betas", noise, t)
+        return self._checked_mix("sqrt_alphas", x_prev, 1, "sqrt_betas", noise, t)
 
     def q_mean_variance(self, x_0: torch.Tensor, t: Timestep) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean √ᾱ_t·x_0 and variance 1−ᾱ_t of q(x_t | x_0) (eq. 2)."""
@@ -194,11 +205,11 @@ class GaussianDiffusion:
 
     def q_sample(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·z (eq. 2). Shapes: all as `x_0`; computed in at least float32."""
-        return self._mix("sqrt_alphas_cumprod", x_0, 1, "sqrt_one_minus_alphas_cumprod", noise, t)
+        return self._checked_mix("sqrt_alphas_cumprod", x_0, 1, "sqrt_one_minus_alphas_cumprod", noise, t)
 
     def velocity(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0 (Salimans and Ho 2022, section 4)."""
-        return self._mix("sqrt_alphas_cumprod", noise, -1, "sqrt_one_minus_alphas_cumprod", x_0, t)
+        return self._checked_mix("sqrt_alphas_cumprod", noise, -1, "sqrt_one_minus_alphas_cumprod", x_0, t)
 
     # ------------------------------------------------------------------ posterior (eqs. 7 and 8)
 
@@ -206,7 +217,7 @@ class GaussianDiffusion:
         self, x_0: torch.Tensor, x_t: torch.Tensor, t: Timestep
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean μ̃_t and variance β̃_t of q(x_{t−1} | x_t, x_0) (eqs. 7 and 8)."""
-        mean = self._mix("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
+        mean = self._checked_mix("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
         return mean, self.at("posterior_variance", t, mean)
 
     # ------------------------------------------------------------------ what a prediction stands for (eq. 9)
@@ -221,10 +232,10 @@ class GaussianDiffusion:
             raise ValueError(
                 f"source and target must be of {(*PREDICTION_TYPES, 'score')}, got {source!r} and {target!r}."
             )
+        self._check(x_t, value, t)
         value = value.to(working_dtype(value, x_t))
         if source == target:
             return value
-        self.check_timestep(t, x_t)
         if source == "score":
             epsilon = -self.at("sqrt_one_minus_alphas_cumprod", t, value) * value
             return self.convert(epsilon, x_t, t, "epsilon", target)
@@ -248,7 +259,7 @@ class GaussianDiffusion:
 
     def posterior_mean_from_epsilon(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
         """μ = (x_t − β_t/√(1−ᾱ_t)·ε)/√α_t (eqs. 10 and 11): `q_posterior` with x_0 from eq. 9 put in."""
-        return self._mix("epsilon_mean_coef_x_t", x_t, -1, "epsilon_mean_coef_epsilon", epsilon, t)
+        return self._checked_mix("epsilon_mean_coef_x_t", x_t, -1, "epsilon_mean_coef_epsilon", epsilon, t)
 
     # ------------------------------------------------------------------ reverse process (eqs. 3 and 11)
 
@@ -320,12 +331,18 @@ class GaussianDiffusion:
         kept = as_timesteps(timesteps).sort().values
         if kept[0] < 0 or kept[-1] >= len(self) or (kept.diff() == 0).any():
             raise ValueError(f"timesteps must be different integers in 0..{len(self) - 1}, got {kept.tolist()}.")
-        log_alphas = torch.log1p(-self.betas[: kept[-1] + 1])
+        betas, alphas = self.betas[: kept[-1] + 1], self.alphas[: kept[-1] + 1]
+        log_alphas = torch.where(betas < 0.5, torch.log1p(-betas), alphas.log())
         segment = torch.searchsorted(kept, torch.arange(len(log_alphas)))
         log_ratio = torch.zeros(len(kept), dtype=torch.float64).index_add_(0, segment, log_alphas)
         moments = None if self.analytic_moments is None else self.analytic_moments[kept]
         return GaussianDiffusion(
-            -torch.expm1(log_ratio), self.prediction_type, self.variance_type, self.timesteps[kept], moments
+            -torch.expm1(log_ratio),
+            self.prediction_type,
+            self.variance_type,
+            self.timesteps[kept],
+            moments,
+            alphas=log_ratio.exp(),
         )
 
     def strided(self, timesteps: Sequence[int] | torch.Tensor) -> "GaussianDiffusion":
@@ -333,9 +350,7 @@ class GaussianDiffusion:
         x_0 from the lowest): `respace` with the full chain's numbering. All other timesteps keep their step."""
         chain = self.respace(timesteps)
         index = as_timesteps(timesteps).sort().values
-        strided = GaussianDiffusion(
-            self.betas, self.prediction_type, self.variance_type, self.timesteps, self.analytic_moments
-        )
+        strided = copy.copy(self)
         strided._set_tables({n: table.index_copy(0, index, chain.tables[n]) for n, table in self.tables.items()})
         return strided
 

@@ -191,12 +191,15 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return torch.cat([betas[:1], later])
 
 
-def chain_tables(betas: torch.Tensor, analytic_moments: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def chain_tables(
+    betas: torch.Tensor, alphas: torch.Tensor | None = None, analytic_moments: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Every table of the chain of `betas`, float64, shape (T,), under the names of `GaussianDiffusion`'s attributes.
 
-    `analytic_moments`, float64 (T,), are the Γ_t of Analytic-DPM; with them come the tables of its variance.
+    `alphas` is 1 − β unless given; `analytic_moments` are the Γ_t of Analytic-DPM, with which come the tables of its
+    variance. Both float64 (T,).
     """
-    alphas = 1 - betas
+    alphas = 1 - betas if alphas is None else alphas
     alphas_cumprod = torch.cumprod(alphas, 0)
     alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     # 1 − ᾱ_t = Σ ᾱ_{s−1}β_s: a sum of positive terms keeps the relative precision that 1 − ᾱ loses at small t.
