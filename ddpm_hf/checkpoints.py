@@ -8,11 +8,18 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import load_file, save_file
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not kept apart
+    fcntl = None
 
 PREFIX, UNFINISHED = "checkpoint-", "unfinished-"
 
@@ -100,6 +107,26 @@ def write_whole(file: Path, content: str | bytes) -> None:
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     _sync(beside)
     os.replace(beside, file)
+
+
+def lock_folder(folder: Path, wait_seconds: float = 60.0) -> IO:
+    """Keep other runs out of a folder for as long as the returned file lives; the system lifts the lock with the
+    process. Raises ValueError if another run still holds it after `wait_seconds` (a killed one takes a moment to end).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")  # noqa: SIM115 (open for as long as the run)
+    if fcntl is None:
+        return file
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise ValueError(f"another run is writing to {folder}: end it first, or use another folder.") from None
+            time.sleep(0.2)
 
 
 def _sha256(file: Path) -> str:

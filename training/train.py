@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import launch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -29,6 +30,7 @@ from ddpm_hf.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
+    lock_folder,
     optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
@@ -181,26 +183,28 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         config = parse_config(arguments)
         accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
             log_with=None if config.report_to == "none" else config.report_to,
             project_dir=config.output_dir,
         )
         if accelerator.device.type == "cpu":
             use_cpu_threads(config.cpu_threads)
+        if not accelerator.is_main_process:
+            datasets.disable_progress_bars()
         parts = config.micro_batches(accelerator.num_processes)
+        set_seed(config.seed)
+        unet, scheduler = build(config)
+        with accelerator.main_process_first():
+            images = load_images(config)
         output_dir = Path(config.output_dir)
+        lock = lock_folder(output_dir) if accelerator.is_main_process else None  # noqa: F841 (held while it lives)
         if config.overwrite and accelerator.is_main_process:
             shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
         accelerator.wait_for_everyone()
         restored = last_checkpoint(config, output_dir / "checkpoints")
-        if not accelerator.is_main_process:
-            datasets.disable_progress_bars()
-        with accelerator.main_process_first():
-            images = load_images(config)
-        set_seed(config.seed)
-        unet, scheduler = build(config)
     except ValueError as error:
-        sys.exit(f"train.py: error: {error}")
+        sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
     diffusion = scheduler.diffusion
     optimizer = torch.optim.Adam(
@@ -303,4 +307,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -1,0 +1,97 @@
+"""The card: metadata the Hub reads, figures from metrics.json, and code that runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from finish import save_pipeline, write_metrics_and_card
+from huggingface_hub import ModelCard
+from training_config import TrainingConfig, load_preset
+
+CONFIG = TrainingConfig(**load_preset("digits"))
+TRAINING = {
+    "images_seen": 192,
+    "steps": 12,
+    "final_loss": 0.5,
+    "seconds": 90.0,
+    "images_per_second": 2.13,
+    "processes": 1,
+    "hardware": "cpu",
+    "parameters": 1_234_567,
+    "train_examples": 1437,
+}
+QUALITY = {
+    "num_samples": 500,
+    "recognised": 0.8125,
+    "recognised_held_out": 0.875,
+    "recognised_ratio": 0.8125 / 0.875,
+    "accuracy_held_out": 0.99,
+    "smallest_class_share": 0.061,
+    "largest_class_share": 0.139,
+    "nearest_distance_quantiles": {"0.05": 0.71, "0.5": 1.05},
+    "nearest_distance_quantiles_held_out": {"0.05": 0.7, "0.5": 1.04},
+    "closer_than_5_percent_of_held_out": 0.043,
+    "closer_p_value": 0.42,
+    "sample_steps": 100,
+    "seed": 0,
+}
+
+
+@pytest.fixture
+def card(tmp_path):
+    def make(**metrics):
+        write_metrics_and_card(tmp_path, CONFIG.to_yaml(), {"training": TRAINING, **metrics})
+        return ModelCard.load(tmp_path / "README.md")
+
+    return make
+
+
+def test_the_hub_finds_its_metadata(card):
+    data = card(quality=QUALITY).data
+    assert data.library_name == "diffusers" and data.license == "apache-2.0"
+    assert data.pipeline_tag == "unconditional-image-generation" and "ddpm" in data.tags
+    (result,) = data.eval_results
+    assert result.metric_value == pytest.approx(0.9286, abs=1e-4) and "500 samples" in result.metric_name
+
+
+def test_every_figure_of_the_quality_table_is_the_measured_one(card):
+    text = card(quality=QUALITY).text
+    for figure in ("81.2 % | 87.5 %", "6.1 %, 13.9 %", "0.710 | 0.700", "1.050 | 1.040", "4.3 % | 5.0 %", "p = 0.42"):
+        assert figure in text, figure
+    assert "500 samples (100 steps, seed 0" in text
+
+
+def test_a_card_without_quality_figures_says_so(card):
+    unmeasured = card()
+    assert "Not measured." in unmeasured.text and unmeasured.data.eval_results is None
+
+
+def test_the_configuration_in_the_card_repeats_the_run(card):
+    block = re.search(r"```yaml\n(.*?)```", card().text, re.DOTALL).group(1)
+    assert TrainingConfig(**yaml.safe_load(block)) == CONFIG
+
+
+def test_no_placeholder_is_left(card):
+    text = card(quality=QUALITY).content
+    assert "{{" not in text and "{%" not in text and "None" not in text.split("```yaml")[0]
+
+
+def test_both_snippets_of_the_card_run(card, tmp_path, tiny_pipeline):
+    save_pipeline(tiny_pipeline, tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", card(quality=QUALITY).text, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        code = snippet.replace('"digits"', repr(str(tmp_path))).replace(
+            "num_inference_steps=100", "num_inference_steps=2"
+        )
+        assert str(tmp_path) in code and "=2)" in code
+        names = {}
+        exec(code, names)
+        assert len(names["images"]) == 16
+
+
+def test_metrics_are_kept_beside_the_card(card, tmp_path):
+    card(quality=QUALITY)
+    assert json.loads((Path(tmp_path) / "metrics.json").read_text())["quality"] == QUALITY

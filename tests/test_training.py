@@ -1,0 +1,268 @@
+"""The training script itself: real processes, real data, killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+from accelerate import Accelerator
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_sample_image
+from training_config import parse_config
+
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.checkpoints import list_checkpoints
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "--block_out_channels",
+    "8",
+    "16",
+    "--layers_per_block",
+    "1",
+    "--attention_head_dim",
+    "8",
+    "--total_images",
+    "192",
+    "--batch_size",
+    "16",
+    "--checkpoint_every_steps",
+    "4",
+    "--keep_checkpoints",
+    "10",
+    "--log_every_steps",
+    "4",
+    "--sample_steps",
+    "4",
+    "--quality_samples",
+    "0",
+    "--report_to",
+    "none",
+    "--cpu_threads",
+    "1",
+    "--seed",
+    "3",
+]
+
+
+def run(output_dir, *options):
+    train.main([*TINY, "--output_dir", str(output_dir), *options])
+    return checkpoint(output_dir, 12)
+
+
+def checkpoint(output_dir, step):
+    folder = output_dir / "checkpoints" / f"checkpoint-{step:08d}"
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+
+
+def tensors(saved):
+    return {f"{name}/{key}": value for name, group in saved.items() for key, value in group.items()}
+
+
+def assert_bit_identical(a, b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def assert_same_run(a, b):
+    """Equal but for the order of additions. Adam divides by a gradient's size, which blows rounding up where the
+    gradient is nearly nothing; hence a bound on the whole and not on each number."""
+    a, b = tensors(a), tensors(b)
+    for key in a:
+        if key.startswith(("model", "ema")):
+            assert (a[key] - b[key]).norm() <= 1e-4 * (1e-2 + a[key].norm()), key
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, run(folder)
+
+
+def test_a_run_leaves_everything_a_person_needs(straight):
+    folder, _ = straight
+    for file in ("model_index.json", "samples.png", "denoising.png", "loss.png", "config.yaml", "README.md"):
+        assert (folder / file).stat().st_size > 0, file
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["training"]["images_seen"] == 192 and metrics["training"]["train_examples"] == 1437
+    assert parse_config(["--config", str(folder / "config.yaml")]).seed == 3
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".unfinished")]
+
+
+def test_what_is_published_is_the_average_of_the_weights(straight):
+    folder, saved = straight
+    pipe = DDPMPipelineCustom.from_pretrained(folder)
+    weights = pipe.unet.state_dict()
+    assert all(torch.equal(weights[name], average) for name, average in saved["ema"].items())
+    assert any(not torch.equal(weights[name], saved["model"][name]) for name in weights)
+
+
+def test_the_first_loss_of_a_zero_initialised_network_is_one(straight):
+    folder, _ = straight
+    config = parse_config([*TINY, "--config", str(folder / "config.yaml")])
+    unet, scheduler = train.build(config)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
+    images = train.load_images(config)
+    batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
+    accelerator = Accelerator()
+    losses = [
+        train.training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch]).item()
+        for step, batch in enumerate(batches)
+    ]
+    # The network gives 0, so each loss is the mean square of its noise; the rate is 0, so it stays so.
+    assert sum(losses) / 8 == pytest.approx(1.0, abs=4 * (2 / (8 * 16 * 64)) ** 0.5)
+
+
+def test_resuming_is_bit_identical_to_not_stopping(straight, tmp_path):
+    folder, expected = straight
+    run(tmp_path)
+    for stale in list_checkpoints(tmp_path / "checkpoints")[1:]:
+        for file in stale.iterdir():
+            file.unlink()
+        stale.rmdir()
+    assert_bit_identical(run(tmp_path), expected)
+    history = [
+        json.loads((root / "checkpoints" / "checkpoint-00000012" / "state.json").read_text())["history"]
+        for root in (folder, tmp_path)
+    ]
+    assert history[0] == history[1]
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(straight, tmp_path, caplog):
+    run(tmp_path)
+    damaged = tmp_path / "checkpoints" / "checkpoint-00000012" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 255
+    damaged.write_bytes(content)
+    assert_bit_identical(run(tmp_path), straight[1])
+    assert "model.safetensors does not have the checksum" in caplog.text
+
+
+def test_micro_batches_make_the_same_run(straight, tmp_path):
+    assert_same_run(run(tmp_path, "--micro_batch_size", "4"), straight[1])
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_before_any_training(straight):
+    folder, saved = straight
+    with pytest.raises(SystemExit, match="made under another configuration:(.|\n)*seed: 3 there, 4 asked for"):
+        run(folder, "--seed", "4")
+    assert_bit_identical(checkpoint(folder, 12), saved)
+
+
+def test_overwrite_starts_again(straight, tmp_path):
+    run(tmp_path, "--seed", "4")
+    assert_bit_identical(run(tmp_path, "--overwrite"), straight[1])
+
+
+def test_draws_depend_on_seed_step_and_position_alone():
+    config = parse_config(TINY)
+    whole = train.draw(config, 5, range(16), torch.device("cpu"))
+    for positions in (range(0, 8), range(8, 16), range(4, 6)):
+        part = train.draw(config, 5, positions, torch.device("cpu"))
+        assert all(torch.equal(a, b[positions.start : positions.stop]) for a, b in zip(part, whole))
+    for other in (train.draw(config, 6, range(16), torch.device("cpu")),):
+        assert not any(torch.equal(a, b) for a, b in zip(other, whole))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(20):
+        photo = load_sample_image("china.jpg" if i % 2 else "flower.jpg")
+        Image.fromarray(photo[i * 10 : i * 10 + 200, i * 20 : i * 20 + 200]).save(tmp_path / "photos" / f"{i:02d}.jpg")
+    return tmp_path / "photos"
+
+
+def photo_options(photos):
+    return ["--dataset", str(photos), "--resolution", "16", "24", "--channels", "3", "--random_flip"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_folder_of_colour_photographs_trains_at_a_size_that_is_not_square(photos, tmp_path, in_memory):
+    limit = [] if in_memory else ["--memory_limit_bytes", "0", "--num_workers", "1"]
+    run(tmp_path / "out", *photo_options(photos), *limit)
+    images = DDPMPipelineCustom.from_pretrained(tmp_path / "out")(2, num_inference_steps=2).images
+    assert [(image.size, image.mode) for image in images] == [((24, 16), "RGB")] * 2
+
+
+def test_a_broken_image_stops_the_run_before_training_and_may_be_left_out(photos, tmp_path, caplog):
+    (photos / "07.jpg").write_bytes((photos / "07.jpg").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="1 of 20 images cannot be read:\n.*07.jpg(.|\n)*--skip_broken_images"):
+        run(tmp_path / "out", *photo_options(photos))
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "out", *photo_options(photos), "--skip_broken_images")
+    assert "07.jpg" in caplog.text
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["training"]["train_examples"] == 19
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config", "nothing"], "'nothing' is neither a preset"),
+        (["--dataset", "./nowhere"], "neither 'digits', nor a folder"),
+        (["--resolution", "7"], "cannot be halved"),
+        (["--batch_size", "16", "--micro_batch_size", "5"], "must be a multiple of"),
+        (["--block_out_channels", "6", "12"], "norm_num_groups"),
+        (["--down_block_types", "DownBlock2D", "SkipDownBlock2D"], "SkipDownBlock2D.*supported are"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_sentence_and_no_traceback(tmp_path, options, message):
+    with pytest.raises(SystemExit, match=f"train.py: error: .*{message}"):
+        run(tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_two_processes_is_said_once_and_without_a_traceback(tmp_path):
+    process = launch(tmp_path, "--resolution", "7", processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("train.py: error: resolution 7×7 cannot be halved") == 1
+    assert "Traceback" not in output.split("train.py: error:")[0]
+
+
+def launch(output_dir, *options, processes):
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", str(processes)]
+    return subprocess.Popen(
+        [*command, str(ROOT / "training" / "train.py"), *TINY, "--output_dir", str(output_dir), *options],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_two_processes_killed_in_the_middle_go_on_and_end_with_the_weights_of_one_undisturbed_process(
+    straight, tmp_path
+):
+    # Far more steps than it lives to make: what counts is the checkpoint it leaves.
+    process = launch(tmp_path, processes=2)
+    first = tmp_path / "checkpoints" / "checkpoint-00000004" / "state.json"
+    deadline = time.monotonic() + 120
+    while not first.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    for stale in list_checkpoints(tmp_path / "checkpoints")[2:]:  # where the machine was faster than the signal
+        for file in stale.iterdir():
+            file.unlink()
+        stale.rmdir()
+
+    process = launch(tmp_path, processes=2)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "Going on from step" in output
+    assert "python training/publish.py" in output.strip().splitlines()[-1]
+    assert_same_run(checkpoint(tmp_path, 12), straight[1])
+    assert json.loads((tmp_path / "metrics.json").read_text())["training"]["processes"] == 2
+    assert np.asarray(Image.open(tmp_path / "samples.png")).size > 0

@@ -1,0 +1,69 @@
+"""Several processes on a machine without a GPU.
+
+`accelerate launch --num_processes N` starts the N processes where there are GPUs. Where there are none it starts one
+and says nothing (accelerate 1.15). `run` notices and starts all N here, which then talk over gloo.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+ALREADY_DISTRIBUTED = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main` in as many processes as `accelerate launch` was asked for."""
+    options = launcher_options()
+    if options is None or options.num_processes <= 1:
+        main()
+        return
+    machines, rank = options.num_machines or 1, options.machine_rank or 0
+    local, rest = divmod(options.num_processes, machines)
+    if rest:
+        sys.exit(f"error: --num_processes {options.num_processes} does not divide among {machines} machines.")
+    # Children end with this process, and this one with an error if one of them fails.
+    arguments = (main, local, local * machines, rank)
+    try:
+        torch.multiprocessing.start_processes(_worker, arguments, local, start_method="spawn")
+    except torch.multiprocessing.ProcessExitedException as error:
+        sys.exit(error.exit_code)
+
+
+def _worker(local_rank: int, main: Callable[[], None], local: int, world: int, machine: int) -> None:
+    os.environ |= {
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local),
+        "RANK": str(machine * local + local_rank),
+        "WORLD_SIZE": str(world),
+    }
+    main()
+
+
+def launcher_options():
+    """What `accelerate launch`, the parent process, was called with, if it left starting processes to this one."""
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys()
+    if not launched or torch.accelerator.is_available() or any(name in os.environ for name in ALREADY_DISTRIBUTED):
+        return None
+    command = psutil.Process().parent().cmdline()
+    for i, word in enumerate(command):
+        if Path(word).name in ("accelerate-launch", "accelerate.commands.launch"):
+            break
+        if word == "launch" and Path(command[i - 1]).name == "accelerate":
+            break
+    else:
+        sys.exit(
+            "error: accelerate started one process where several were asked for (it does so on machines without a GPU). "
+            "Use `torchrun --nproc_per_node N training/train.py ...` here."
+        )
+    options = launch_command_parser().parse_args(command[i + 1 :])
+    config_file = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)
+    if options.num_processes is None and config_file is not None:
+        options.num_processes = load_config_from_file(config_file).num_processes
+    options.num_processes = options.num_processes or 1
+    return options
