@@ -20,6 +20,13 @@ class SavesAsStock:
         config = json.loads(super().to_json_string())
         for name in self.own_arguments:
             config.pop(name, None)
+        config.pop("_name_or_path", None)  # where this copy was read from, often a path of somebody's machine
         config["_class_name"] = self.stock_class.__name__
         config["_diffusers_version"] = diffusers.__version__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def refuse_pickle(safe_serialization: bool) -> None:
+    """ValueError for `safe_serialization=False`: a pickle can hold code, and whoever loads it would run that."""
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False would write weights as pickle; only safetensors are written.")

@@ -1,6 +1,8 @@
 """UNet2DModelCustom: the noise predictor of DDPM, in and out of diffusers' checkpoints."""
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
@@ -9,7 +11,7 @@ from diffusers.models.activations import get_activation
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from .interop import SavesAsStock
+from .interop import SavesAsStock, refuse_pickle
 from .layers import (
     AttentionBlock,
     Downsample,
@@ -191,18 +193,13 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, ConfigMixin):
         """The prediction at x_t = `sample` (B, C, H, W) and t = `timestep` (a number, a 0-d tensor or (B,)).
 
         Returns `UNet2DOutput(sample)` of shape (B, out_channels, H, W), or a tuple of it. Raises ValueError for an
-        image size that cannot be halved often enough, and for labels that are missing or not wanted.
+        image size that cannot be halved often enough, and for labels that are missing, not wanted or out of range.
         """
-        multiple = self.size_multiple
-        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
-            raise ValueError(
-                f"height and width must be multiples of {multiple} for a U-Net of {len(self.down_blocks)} levels, "
-                f"got {sample.shape[-2]}×{sample.shape[-1]}."
-            )
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1
         t = timestep if torch.is_tensor(timestep) else torch.tensor([timestep], device=sample.device)
         t = t.reshape(-1).to(sample.device)
+        self._check_inputs(sample, t, class_labels)
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
         temb = self.temb_act(self.embed(t, class_labels))
 
         x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
@@ -224,14 +221,74 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, ConfigMixin):
         """Embedding (n, D) of timesteps t (n,), n being 1 when the batch shares one, plus that of the labels (B,)."""
         emb = self.time_embedding(self.time_proj(t).to(self.dtype))
         if self.class_embedding is None:
-            if class_labels is not None:
-                raise ValueError("class_labels were given, but this model is unconditional (num_class_embeds is None).")
             return emb
-        if class_labels is None:
-            raise ValueError("this model is class-conditional: class_labels must be given.")
         if self.config.class_embed_type == "timestep":
             class_labels = self.time_proj(class_labels).to(self.dtype)
         return emb + self.class_embedding(class_labels).to(self.dtype)
+
+    def _check_inputs(self, sample: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> None:
+        """ValueError for what does not fit the network. Looks at values only where that stalls no device or graph."""
+        multiple, channels = self.size_multiple, self.config.in_channels
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise ValueError(f"sample must have shape (B, {channels}, H, W), got {tuple(sample.shape)}.")
+        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
+            raise ValueError(
+                f"height and width must be multiples of {multiple} for a U-Net of {len(self.down_blocks)} levels, "
+                f"got {sample.shape[-2]}×{sample.shape[-1]}."
+            )
+        lengths = (1, sample.shape[0])
+        if t.shape[0] not in lengths:
+            raise ValueError(f"timestep must be one, or {lengths[1]} (one per image), got {t.shape[0]}.")
+        if (class_labels is None) != (self.class_embedding is None):
+            if class_labels is None:
+                raise ValueError("this model is class-conditional: class_labels must be given.")
+            raise ValueError("class_labels were given, but this model is unconditional (num_class_embeds is None).")
+        if class_labels is not None and (class_labels.ndim == 0 or class_labels.shape[0] not in lengths):
+            raise ValueError(
+                f"class_labels must hold one per image, {lengths[1]}, got shape {tuple(class_labels.shape)}."
+            )
+        for name, index, table in (
+            ("timestep", t, self.time_proj),
+            ("class_labels", class_labels, self.class_embedding),
+        ):
+            if not isinstance(table, nn.Embedding):
+                continue
+            if index.is_floating_point() or index.ndim != 1:
+                raise ValueError(f"{name} must be (B,) integers, got {index.dtype} of shape {tuple(index.shape)}.")
+            if index.device.type != "cpu" or torch.compiler.is_compiling():
+                continue
+            if ((index < 0) | (index >= table.num_embeddings)).any():
+                raise ValueError(f"{name} must lie in 0..{table.num_embeddings - 1}, got {index.tolist()}.")
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Write weights and configuration as stock does; pickled weights (`safe_serialization=False`) are refused.
+
+        A save replaces the one that lay there: stock leaves the index of a sharded one behind, whose shards it
+        removed, and the folder cannot be loaded any more.
+        """
+        refuse_pickle(safe_serialization)
+        if is_main_process:
+            suffix = f".{variant}" if variant else ""
+            (Path(save_directory) / f"diffusion_pytorch_model.safetensors.index{suffix}.json").unlink(missing_ok=True)
+        super().save_pretrained(
+            str(save_directory),
+            is_main_process=is_main_process,
+            save_function=save_function,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            push_to_hub=push_to_hub,
+            **kwargs,
+        )
 
 
 def _block_name(kind: str) -> str:
@@ -253,8 +310,8 @@ def _check_arguments(config) -> None:
         "time_embedding_type": ("positional", "fourier", "learned"),
         "class_embed_type": (None, "timestep", "identity"),
         "resnet_time_scale_shift": ("default", "scale_shift"),
-        "downsample_type": ("conv", "resnet"),
-        "upsample_type": ("conv", "resnet"),
+        "downsample_type": ("conv", "resnet", None),
+        "upsample_type": ("conv", "resnet", None),
         "downsample_padding": (0, 1),
     }
     for name, allowed in choices.items():
@@ -262,7 +319,14 @@ def _check_arguments(config) -> None:
             raise ValueError(f"{name} must be one of {allowed}, got {config[name]!r}.")
     if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
         raise ValueError("time_embedding_type='learned' needs num_train_timesteps.")
-    if bad := [c for c in config.block_out_channels if c % config.norm_num_groups]:
+    groups = config.norm_num_groups
+    if not isinstance(groups, int) or groups < 1 or any(c % groups for c in config.block_out_channels):
         raise ValueError(
-            f"block_out_channels must be multiples of norm_num_groups = {config.norm_num_groups}, got {bad}."
+            "norm_num_groups must be an integer that divides each of block_out_channels "
+            f"{tuple(config.block_out_channels)}, got {groups!r}."
+        )
+    if config.attn_norm_num_groups and config.block_out_channels[-1] % config.attn_norm_num_groups:
+        raise ValueError(
+            f"attn_norm_num_groups must divide the middle's {config.block_out_channels[-1]} channels, "
+            f"got {config.attn_norm_num_groups}."
         )

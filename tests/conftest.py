@@ -1,0 +1,99 @@
+"""What the tests share: a quiet, offline environment, and networks small enough to run in milliseconds."""
+
+import os
+
+# Before torch: threads that wait by spinning crawl on cores that other programs use too.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before the Hugging Face libraries, which read these when they are imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import logging
+from collections.abc import Callable
+
+import diffusers
+import pytest
+import torch
+
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+
+torch.set_num_threads(2)
+
+# A chain whose end is noise though it is short, and a prediction that keeps an untrained network's images off the
+# ends of their range, where clamping would hide differences.
+TINY_SCHEDULER = {
+    "num_train_timesteps": 20,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+}
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same global random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unet_config() -> dict:
+    """Constructor arguments of a U-Net of two levels, with attention; stock's and this package's alike."""
+    return dict(TINY_UNET)
+
+
+@pytest.fixture
+def scheduler_config() -> dict:
+    """Constructor arguments of a scheduler of 20 steps; stock's and this package's alike."""
+    return dict(TINY_SCHEDULER)
+
+
+@pytest.fixture
+def make_unet() -> Callable[..., UNet2DModelCustom]:
+    """A tiny U-Net with random weights; keyword arguments replace those of `unet_config`."""
+    return lambda **changes: UNet2DModelCustom(**{**TINY_UNET, **changes}).eval()
+
+
+@pytest.fixture
+def tiny_unet(make_unet) -> UNet2DModelCustom:
+    return make_unet()
+
+
+@pytest.fixture
+def make_pipeline(make_unet) -> Callable[..., DDPMPipelineCustom]:
+    """A tiny pipeline of 20 steps; keyword arguments are the U-Net's, `scheduler` replaces the scheduler."""
+
+    def make(scheduler=None, **changes) -> DDPMPipelineCustom:
+        pipe = DDPMPipelineCustom(make_unet(**changes), scheduler or DDPMSchedulerCustom(**TINY_SCHEDULER))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def tiny_pipeline(make_pipeline) -> DDPMPipelineCustom:
+    return make_pipeline()
+
+
+@pytest.fixture
+def diffusers_log(caplog) -> pytest.LogCaptureFixture:
+    """`caplog` for diffusers' own logger, which does not hand its records on; warnings and worse."""
+    logger = logging.getLogger("diffusers")
+    verbosity = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_warning()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    diffusers.logging.set_verbosity(verbosity)
