@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import diffusers
 import torch
@@ -14,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
 
 from .gaussian import LEARNED_VARIANCES
-from .interop import SavesAsStock
+from .interop import SavesAsStock, refuse_pickle
 from .scheduler import DDPMSchedulerCustom
 from .unet import UNet2DModelCustom
 
@@ -149,10 +150,22 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         if timesteps is not None:
             if num_inference_steps is not None:
                 raise ValueError("give num_inference_steps or timesteps, not both.")
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"{type(scheduler).__name__} takes no timesteps of its own: give num_inference_steps.")
             scheduler.set_timesteps(timesteps=timesteps, device=self._execution_device)
         else:
             steps = scheduler.config.num_train_timesteps if num_inference_steps is None else num_inference_steps
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"num_inference_steps must be an integer of at least 1, got {steps!r}.")
             scheduler.set_timesteps(steps, device=self._execution_device)
+            # At T steps diffusers' multistep solvers round two timesteps to one, and divide by zero there: all is NaN.
+            # (A step of order 2 may stay where it is, and so may the last one of all.)
+            sigmas = getattr(scheduler, "sigmas", None)
+            if scheduler.order == 1 and sigmas is not None and (torch.as_tensor(sigmas)[:-1].diff() == 0).any():
+                raise ValueError(
+                    f"num_inference_steps={steps} makes {type(scheduler).__name__} visit a noise level twice: "
+                    f"give fewer steps (the model has {scheduler.config.num_train_timesteps})."
+                )
         return scheduler
 
     def _check_call(self, batch_size: int, generator: Generators, latents: torch.Tensor | None) -> tuple[int, ...]:
@@ -166,15 +179,17 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         shape = (batch_size, config.in_channels, *(size if config.sample_size is not None else latents.shape[2:]))
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
-        if isinstance(generator, (list, tuple)) and len(generator) != batch_size:
-            raise ValueError(f"generator must be one, or {batch_size} (one per image), got {len(generator)}.")
-        learned = getattr(self.scheduler.config, "variance_type", None) in LEARNED_VARIANCES
-        if isinstance(self.scheduler, DDPMSchedulerCustom) and config.out_channels != config.in_channels * (
-            1 + learned
-        ):
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * batch_size
+        if len(generators) != batch_size:
+            raise ValueError(f"generator must be one, or {batch_size} (one per image), got {len(generators)}.")
+        if wrong := [g for g in generators if not isinstance(g, (torch.Generator, NoneType))]:
+            raise TypeError(f"generator must be a torch.Generator or a list of them, got {wrong[0]!r}.")
+        variance_type = self.scheduler.config.get("variance_type")
+        expected = config.in_channels * (2 if variance_type in LEARNED_VARIANCES else 1)
+        if config.out_channels != expected:
             raise ValueError(
-                f"variance_type={self.scheduler.config.variance_type!r} needs a U-Net with "
-                f"{config.in_channels * (1 + learned)} output channels, this one has {config.out_channels}."
+                f"variance_type={variance_type!r} needs a U-Net with {expected} output channels, "
+                f"this one has {config.out_channels}."
             )
         return shape
 
@@ -200,8 +215,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
 
         Arguments as for `DiffusionPipeline.save_pretrained`; pickled weights (`safe_serialization=False`) are refused.
         """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write weights as pickle; only safetensors are written.")
+        refuse_pickle(safe_serialization)
         super().save_pretrained(str(save_directory), **kwargs)
 
     @classmethod
@@ -232,19 +246,26 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            folder = _snapshot(
-                str(pretrained_model_name_or_path),
-                allow_pickle=not model_kwargs.get("use_safetensors"),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
+            try:
+                folder = _snapshot(
+                    str(pretrained_model_name_or_path),
+                    allow_pickle=not model_kwargs.get("use_safetensors"),
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                )
+            except Exception as error:
+                error.add_note(f"There is no folder {str(folder)!r} here, so it was looked for on the Hub.")
+                raise
         if scheduler is None:
             scheduler = _load_scheduler(_part_folder(folder, "scheduler", "scheduler_config.json"))
         if unet is None:
-            unet = UNet2DModelCustom.from_pretrained(_part_folder(folder, "unet", "config.json"), **model_kwargs)
+            weights = _part_folder(folder, "unet", "config.json")
+            if not any(weights.glob("*.safetensors")):
+                model_kwargs.setdefault("use_safetensors", False)  # diffusers logs an error before it tries .bin
+            unet = UNet2DModelCustom.from_pretrained(weights, **model_kwargs)
         elif model_kwargs:
             raise TypeError(f"{sorted(model_kwargs)} say how to load the U-Net, but a U-Net was given.")
         pipe = cls(unet=unet, scheduler=scheduler)
