@@ -127,6 +127,11 @@ def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCusto
         sample_size=height if height == width else (height, width),
         in_channels=config.channels,
         out_channels=config.channels,
+        # Details in which the original code differs from diffusers' defaults.
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
         zero_init_output=True,
         **{name: getattr(config, name) for name in names},
     )
