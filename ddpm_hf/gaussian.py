@@ -116,7 +116,7 @@ class GaussianDiffusion:
 
     def _set_tables(self, tables: dict[str, torch.Tensor]) -> None:
         self.tables = tables
-        self._floats = {name: table.tolist() for name, table in tables.items()}
+        self._floats: dict[str, list[float]] = {}
         self._rounded: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
         self.place(torch.device("cpu"))
 
@@ -140,6 +140,8 @@ class GaussianDiffusion:
         """Table `name` at t, broadcastable against `like` (batch first): a float for an int t, else a tensor."""
         t = beside(t, like)
         if isinstance(t, int) and not torch.compiler.is_compiling():
+            if name not in self._floats:
+                self._floats[name] = self.tables[name].tolist()
             return self._floats[name][t]
         dtype = working_dtype(like)
         self.place(like.device, dtype)

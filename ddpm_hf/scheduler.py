@@ -1,5 +1,6 @@
 """DDPMSchedulerCustom: the diffusers face of `GaussianDiffusion`."""
 
+import inspect
 import logging
 from collections.abc import Sequence
 from numbers import Integral
@@ -134,10 +135,17 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
                 "trained_betas": trained_betas,
                 "analytic_trained_betas": None,
             }
-        # from_config leaves out what the configuration lists as a default that was used.
-        changed = {n: v for n, v in changed.items() if v is not config[n] and (n != "beta_schedule" or v != config[n])}
-        defaults = [name for name in config.get("_use_default_values", []) if name not in changed]
-        self.register_to_config(**changed, _use_default_values=defaults)
+        config = {**config, **changed}
+        # from_config leaves out what _use_default_values lists. diffusers puts every argument given by position there, so
+        # that it is lost; own arguments belong there even if None was given, or stock warns of them.
+        defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
+        unchanged = [
+            name
+            for name in {*config.get("_use_default_values", []), *self.own_arguments}
+            if config[name] is defaults[name]
+            or (isinstance(config[name], (int, float, str)) and config[name] == defaults[name])
+        ]
+        self.register_to_config(**changed, _use_default_values=unchanged)
 
     @property
     def own_arguments(self) -> tuple[str, ...]:
@@ -306,8 +314,7 @@ def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torc
     # torch.quantile refuses large inputs; two order statistics and the line between them are the same number.
     position = ratio * (magnitude.shape[1] - 1)
     low = int(position)
-    ordered = magnitude.sort(dim=1).values
-    below, above = ordered[:, low], ordered[:, min(low + 1, magnitude.shape[1] - 1)]
+    below, above = (magnitude.kthvalue(min(k, magnitude.shape[1]), dim=1).values for k in (low + 1, low + 2))
     s = torch.lerp(below, above, position - low).clamp(1, max_value)
     s = s.reshape(-1, *[1] * (x_0.ndim - 1))
     return torch.maximum(torch.minimum(x_0, s), -s) / s
