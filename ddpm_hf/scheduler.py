@@ -247,7 +247,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
             generator: of the noise z; one, or a list of one per sample. (`torch.compile` takes no generators.)
             variance_noise: z itself, shape of `sample`, in place of drawing it.
 
-        Raises ValueError or TypeError for shapes and timesteps that do not fit. Returns `DDPMSchedulerOutput(prev_sample, pred_original_sample)`, or the tuple of the two; dtype of `sample`.
+        Returns `DDPMSchedulerOutput(prev_sample, pred_original_sample)`, or the tuple of the two; dtype of `sample`.
+        Raises ValueError or TypeError for shapes, timesteps and generators that do not fit.
         """
         if isinstance(generator, (list, tuple)):
             if len(generator) != sample.shape[0]:

@@ -684,6 +684,19 @@ def test_a_step_on_a_device_copies_nothing_and_reads_nothing_back(form, variance
     assert [s for s in copies.seen if form != "host number" or "local_scalar" not in s] == []
 
 
+def test_timesteps_of_each_sample_given_on_the_host_are_copied_once():
+    scheduler = DDPMSchedulerCustom(variance_type="learned_range")
+    scheduler.set_timesteps(50, device="meta")
+    x, output = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, 6, 8, 8, device="meta")
+    for call in (
+        lambda: scheduler.step(output, torch.tensor([0, 20, 500, 980]), x),
+        lambda: scheduler.add_noise(x, x, torch.tensor([0, 20, 500, 980])),
+    ):
+        with CopiesBetweenDevices() as copies:
+            call()
+        assert len([s for s in copies.seen if "copy" in s]) == 1
+
+
 FORMS = {
     "int": lambda t, B: t,
     "0-d": lambda t, B: torch.tensor(t),
