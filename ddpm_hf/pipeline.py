@@ -259,17 +259,18 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             except Exception as error:
                 error.add_note(f"There is no folder {str(folder)!r} here, so it was looked for on the Hub.")
                 raise
+        name = str(pretrained_model_name_or_path)
         if scheduler is None:
-            scheduler = _load_scheduler(_part_folder(folder, "scheduler", "scheduler_config.json"))
+            scheduler = _load_scheduler(_part_folder(folder, "scheduler", "scheduler_config.json", name))
         if unet is None:
-            weights = _part_folder(folder, "unet", "config.json")
+            weights = _part_folder(folder, "unet", "config.json", name)
             if not any(weights.glob("*.safetensors")):
                 model_kwargs.setdefault("use_safetensors", False)  # diffusers logs an error before it tries .bin
             unet = UNet2DModelCustom.from_pretrained(weights, **model_kwargs)
         elif model_kwargs:
             raise TypeError(f"{sorted(model_kwargs)} say how to load the U-Net, but a U-Net was given.")
         pipe = cls(unet=unet, scheduler=scheduler)
-        pipe.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        pipe.register_to_config(_name_or_path=name)
         return pipe
 
 
@@ -302,11 +303,12 @@ def _snapshot(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
     return folder
 
 
-def _part_folder(folder: Path, part: str, config_name: str) -> Path:
+def _part_folder(folder: Path, part: str, config_name: str, name: str) -> Path:
+    """Where a part lies in a folder; `name` is what the user calls the folder, or the repository it is a copy of."""
     for candidate in (folder / part, folder):
         if (candidate / config_name).is_file():
             return candidate
-    raise FileNotFoundError(f"{folder} holds no pipeline: neither {part}/{config_name} nor {config_name} is there.")
+    raise FileNotFoundError(f"{name} holds no pipeline: neither {part}/{config_name} nor {config_name} is there.")
 
 
 def _load_scheduler(folder: Path) -> SchedulerMixin:
