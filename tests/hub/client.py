@@ -1,0 +1,113 @@
+"""What a user does with the Hub, in a process of its own: the client reads HF_ENDPOINT when it is imported.
+
+`python client.py load OUT STEP...` runs steps of the table below, several a process because imports are slow. Each leaves
+OUT/<step>.npy (images) or OUT/<step>.txt (the error that ended it). `python client.py scripts` reads a JSON list of
+{"script", "arguments", "env"} from stdin, runs each as if from the command line, and prints what came of it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+BATCH, STEPS, SEED = 2, 20, 0
+
+
+def sample(pipe) -> np.ndarray:
+    """The images that all pipelines are compared by; the same function for this package's pipeline and stock's."""
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(SEED)
+    return pipe(batch_size=BATCH, generator=generator, num_inference_steps=STEPS, output_type="np").images
+
+
+def own(repo_id: str, **kwargs) -> np.ndarray:
+    from ddpm_hf import DDPMPipelineCustom
+
+    return sample(DDPMPipelineCustom.from_pretrained(repo_id, **kwargs))
+
+
+def stock(repo_id: str) -> np.ndarray:
+    """By diffusers alone, with this package out of reach, into a cache of its own."""
+    if "ddpm_hf" in sys.modules:
+        raise RuntimeError("this step must come before those that import ddpm_hf")
+    sys.modules["ddpm_hf"] = None
+    try:
+        from diffusers import DDPMPipeline
+
+        return sample(DDPMPipeline.from_pretrained(repo_id, cache_dir=os.environ["HF_HOME"] + "/stock"))
+    finally:
+        del sys.modules["ddpm_hf"]
+
+
+def push(repo_id: str, new_id: str) -> np.ndarray:
+    from ddpm_hf import DDPMPipelineCustom
+
+    pipe = DDPMPipelineCustom.from_pretrained(repo_id)
+    pipe.push_to_hub(new_id)
+    return sample(pipe)
+
+
+LOAD = {
+    "stock": lambda: stock("user/name"),
+    "own": lambda: own("user/name"),
+    "tag": lambda: own("user/name", revision="v1"),
+    "commit": lambda: own("user/name", revision=os.environ["FIRST_COMMIT"]),
+    "no revision": lambda: own("user/name", revision="v2"),
+    "flat": lambda: own("google/ddpm-flat"),
+    "pickle": lambda: own("google/ddpm-pickle"),
+    "code": lambda: own("other/code"),
+    "safetensors only": lambda: own("google/ddpm-pickle", use_safetensors=True),
+    "no pipeline": lambda: own("other/text"),
+    "private": lambda: own("user/private"),
+    "private, no token": lambda: own("user/private", token=False, cache_dir=os.environ["HF_HOME"] + "/anonymous"),
+    "missing": lambda: own("user/nothing"),
+    "push": lambda: push("user/name", "user/name2"),
+    "pushed": lambda: own("user/name2"),
+}
+
+
+def load(out: Path, *steps: str) -> None:
+    for step in steps:
+        try:
+            np.save(out / f"{step}.npy", LOAD[step]())
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", []))
+            (out / f"{step}.txt").write_text(f"{type(error).__name__}: {error}\n{notes}")
+
+
+def scripts() -> None:
+    results = []
+    for case in json.load(sys.stdin):
+        saved, said = dict(os.environ), io.StringIO()
+        os.environ.update(case["env"])
+        sys.argv = [case["script"], *case["arguments"]]
+        status = 0
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                runpy.run_path(case["script"], run_name="__main__")
+            except SystemExit as end:  # as the interpreter does: a text is printed, and means 1
+                status = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code)
+            except Exception:
+                status = 1
+                traceback.print_exc()
+        os.environ.clear()
+        os.environ.update(saved)
+        results.append({"status": status, "output": said.getvalue()})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "load":
+        load(Path(sys.argv[2]), *sys.argv[3:])
+    else:
+        scripts()
