@@ -64,9 +64,9 @@ class GaussianDiffusion:
     Args:
         betas: float64 tensor (T,), each in (0, 1); the last may be 1 (zero terminal SNR).
         prediction_type: what the network's output means: "epsilon", "sample" (x_0) or "v_prediction".
-        variance_type: Σ_θ of the reverse step: β̃_t ("fixed_small"), β_t ("fixed_large"), the optimum that the network's
-            own second moment tells ("analytic"), or predicted in a second half of the channels, as the variance
-            itself ("learned") or between β̃_t and β_t ("learned_range").
+        variance_type: Σ_θ of the reverse step: β̃_t ("fixed_small"), β_t ("fixed_large"), the optimum that the
+            network's own second moment tells ("analytic"), or predicted in a second half of the channels, as the
+            variance itself ("learned") or between β̃_t and β_t ("learned_range").
         timesteps: (T,) the number that the network is told at each index; 0..T−1 unless this is a sub-chain.
         analytic_moments: (T,) Γ_t = E‖ε_θ(x_t, t)‖²/d, of `estimate_analytic_moments`; with "analytic" only.
         alphas: (T,) float64, 1 − β where the difference would lose it: long strides have β within 1e-16 of 1.
@@ -106,12 +106,13 @@ class GaussianDiffusion:
         self._set_tables(chain_tables(betas, alphas, self.analytic_moments))
         if variance_type == "analytic" and self.alphas_cumprod[-1] == 0:
             raise ValueError(
-                "variance_type='analytic' cannot be used where ᾱ_T is 0 (zero terminal SNR): the noise tells nothing of x_0."
+                "variance_type='analytic' cannot be used where ᾱ_T is 0 (zero terminal SNR): "
+                "the noise tells nothing of x_0."
             )
         if prediction_type == "epsilon" and not self.sqrt_recip_alphas_cumprod[-1] < torch.finfo(torch.float32).max:
             raise ValueError(
-                f"prediction_type='epsilon' cannot be used where ᾱ_T is {self.alphas_cumprod[-1].item():g} (zero terminal "
-                "SNR): x_T holds no trace of x_0, so x_0 cannot be had from the noise. Use 'v_prediction' or 'sample'."
+                f"prediction_type='epsilon' cannot be used where ᾱ_T is {self.alphas_cumprod[-1].item():g} (zero "
+                "terminal SNR): x_T holds no trace of x_0, so x_0 cannot be had from the noise. Use 'v_prediction' or 'sample'."
             )
 
     def _set_tables(self, tables: dict[str, torch.Tensor]) -> None:
@@ -294,8 +295,8 @@ class GaussianDiffusion:
         expected = 2 * channels if self.variance_type in LEARNED_VARIANCES else channels
         if model_output.shape != (x_t.shape[0], expected, *x_t.shape[2:]):
             raise ValueError(
-                f"with variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)} the model's output "
-                f"must have {expected} channels and the same batch and size, got shape {tuple(model_output.shape)}."
+                f"with variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)} the model's "
+                f"output must have {expected} channels and the same batch and size, got shape {tuple(model_output.shape)}."
             )
         t = beside(t, x_t)
         x_0 = self.predict_x_0(model_output[:, :channels], x_t, t)

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 # The schedules that every scheduler of diffusers has by name; all others are handed on as trained_betas.
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-# diffusers takes any variance_type that it does not know for "fixed_small". It does refuse an unknown beta_schedule, and
-# with this at the end of its name says which one it is.
+# diffusers takes any variance_type that it does not know for "fixed_small". It does refuse an unknown beta_schedule,
+# and with this at the end of its name says which one it is.
 ANALYTIC_MARK = " with the analytic variance of ddpm_hf"
 # √ᾱ is then a tenth: that much of an image's amplitude is left where sampling starts from pure noise.
 NOISE_ENOUGH = 0.01
@@ -136,8 +136,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
                 "analytic_trained_betas": None,
             }
         config = {**config, **changed}
-        # from_config leaves out what _use_default_values lists. diffusers puts every argument given by position there, so
-        # that it is lost; own arguments belong there even if None was given, or stock warns of them.
+        # from_config leaves out what _use_default_values lists. diffusers puts every argument given by position there,
+        # so that it is lost; own arguments belong there even if None was given, or stock warns of them.
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
         unchanged = [
             name
@@ -304,7 +304,8 @@ def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Ten
     timesteps = torch.arange(n - 1, -1, -1) * (T // n) + offset
     if timesteps[0] >= T:
         raise ValueError(
-            f"steps_offset={offset} with {n} leading steps reaches timestep {int(timesteps[0])}; the model's last is {T - 1}."
+            f"steps_offset={offset} with {n} leading steps reaches timestep {int(timesteps[0])}; "
+            f"the model's last is {T - 1}."
         )
     return timesteps
 

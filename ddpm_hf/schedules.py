@@ -39,8 +39,8 @@ def _squaredcos_cap_v2(T: int, beta_start: float, beta_end: float) -> torch.Tens
 def _laplace(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     """diffusers' "laplace", β capped at 0.999; the range is not used.
 
-    There ᾱ(u) = √(s/(1+s)) with s = (2u + ε)^−½ up to u = ½ and s = (2(1−u) + ε)^½ after it, ε = 1e-6. With w = √(2u + ε),
-    or √(2(1−u) + ε), ᾱ² is 1/(1+w), or w/(1+w), so that 1 − ᾱ_b²/ᾱ_a² is a difference of neighbouring w.
+    There ᾱ(u) = √(s/(1+s)) with s = (2u + ε)^−½ up to u = ½ and s = (2(1−u) + ε)^½ after it, ε = 1e-6. With
+    w = √(2u + ε), or √(2(1−u) + ε), ᾱ² is 1/(1+w), or w/(1+w), so that 1 − ᾱ_b²/ᾱ_a² is a difference of neighbouring w.
     """
     eps = 1e-6
     i = torch.arange(T + 1, dtype=torch.float64)
@@ -163,8 +163,8 @@ def scale_betas_for_timesteps(
     scale = 1000 / num_train_timesteps
     if max(beta_start, beta_end) * scale >= 1:
         raise ValueError(
-            f"num_train_timesteps={num_train_timesteps} is too small for beta_start={beta_start!r}, beta_end={beta_end!r} "
-            f"of T = 1000: β would reach {max(beta_start, beta_end) * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
+            f"num_train_timesteps={num_train_timesteps} is too small for beta_start={beta_start!r}, "
+            f"beta_end={beta_end!r} of T = 1000: β would reach {max(beta_start, beta_end) * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
         )
     return beta_start * scale, beta_end * scale
 
@@ -239,8 +239,8 @@ def chain_tables(
         "is_last_step": 1 - no_noise_last,
     }
     if analytic_moments is not None:
-        # Analytic-DPM, theorem 1, with λ² = β̃: β̃_t + (coefficient of x_0 in μ̃)²·Var(x_0 | x_t), where the variance of
-        # x_0 is (1−ᾱ_t)/ᾱ_t·(1 − Γ_t). An estimate Γ_t > 1 would make it negative: it counts as 1 (theorem 2).
+        # Analytic-DPM, theorem 1, with λ² = β̃: β̃_t + (coefficient of x_0 in μ̃)²·Var(x_0 | x_t), where the variance
+        # of x_0 is (1−ᾱ_t)/ᾱ_t·(1 − Γ_t). An estimate Γ_t > 1 would make it negative: it counts as 1 (theorem 2).
         certain = (1 - analytic_moments).clamp(min=0)
         variance_of_x_0 = tables["posterior_mean_coef_x_0"].square() * one_minus / alphas_cumprod * certain
         analytic = posterior_variance + variance_of_x_0

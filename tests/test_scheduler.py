@@ -664,7 +664,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", *LEARNED])
 @pytest.mark.parametrize("form", ["int", "host number", "device number", "device batch"])
 def test_a_step_on_a_device_copies_nothing_and_reads_nothing_back(form, variance_type, clipping):
-    """On the meta device, whose tensors have no values: whatever reads one raises, and copies from the host are seen."""
+    """On the meta device, whose tensors have no values: whatever reads one raises; copies from the host are seen."""
     scheduler = DDPMSchedulerCustom(variance_type=variance_type, **CLIPPING[clipping])
     scheduler.set_timesteps(50, device="meta")
     x = torch.empty(4, 3, 8, 8, device="meta")
