@@ -202,6 +202,21 @@ def test_a_callback_sees_every_step_and_may_replace_the_latents(tiny_pipeline):
     assert not torch.allclose(untouched, called, atol=0.05)
 
 
+def test_the_process_goes_on_from_what_a_callback_or_a_caller_put_in_its_place(make_pipeline):
+    pipe = make_pipeline(SCHEDULERS["DDIM"])  # draws no noise on the way
+    other = torch.randn(1, 3, 8, 8)
+
+    def replace(pipe, i, t, tensors):
+        return {"latents": other} if i == 9 else {}
+
+    called = [images(pipe, generator=seeded(s), callback_on_step_end=replace) for s in (1, 2)]
+    assert torch.equal(*called)
+    assert not torch.allclose(called[0], images(pipe, generator=seeded(1)), atol=0.05)
+    for i, step in enumerate(pipe.denoise(generator=seeded(3))):
+        step.x = other if i == 9 else step.x
+    assert torch.equal((step.x / 2 + 0.5).clamp(0, 1), called[0])
+
+
 def test_dropout_is_off_while_sampling_and_every_module_is_put_back(make_pipeline):
     pipe = make_pipeline(dropout=0.5)
     expected = images(pipe, generator=seeded(0), num_inference_steps=4)
