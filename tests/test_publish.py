@@ -26,6 +26,7 @@ ROUNDING = 1e-5  # float32 sums in another order: processes differ in where memo
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PIPELINE = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS]
 PUBLISHED = sorted([*PIPELINE, "README.md", "config.yaml", "metrics.json", "samples.png"])
+USE = 'pipe = DDPMPipeline.from_pretrained("{}")\n'
 # Names of attention weights in the files of 2020's models, and what diffusers calls them today.
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -36,7 +37,7 @@ def make_run(folder: Path, seed: int) -> Path:
     pipe = DDPMPipelineCustom(UNet2DModelCustom(**TINY_UNET).eval(), DDPMSchedulerCustom(**TINY_SCHEDULER))
     pipe.save_pretrained(folder)
     texts = {
-        "README.md": "---\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# A tiny model\n",
+        "README.md": "---\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# A tiny model\n" + USE.format("run"),
         "metrics.json": '{"training": {}}\n',
         "config.yaml": "seed: 0\n",
         "notes.txt": "mine\n",
@@ -54,6 +55,14 @@ def make_run(folder: Path, seed: int) -> Path:
         (folder / name).write_text(text)
     (folder / "samples.png").write_bytes(b"\x89PNG\r\n\x1a\n\0" + bytes(range(256)))
     return folder
+
+
+def as_published(folder: Path, repo_id: str) -> dict[str, bytes]:
+    """The files of a run as the Hub should have them: the same bytes, but that the card's examples load `repo_id`."""
+    files = files_of(folder, PUBLISHED)
+    card = files["README.md"].replace(USE.format("run").encode(), USE.format(repo_id).encode())
+    assert card != files["README.md"]
+    return files | {"README.md": card}
 
 
 def files_of(folder: Path, names: list[str]) -> dict[str, bytes]:
@@ -193,7 +202,7 @@ def test_publishing_is_one_commit_of_the_intended_files_byte_for_byte(published)
     repo = published.hub.repo("user/name")
     made, initial = repo.history(published.first_commit)
     assert initial.title == "initial commit"
-    assert repo.contents(made.oid) == files_of(published.first, PUBLISHED)
+    assert repo.contents(made.oid) == as_published(published.first, "user/name")
     assert made.files[WEIGHTS].is_lfs
     assert not repo.private
 
@@ -215,13 +224,13 @@ def test_publishing_the_same_again_changes_nothing(published, cases):
 def test_private_makes_a_private_repository(published, cases):
     assert cases["private"]["status"] == 0
     assert published.hub.repo("user/secret").private
-    assert published.hub.repo("user/secret").contents() == files_of(published.first, PUBLISHED)
+    assert published.hub.repo("user/secret").contents() == as_published(published.first, "user/secret")
 
 
 def test_a_branch_is_made_and_main_left_as_it_is(published, cases):
     assert cases["branch"]["status"] == 0, cases["branch"]["output"]
     repo = published.hub.repo("user/branched")
-    assert repo.contents("step-20") == files_of(published.second, PUBLISHED)
+    assert repo.contents("step-20") == as_published(published.second, "user/branched")
     assert repo.contents("main") == {}
 
 
@@ -229,19 +238,19 @@ def test_a_pull_request_leaves_main_as_it_is(published, cases):
     assert cases["pull request"]["status"] == 0, cases["pull request"]["output"]
     assert "/user/reviewed/discussions/1" in cases["pull request"]["output"]
     repo = published.hub.repo("user/reviewed")
-    assert repo.contents("refs/pr/1") == files_of(published.second, PUBLISHED)
+    assert repo.contents("refs/pr/1") == as_published(published.second, "user/reviewed")
     assert repo.contents("main") == {}
 
 
 def test_weights_of_an_earlier_model_do_not_stay_beside_the_new_ones(published, cases):
     assert cases["over another model"]["status"] == 0, cases["over another model"]["output"]
-    expected = {**files_of(published.first, PUBLISHED), "notes/mine.md": b"kept"}
+    expected = {**as_published(published.first, "user/stale"), "notes/mine.md": b"kept"}
     assert published.hub.repo("user/stale").contents() == expected
 
 
 def test_a_name_without_a_user_is_the_users_own(published, cases):
     assert cases["no namespace"]["status"] == 0
-    assert published.hub.repo("user/mine").contents() == files_of(published.first, PUBLISHED)
+    assert published.hub.repo("user/mine").contents() == as_published(published.first, "user/mine")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ One commit holds the pipeline, its card, figures, metrics and configuration; che
 here. Log in first (`hf auth login`), or set HF_TOKEN.
 """
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +53,14 @@ def publish(args: PublishArguments) -> str:
     # Weights that an earlier model left beside these would be loaded in their place, or mixed with them.
     there = api.list_repo_files(repo_id, revision=args.revision)
     stale = [name for name in there if name.startswith(("unet/", "scheduler/")) and name not in names]
+    # The card's examples load the folder; on the Hub they should load the repository.
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    card = re.sub(r'from_pretrained\("[^"]*"\)', f'from_pretrained("{repo_id}")', card).encode()
     # Not upload_folder, which may split what it uploads into several commits.
     commit = api.create_commit(
         repo_id=repo_id,
         operations=[CommitOperationDelete(name) for name in stale]
-        + [CommitOperationAdd(name, file) for name, file in zip(names, files)],
+        + [CommitOperationAdd(name, card if name == "README.md" else file) for name, file in zip(names, files)],
         commit_message=args.commit_message,
         revision=args.revision,
         create_pr=args.create_pr,
