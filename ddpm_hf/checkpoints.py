@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,24 +109,33 @@ def write_whole(file: Path, content: str | bytes) -> None:
     os.replace(beside, file)
 
 
-def lock_folder(folder: Path, wait_seconds: float = 60.0) -> IO:
-    """Keep other runs out of a folder for as long as the returned file lives; the system lifts the lock with the
-    process. Raises ValueError if another run still holds it after `wait_seconds` (a killed one takes a moment to end).
+@contextmanager
+def lock_folder(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
+    """Keep other runs out of a folder for a while; the system lifts the lock of a process that dies.
+
+    Raises ValueError if another run still holds it after `wait_seconds` (a killed one takes a moment to end).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")  # noqa: SIM115 (open for as long as the run)
-    if fcntl is None:
-        return file
-    deadline = time.monotonic() + wait_seconds
-    while True:
+    with open(folder / ".lock", "a") as file:
+        if fcntl is None:
+            yield
+            return
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another run is writing to {folder}: end it first, or use another folder."
+                    ) from None
+                time.sleep(0.2)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                raise ValueError(f"another run is writing to {folder}: end it first, or use another folder.") from None
-            time.sleep(0.2)
+            yield
+        finally:
+            # Explicitly, since worker processes may hold copies of the file.
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _sha256(file: Path) -> str:

@@ -1,6 +1,8 @@
 """Checkpoints are whole or absent, and a damaged one says so."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from ddpm_hf.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
+    lock_folder,
     optimizer_tensors,
     prune_checkpoints,
     save_checkpoint,
@@ -108,3 +111,25 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_whole(file, "one")
     write_whole(file, b"two")
     assert file.read_text() == "two" and list(tmp_path.iterdir()) == [file]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ddpm_hf.checkpoints import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_run_s_until_that_run_ends_or_is_killed(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another run is writing to"), lock_folder(tmp_path, wait_seconds=0.3):
+        pass
+    other.kill()
+    other.wait()
+    for _ in range(2):
+        with lock_folder(tmp_path, wait_seconds=5):
+            pass

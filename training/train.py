@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,33 +184,48 @@ def use_cpu_threads(threads: int | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Prepare a run; whatever is wrong with it is said here, before anything is trained or written."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        config = parse_config(arguments)
-        accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=config.mixed_precision,
-            log_with=None if config.report_to == "none" else config.report_to,
-            project_dir=config.output_dir,
-        )
-        if accelerator.device.type == "cpu":
-            use_cpu_threads(config.cpu_threads)
-        if not accelerator.is_main_process:
-            datasets.disable_progress_bars()
-        parts = config.micro_batches(accelerator.num_processes)
-        set_seed(config.seed)
-        unet, scheduler = build(config)
-        with accelerator.main_process_first():
-            images = load_images(config)
-        output_dir = Path(config.output_dir)
-        lock = lock_folder(output_dir) if accelerator.is_main_process else None  # noqa: F841 (held while it lives)
-        if config.overwrite and accelerator.is_main_process:
-            shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
-        accelerator.wait_for_everyone()
-        restored = last_checkpoint(config, output_dir / "checkpoints")
-    except ValueError as error:
-        sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    with ExitStack() as stack:
+        try:
+            config = parse_config(arguments)
+            accelerator = Accelerator(
+                cpu=not torch.accelerator.is_available(),
+                mixed_precision=config.mixed_precision,
+                log_with=None if config.report_to == "none" else config.report_to,
+                project_dir=config.output_dir,
+            )
+            if accelerator.device.type == "cpu":
+                use_cpu_threads(config.cpu_threads)
+            if not accelerator.is_main_process:
+                datasets.disable_progress_bars()
+            config.micro_batches(accelerator.num_processes)
+            set_seed(config.seed)
+            unet, scheduler = build(config)
+            with accelerator.main_process_first():
+                images = load_images(config)
+            output_dir = Path(config.output_dir)
+            if accelerator.is_main_process:
+                stack.enter_context(lock_folder(output_dir))
+                if config.overwrite:
+                    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+            accelerator.wait_for_everyone()
+            restored = last_checkpoint(config, output_dir / "checkpoints")
+        except ValueError as error:
+            sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        run(config, accelerator, unet, scheduler, images, restored)
 
+
+def run(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    unet: UNet2DModelCustom,
+    scheduler: DDPMSchedulerCustom,
+    images: Images,
+    restored: tuple[dict, dict] | None,
+) -> None:
+    """Train from `restored`, or from the start, to the end."""
+    output_dir, parts = Path(config.output_dir), config.micro_batches(accelerator.num_processes)
     diffusion = scheduler.diffusion
     optimizer = torch.optim.Adam(
         unet.parameters(),
