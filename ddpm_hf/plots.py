@@ -89,7 +89,7 @@ def denoising_strip(
     return _cells(cells, rows, len(kept), 0.8, [titles[k] for k in kept])
 
 
-def loss_curve(images_seen: Sequence[float], losses: Sequence[float], smoothing: float = 0.9) -> Figure:
+def loss_curve(images_seen: Sequence[float], losses: Sequence[float], smoothing: float = 0.6) -> Figure:
     """Training loss against images seen, as logged and smoothed, on a logarithmic axis."""
     figure = Figure(figsize=(6, 3.5), dpi=130, layout="constrained")
     axis = figure.subplots()
