@@ -96,7 +96,7 @@ class Images(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        if self._decoded is not None:
+        if self.in_memory:
             batch = {"images": self._decoded[indices]}
             rows = self._labels[indices] if self.label_column is not None else None
         else:
@@ -135,6 +135,11 @@ class Images(torch.utils.data.Dataset):
         """Decode every image now, H·W·C bytes each, so that a batch costs an index."""
         everything = self[range(len(self))]
         self._decoded, self._labels = everything["images"], everything.get("labels")
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether `keep_in_memory` was called."""
+        return self._decoded is not None
 
     @property
     def num_bytes(self) -> int:

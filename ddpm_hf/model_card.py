@@ -10,17 +10,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import __version__
 
 
-def make_card(template: Path, config_yaml: str, metrics: dict, model_name: str = "") -> ModelCard:
+def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
     """The card of a trained model.
 
     Args:
         template: a Jinja template (model_cards/template.md).
         config_yaml: the resolved training configuration.
         metrics: "training", and "quality" if it was measured, as `metrics.json` holds them.
-        model_name: a name for the title; that of the output folder when left out.
     """
     config = yaml.safe_load(config_yaml)
-    name = model_name or Path(config["output_dir"]).name
+    name = Path(config["output_dir"]).name
     quality = metrics.get("quality")
     dataset = "scikit-learn/load_digits" if config["dataset"] == "digits" else config["dataset"]
     on_hub = config["dataset"] != "digits" and not Path(config["dataset"]).exists()

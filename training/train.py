@@ -249,18 +249,16 @@ def run(
     sampler = ProcessBatches(
         batches, first_step, config.num_steps, accelerator.process_index, accelerator.num_processes, parts
     )
-    in_memory = images.num_bytes <= config.memory_limit_bytes
     loader = iter(
         torch.utils.data.DataLoader(
             images,
             sampler=sampler,
             batch_size=None,
-            num_workers=0 if in_memory else config.num_workers,
+            num_workers=0 if images.in_memory else config.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
     )
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
         write_whole(output_dir / "config.yaml", config.to_yaml())
     accelerator.init_trackers("logs", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     bar = tqdm(
