@@ -6,12 +6,13 @@ lands on the image. Equation numbers are those of docs/derivation.md.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from .schedules import chain_tables, check_betas
+from .timesteps import Timestep, as_timesteps, beside, check_timestep
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # The tables of σ_t (0 where x_{t−1} is the image) and log σ_t². The log variants of a variance differ from the plain
@@ -37,8 +38,6 @@ _CONVERSIONS = {
     ("sample", "v_prediction"): ("sqrt_snr", -1, "sqrt_recip_one_minus_alphas_cumprod"),
     ("epsilon", "v_prediction"): ("minus_sqrt_recipm1_alphas_cumprod", 1, "sqrt_recip_alphas_cumprod"),
 }
-
-Timestep = int | torch.Tensor
 
 
 class ReverseStep(NamedTuple):
@@ -103,7 +102,9 @@ class GaussianDiffusion:
         if self.timesteps.shape != betas.shape:
             raise ValueError(f"timesteps must have shape {tuple(betas.shape)}, got {tuple(self.timesteps.shape)}.")
         self.analytic_moments = None if analytic_moments is None else _check_moments(analytic_moments, len(betas))
-        self._set_tables(chain_tables(betas, alphas, self.analytic_moments))
+        tables = chain_tables(betas, alphas, self.analytic_moments)
+        tables["reverse_step"] = self._reverse_step_table(tables)
+        self._set_tables(tables)
         if variance_type == "analytic" and self.alphas_cumprod[-1] == 0:
             raise ValueError(
                 "variance_type='analytic' cannot be used where ᾱ_T is 0 (zero terminal SNR): "
@@ -114,6 +115,17 @@ class GaussianDiffusion:
                 f"prediction_type='epsilon' cannot be used where ᾱ_T is {self.alphas_cumprod[-1].item():g} (zero "
                 "terminal SNR): x_T holds no trace of x_0, so x_0 cannot be had from the noise. Use 'v_prediction' or 'sample'."
             )
+
+    def _reverse_step_table(self, tables: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(T, 5): a, b, c, d and σ_t of x_0 = a·x_t + b·output and x_{t−1} = c·x_0 + d·x_t + σ_t·z (eqs. 9, 11), so
+        that a step looks up one table. σ_t of a learned variance is 0 at the last step and 1 elsewhere."""
+        a, b = torch.zeros_like(tables["betas"]), torch.ones_like(tables["betas"])
+        if self.prediction_type != "sample":
+            x_t, sign, output = _CONVERSIONS[self.prediction_type, "sample"]
+            a, b = tables[x_t], sign * tables[output]
+        std = FIXED_VARIANCES[self.variance_type][0] if self.variance_type in FIXED_VARIANCES else "is_not_last_step"
+        means = (tables["posterior_mean_coef_x_0"], tables["posterior_mean_coef_x_t"])
+        return torch.stack([a, b, *means, tables[std]], dim=1)
 
     def _set_tables(self, tables: dict[str, torch.Tensor]) -> None:
         self.tables = tables
@@ -133,7 +145,7 @@ class GaussianDiffusion:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __len__(self) -> int:
-        return len(self.timesteps)
+        return self.timesteps.shape[0]
 
     # ------------------------------------------------------------------ reading the tables at t
 
@@ -150,27 +162,14 @@ class GaussianDiffusion:
         # Indexing with a 0-d tensor would read it back to the host; selecting with one of length 1 does not.
         return table[t] if isinstance(t, int) else table[t.reshape(-1)].reshape(-1, *[1] * (like.ndim - 1))
 
-    def check_timestep(self, t: Timestep, like: torch.Tensor) -> None:
-        """Raises TypeError or ValueError for a t that is no timestep of this chain (values on a device and inside a
-        compiled graph are not looked at: that would stall both)."""
-        if isinstance(t, torch.Tensor):
-            if t.is_floating_point() or t.dtype == torch.bool:
-                raise TypeError(f"timesteps must be integers, got a tensor of {t.dtype}.")
-            if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, like.shape[0])):
-                raise ValueError(
-                    f"timesteps must be one number or one per sample ({like.shape[0]}), got shape {tuple(t.shape)}."
-                )
-            if torch.compiler.is_compiling() or t.device.type != "cpu" or t.numel() == 0:
-                return
-            low, high = t.min().item(), t.max().item()
-        elif isinstance(t, int) and not isinstance(t, bool):
-            low = high = t
-        else:
-            raise TypeError(f"a timestep must be an int or an integer tensor, got {t!r} of {type(t).__name__}.")
-        if low < 0 or high >= len(self):
-            raise ValueError(
-                f"timesteps must lie in 0..{len(self) - 1}, got {low if low == high else f'{low}..{high}'}."
-            )
+    def _reverse_step_coefficients(self, t: Timestep, like: torch.Tensor) -> Sequence[torch.Tensor | float]:
+        """The row of "reverse_step" at t, by the rules of `at`."""
+        if isinstance(t, int):
+            row = self.at("reverse_step", t, like)
+            return row if isinstance(row, list) else row.unbind()
+        self.place(like.device, working_dtype(like))
+        rows = self._rounded[like.device, working_dtype(like)]["reverse_step"][t.reshape(-1)]
+        return rows.T.reshape(rows.shape[1], -1, *[1] * (like.ndim - 1)).unbind()
 
     def _checked_mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
         self._check(x, y, t)
@@ -183,7 +182,7 @@ class GaussianDiffusion:
             )
         if not (x.is_floating_point() and y.is_floating_point()):
             raise TypeError(f"images and noise must be floating point, in [-1, 1], got {x.dtype} and {y.dtype}.")
-        self.check_timestep(t, x)
+        check_timestep(t, len(self), x)
 
     def _mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
         """a_t·x ± b_t·y, in at least float32."""
@@ -202,7 +201,7 @@ class GaussianDiffusion:
 
     def q_mean_variance(self, x_0: torch.Tensor, t: Timestep) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean √ᾱ_t·x_0 and variance 1−ᾱ_t of q(x_t | x_0) (eq. 2)."""
-        self.check_timestep(t, x_0)
+        check_timestep(t, len(self), x_0)
         x_0 = x_0.to(working_dtype(x_0))
         return self.at("sqrt_alphas_cumprod", t, x_0) * x_0, self.at("one_minus_alphas_cumprod", t, x_0)
 
@@ -270,10 +269,10 @@ class GaussianDiffusion:
         """p_θ(x_{t−1} | x_t) (eqs. 3 and 11), to sample from, from the network's output at (x_t, t).
 
         `model_output` has the shape of x_t, or twice its channels for a learned variance. `clip`, when given, maps
-        the predicted x_0 before the mean is made from it.
+        the predicted x_0 before the mean is made from it, and may write over it.
         """
-        mean, variance_output, x_0 = self._p_mean(model_output, x_t, t, clip)
-        return ReverseStep(mean, self._std(variance_output, t, mean), x_0)
+        mean, std, x_0, variance_output = self._p_mean(model_output, x_t, t, clip)
+        return ReverseStep(mean, std if variance_output is None else self._learned_std(variance_output, t, std), x_0)
 
     def p_mean_variance(
         self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip=None
@@ -283,7 +282,7 @@ class GaussianDiffusion:
         At index 0, where sampling adds no noise, the fixed variances take the next index's β̃ (the original code's
         convention), since the decoder of the image needs one above 0.
         """
-        mean, variance_output, x_0 = self._p_mean(model_output, x_t, t, clip)
+        mean, _, x_0, variance_output = self._p_mean(model_output, x_t, t, clip)
         if self.variance_type in FIXED_VARIANCES:
             return ReverseDistribution(mean, self.at(FIXED_VARIANCES[self.variance_type][1], t, mean), x_0)
         if self.variance_type == "learned":
@@ -292,31 +291,37 @@ class GaussianDiffusion:
 
     def _p_mean(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip) -> tuple[torch.Tensor, ...]:
         channels = x_t.shape[1]
-        expected = 2 * channels if self.variance_type in LEARNED_VARIANCES else channels
-        if model_output.shape != (x_t.shape[0], expected, *x_t.shape[2:]):
+        learned = self.variance_type in LEARNED_VARIANCES
+        expected = (x_t.shape[0], 2 * channels if learned else channels, *x_t.shape[2:])
+        if model_output.shape != expected:
             raise ValueError(
                 f"with variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)} the model's "
-                f"output must have {expected} channels and the same batch and size, got shape {tuple(model_output.shape)}."
+                f"output must have {expected[1]} channels and the same batch and size, got shape {tuple(model_output.shape)}."
             )
-        t = beside(t, x_t)
-        x_0 = self.predict_x_0(model_output[:, :channels], x_t, t)
+        if not (x_t.is_floating_point() and model_output.is_floating_point()):
+            raise TypeError(f"images and outputs must be floating point, got {x_t.dtype} and {model_output.dtype}.")
+        check_timestep(t, len(self), x_t)
+        dtype = working_dtype(x_t, model_output)
+        x_t, model_output = x_t.to(dtype), model_output.to(dtype)
+        variance_output = None
+        if learned:
+            model_output, variance_output = model_output[:, :channels], model_output[:, channels:]
+        a, b, c, d, std = self._reverse_step_coefficients(beside(t, x_t), x_t)
+        x_0 = add_scaled_(a * x_t, b, model_output)
         if clip is not None:
             x_0 = clip(x_0)
-        mean = self._mix("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
-        return mean, model_output[:, channels:].to(mean.dtype), x_0
+        mean = add_scaled_(c * x_0, d, x_t)
+        return mean, std, x_0, variance_output
 
-    def _std(self, variance_output: torch.Tensor, t: Timestep, like: torch.Tensor) -> torch.Tensor | float:
-        if self.variance_type in FIXED_VARIANCES:
-            return self.at(FIXED_VARIANCES[self.variance_type][0], t, like)
+    def _learned_std(self, variance_output: torch.Tensor, t: Timestep, is_not_last_step) -> torch.Tensor | float:
+        if isinstance(is_not_last_step, float) and not is_not_last_step:
+            return 0.0
         if self.variance_type == "learned":
             std = variance_output.sqrt()
         else:
             std = torch.exp(self._interpolated_log_variance(variance_output, t) / 2)
-        is_last = self.at("is_last_step", t, like)
-        if isinstance(is_last, float):
-            return 0.0 if is_last else std
         # A product would keep a NaN of the last step, whose variance is never used.
-        return torch.where(is_last != 0, 0.0, std)
+        return std if isinstance(is_not_last_step, float) else torch.where(is_not_last_step != 0, std, 0.0)
 
     def _interpolated_log_variance(self, variance_output: torch.Tensor, t: Timestep) -> torch.Tensor:
         """v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
@@ -358,33 +363,17 @@ class GaussianDiffusion:
         return strided
 
 
+def add_scaled_(x: torch.Tensor, factor: torch.Tensor | float, y: torch.Tensor) -> torch.Tensor:
+    """x + factor·y, written over x, which is a step's own temporary: memory just written is fast to write again."""
+    return x.add_(y, alpha=factor) if isinstance(factor, float) else x.addcmul_(factor, y)
+
+
 def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype sample arithmetic happens in: the widest of the tensors' own, but at least float32."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
-
-
-def beside(t: Timestep, like: torch.Tensor) -> Timestep:
-    """t where it can be used with `like` without a sync: on its device, or as an int where it is one number on the
-    host (outside a compiled graph)."""
-    if not isinstance(t, torch.Tensor) or t.device == like.device:
-        return t
-    if t.ndim == 0 and t.device.type == "cpu" and not torch.compiler.is_compiling():
-        return int(t)
-    return t.to(like.device)
-
-
-def as_timesteps(timesteps: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """`timesteps` as an int64 tensor on the CPU; ValueError where they are no non-empty list of integers."""
-    try:
-        chosen = torch.as_tensor(timesteps if isinstance(timesteps, torch.Tensor) else list(timesteps))
-    except (TypeError, ValueError, RuntimeError):
-        chosen = torch.empty(0)
-    if chosen.ndim != 1 or not chosen.numel() or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}.")
-    return chosen.to(device="cpu", dtype=torch.int64)
 
 
 def gaussian_kl(
@@ -398,40 +387,6 @@ def gaussian_kl(
     expm1 = torch.expm1 if isinstance(difference, torch.Tensor) else math.expm1
     exp = torch.exp if isinstance(log_variance_2, torch.Tensor) else math.exp
     return (expm1(difference) - difference + (mean_1 - mean_2).square() * exp(-log_variance_2)) / 2
-
-
-@torch.no_grad()
-def estimate_analytic_moments(
-    diffusion: GaussianDiffusion,
-    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    batches: Iterable[torch.Tensor],
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Γ_t = E‖ε_θ(x_t, t)‖²/d for every t of the chain (Analytic-DPM, eq. 8, in terms of ε), for `analytic_moments`.
-
-    Args:
-        model: called as `model(x_t, t)` with x_t (B, C, H, W) and the network's own timesteps t, int64 (B,); returns
-            what `diffusion.prediction_type` says (channels beyond C, a learned variance's, are left aside).
-        batches: x_0, each (B, C, H, W) in [-1, 1], on the model's device. The model runs T times on each batch;
-            a hundred images in all are enough, since Γ_t is an average over every pixel too.
-        generator: of the noise, on the batches' device.
-
-    Returns float64 (T,) on the CPU. Raises ValueError where `batches` is empty.
-    """
-    total, count = torch.zeros(len(diffusion), dtype=torch.float64), 0
-    for x_0 in batches:
-        moments = []
-        for t, t_model in enumerate(diffusion.timesteps.tolist()):
-            noise = torch.randn(x_0.shape, generator=generator, device=x_0.device, dtype=working_dtype(x_0))
-            x_t = diffusion.q_sample(x_0, t, noise)
-            output = model(x_t, torch.full((x_0.shape[0],), t_model, device=x_0.device))
-            epsilon = diffusion.predict_epsilon(output[:, : x_0.shape[1]], x_t, t)
-            moments.append(epsilon.square().mean())
-        total += torch.stack(moments).cpu().double() * x_0.shape[0]
-        count += x_0.shape[0]
-    if not count:
-        raise ValueError("batches must hold at least one batch of images, got none.")
-    return total / count
 
 
 def _check_moments(moments: torch.Tensor | Sequence[float], T: int) -> torch.Tensor:

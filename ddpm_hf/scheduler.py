@@ -12,9 +12,10 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
-from .gaussian import GaussianDiffusion, Timestep, as_timesteps, beside
+from .gaussian import GaussianDiffusion, add_scaled_
 from .interop import SavesAsStock
 from .schedules import make_betas
+from .timesteps import Timestep, as_timesteps, beside, spaced_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
             replaces clamping.
         timestep_spacing, steps_offset: which timesteps `set_timesteps(n)` picks (Lin et al. 2023, table 2).
         rescale_betas_zero_snr: make ᾱ_T zero.
-        analytic_moments: T numbers Γ_t of `gaussian.estimate_analytic_moments`, for variance_type="analytic".
+        analytic_moments: T numbers Γ_t of `analytic.estimate_analytic_moments`, for variance_type="analytic".
         analytic_trained_betas: holds `trained_betas` in the configuration of an analytic scheduler; not to be given.
 
     Own schedules stand in the configuration as `trained_betas` too, so that every scheduler of diffusers can be made
@@ -266,7 +267,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         if not (isinstance(std, float) and std == 0.0):
             if variance_noise is None:
                 variance_noise = randn_tensor(sample.shape, generator, sample.device, mean.dtype)
-            mean = mean + std * variance_noise
+            mean = add_scaled_(mean, std, variance_noise)
         prev_sample, x_0 = mean.to(sample.dtype), x_0.to(sample.dtype)
         return DDPMSchedulerOutput(prev_sample, x_0) if return_dict else (prev_sample, x_0)
 
@@ -274,7 +275,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         if self.config.thresholding:
             return dynamic_threshold(x_0, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
         if self.config.clip_sample:
-            return x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+            return x_0.clamp_(-self.config.clip_sample_range, self.config.clip_sample_range)
         return x_0
 
     # ------------------------------------------------------------------ training
@@ -286,28 +287,6 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Timestep) -> torch.Tensor:
         """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0, the target of v-prediction; dtype of `sample`."""
         return self.diffusion.velocity(sample, timesteps, noise).to(sample.dtype)
-
-
-def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Tensor:
-    """n of the timesteps 0..T−1, descending, as diffusers spaces them (int64, exactly n of them).
-
-    "linspace" has both ends, "leading" counts up from `offset` in whole steps, "trailing" counts down from T−1. The
-    sums and their rounding are those of diffusers (NumPy's), so that halves fall to the same side.
-    Raises ValueError where the offset would leave the chain.
-    """
-    i = torch.arange(n, dtype=torch.float64)
-    if spacing == "linspace":
-        return (i * ((T - 1) / max(n - 1, 1))).round().to(torch.int64).flip(0)
-    if spacing == "trailing":
-        # diffusers counts until 0 is reached, which rounding puts off by one step for some n.
-        return (T + i * ((T - T / n) - T)).round().to(torch.int64) - 1
-    timesteps = torch.arange(n - 1, -1, -1) * (T // n) + offset
-    if timesteps[0] >= T:
-        raise ValueError(
-            f"steps_offset={offset} with {n} leading steps reaches timestep {int(timesteps[0])}; "
-            f"the model's last is {T - 1}."
-        )
-    return timesteps
 
 
 def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:

@@ -236,7 +236,7 @@ def chain_tables(
         "epsilon_mean_coef_epsilon": betas / (one_minus * alphas).sqrt(),
         "sampling_std_posterior_variance": posterior_variance.sqrt(),
         "sampling_std_betas": betas.sqrt() * no_noise_last,
-        "is_last_step": 1 - no_noise_last,
+        "is_not_last_step": no_noise_last,
     }
     if analytic_moments is not None:
         # Analytic-DPM, theorem 1, with λ² = β̃: β̃_t + (coefficient of x_0 in μ̃)²·Var(x_0 | x_t), where the variance

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
+from ddpm_hf.analytic import estimate_analytic_moments
 from ddpm_hf.gaussian import (
     PREDICTION_TYPES,
     VARIANCE_TYPES,
     GaussianDiffusion,
-    beside,
-    estimate_analytic_moments,
     gaussian_kl,
 )
 from ddpm_hf.schedules import BETA_SCHEDULES, make_betas
+from ddpm_hf.timesteps import beside
 
 T = 1000
 KINDS = (*PREDICTION_TYPES, "score")
@@ -485,7 +485,19 @@ METHODS = {
     "posterior_mean_from_epsilon": lambda d, t, x, y: d.posterior_mean_from_epsilon(y, x, t),
     "p_mean_std": lambda d, t, x, y: d.p_mean_std(y, x, t).mean,
     "p_mean_variance": lambda d, t, x, y: d.p_mean_variance(y, x, t).mean,
+    "clipped": lambda d, t, x, y: d.p_mean_std(y, x, t, clip=lambda x_0: x_0.clamp_(-0.1, 0.1)).x_0,
 }
+
+
+@pytest.mark.parametrize("t", [321, torch.tensor([0, 5, 321, 999])], ids=["int", "per sample"])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_arguments_are_never_written_over(method, prediction_type, t):
+    images = random_images(4, 3, 5, 5, dtype=torch.float32)
+    x, y = next(images), next(images)
+    copies = x.clone(), y.clone()
+    METHODS[method](linear_chain(prediction_type=prediction_type), t, x, y)
+    assert torch.equal(x, copies[0]) and torch.equal(y, copies[1])
 
 
 @pytest.mark.parametrize("method", METHODS)

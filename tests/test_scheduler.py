@@ -19,9 +19,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf import DDPMSchedulerCustom
-from ddpm_hf.gaussian import GaussianDiffusion, estimate_analytic_moments
-from ddpm_hf.scheduler import ANALYTIC_MARK, TIMESTEP_SPACINGS, dynamic_threshold, spaced_timesteps
+from ddpm_hf.analytic import estimate_analytic_moments
+from ddpm_hf.gaussian import GaussianDiffusion
+from ddpm_hf.scheduler import ANALYTIC_MARK, TIMESTEP_SPACINGS, dynamic_threshold
 from ddpm_hf.schedules import BETA_SCHEDULES, make_betas, scale_betas_for_timesteps
+from ddpm_hf.timesteps import spaced_timesteps
 
 FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED = ("learned", "learned_range")
