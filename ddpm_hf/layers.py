@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import get_activation
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 
@@ -70,15 +72,42 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
+# Row a of the 4×4 kernel below is the sum of the rows of the 3×3 one that fall on the same source pixel.
+_ROW_SUMS = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device="cpu")
+_KERNEL_SUMS = torch.kron(_ROW_SUMS, _ROW_SUMS)
+# Summing the weights costs as much as it spares at about this many source pixels (measured, CPU).
+_PIXELS_WORTH_SUMMING = 512
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """Twice the size by repeating pixels, then a 3×3 convolution.
+
+    Every source pixel is repeated, so that its 3×3 products share factors: one transposed convolution of stride 2 with
+    a 4×4 kernel of summed weights is the same function in 16 products a source pixel where there were 36.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        if x.device.type != "cpu" or self.weight.dtype.itemsize < 4 or pixels < _PIXELS_WORTH_SUMMING:
+            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        C = self.out_channels
+        weight = self.weight.permute(0, 2, 3, 1).reshape(C, 9, -1)
+        weight = (_KERNEL_SUMS.to(weight.dtype) @ weight).view(C, 4, 4, -1).permute(3, 0, 1, 2)
+        return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
+
+
 class Upsample(nn.Module):
-    """Twice the size by repeating pixels, then a 3×3 convolution."""
+    """`UpsampleConv2d` under the key that diffusers gives it."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampleConv2d(channels)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x)
 
 
 class ResnetBlock(nn.Module):
@@ -133,11 +162,41 @@ class ResnetBlock(nn.Module):
         return h if self.output_scale_factor == 1.0 else h / self.output_scale_factor
 
 
-class AttentionBlock(nn.Module):
-    """x + out(attention(norm(x))) over the H·W pixels, `channels // head_dim` heads."""
+class SelfAttentionProcessor:
+    """What `AttentionBlock` does, through the attention backend chosen (`set_attention_backend`; else PyTorch's own).
+
+    Queries, keys and values stay as the products leave them, (B, H·W, heads, d): no copy in channels-last memory.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "AttentionBlock", x: torch.Tensor) -> torch.Tensor:
+        B, C, H, W = x.shape
+        h = x if attn.group_norm is None else attn.group_norm(x)
+        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
+        parts = (
+            attn.to_qkv(h).chunk(3, dim=-1) if attn.fused_projections else (attn.to_q(h), attn.to_k(h), attn.to_v(h))
+        )
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in parts)
+        h = dispatch_attention_fn(q, k, v, backend=self._attention_backend).flatten(2)
+        h = x + attn.to_out[0](h).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return h if attn.rescale_output_factor == 1.0 else h / attn.rescale_output_factor
+
+
+class AttentionBlock(nn.Module, AttentionModuleMixin):
+    """x + out(attention(norm(x))) over the H·W pixels, `channels // head_dim` heads.
+
+    The processor does it: `SelfAttentionProcessor`, or one of diffusers', which find here what they look for.
+    """
 
     # diffusers reads the old keys (query, key, value, proj_attn) into modules that say this.
     _from_deprecated_attn_block = True
+    _default_processor_cls = SelfAttentionProcessor
+    # What diffusers' processors ask of diffusers' own attention, besides what is set below.
+    use_bias = residual_connection = True
+    is_cross_attention = upcast_attention = upcast_softmax = norm_cross = False
+    spatial_norm = norm_q = norm_k = None
 
     def __init__(
         self, channels: int, head_dim: int, *, groups: int | None, eps: float, output_scale_factor: float = 1.0
@@ -146,21 +205,18 @@ class AttentionBlock(nn.Module):
         self.heads = channels // head_dim
         if self.heads == 0:
             raise ValueError(f"attention_head_dim={head_dim} is larger than the {channels} channels it divides.")
-        self.output_scale_factor = output_scale_factor
+        self.rescale_output_factor, self.scale = output_scale_factor, head_dim**-0.5
         inner = self.heads * head_dim
         self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else None
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Identity()])
+        self.processor = SelfAttentionProcessor()
+
+    def set_attention_slice(self, slice_size: int | None) -> None:
+        """Accepted for diffusers' tools. Attention here never holds a whole (H·W, H·W) matrix: nothing to slice."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, C, H, W = x.shape
-        h = x if self.group_norm is None else self.group_norm(x)
-        h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)  # no copy in channels-last memory
-        q, k, v = (to(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        h = self.to_out[0](h).reshape(B, H, W, C).permute(0, 3, 1, 2)
-        h = x + h
-        return h if self.output_scale_factor == 1.0 else h / self.output_scale_factor
+        return self.processor(self, x)
 
 
 class Stage(nn.Module):
@@ -209,14 +265,14 @@ class MidStage(Stage):
 
 
 class UpStage(Stage):
-    """Layers, each fed the last skip beside its input, then twice the size. Takes the skips off the list's end."""
+    """Layers, each fed its skip beside its input, then twice the size."""
 
     def __init__(self, resnets: list, attentions: list, upsampler: nn.Module | None):
         super().__init__(resnets, attentions)
         self.upsamplers = nn.ModuleList([upsampler]) if upsampler is not None else None
 
     def forward(self, x: torch.Tensor, skips: list[torch.Tensor], temb: torch.Tensor) -> torch.Tensor:
-        for i in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=1)
+        for i, skip in enumerate(skips):
+            x = torch.cat([x, skip], dim=1)
             x = self.attention(i, self.resnet(i, x, temb))
         return x if self.upsamplers is None else self.upsamplers[0](x, temb)

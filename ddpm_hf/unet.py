@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.activations import get_activation
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
@@ -38,11 +40,13 @@ UP_BLOCK_TYPES = {
 }
 
 
-class UNet2DModelCustom(SavesAsStock, ModelMixin, ConfigMixin):
+class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMixin, ConfigMixin):
     """A U-Net that maps (x_t, t) to a prediction of x_t's shape (DDPM, appendix B).
 
     Constructor arguments, defaults, configuration file and state-dict keys are those of `diffusers.UNet2DModel`, and
-    so is the function computed. Block types: the keys of `DOWN_BLOCK_TYPES` and `UP_BLOCK_TYPES`.
+    so is the function computed. Block types: the keys of `DOWN_BLOCK_TYPES` and `UP_BLOCK_TYPES`. Weights and images are
+    in channels-last memory. Attention processors and backends, fused projections (for inference), and LoRA adapters
+    (`add_adapter`, through peft) are diffusers' own.
 
     Args beyond stock's:
         zero_init_output: start with the last convolution of every residual block, of attention and of the network
@@ -168,6 +172,8 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         if zero_init_output:
             self.zero_init_output()
+        # Convolutions of channels-last images copy weights that are laid out otherwise, every time.
+        self.to(memory_format=torch.channels_last)
 
     @property
     def size_multiple(self) -> int:
@@ -210,7 +216,7 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, ConfigMixin):
         if self.mid_block is not None:
             x = self.mid_block(x, temb)
         for up in self.up_blocks:
-            x = up(x, skips, temb)
+            x = up(x, [skips.pop() for _ in up.resnets], temb)
         x = self.conv_out(nn.functional.silu(self.conv_norm_out(x))).contiguous()
 
         if self.config.time_embedding_type == "fourier":
@@ -260,6 +266,15 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, ConfigMixin):
             if ((index < 0) | (index >= table.num_embeddings)).any():
                 raise ValueError(f"{name} must lie in 0..{table.num_embeddings - 1}, got {index.tolist()}.")
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
+        """`ModelMixin.from_pretrained`, the weights laid out for channels-last images."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        if getattr(model, "hf_device_map", None) is None:  # weights may wait on a disk
+            model.to(memory_format=torch.channels_last)
+        return loaded
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -277,6 +292,10 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, ConfigMixin):
         removed, and the folder cannot be loaded any more.
         """
         refuse_pickle(safe_serialization)
+        if any(getattr(module, "fused_projections", False) for module in self.modules()):
+            raise ValueError(
+                "fused projections are no part of a checkpoint: call unfuse_qkv_projections() before saving."
+            )
         if is_main_process:
             suffix = f".{variant}" if variant else ""
             (Path(save_directory) / f"diffusion_pytorch_model.safetensors.index{suffix}.json").unlink(missing_ok=True)

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.layers import AttentionBlock, ResnetBlock
+from ddpm_hf.layers import AttentionBlock, ResnetBlock, UpsampleConv2d
 
 LEVELS_3 = {
     "block_out_channels": (8, 8, 16),
@@ -455,6 +457,148 @@ def test_gradient_checkpointing_recomputes_the_blocks_and_gives_the_same_gradien
         counts.append(len(calls))
     assert_same_gradients(results[1], results[0], 1e-6)
     assert counts[1] == 2 * counts[0]
+
+
+# ------------------------------------------------------------------ what diffusers' tools ask for
+
+
+def assert_stocks_output(mine: UNet2DModelCustom, stock: UNet2DModel) -> None:
+    given = inputs(stock)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(**given).sample, stock(**given).sample, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
+@pytest.mark.parametrize("changes", [{}, {"mid_block_scale_factor": 2.0, "attention_head_dim": 4}])
+def test_diffusers_attention_processors_compute_the_same_function(pair, processor, changes):
+    mine, stock = pair(**changes)
+    mine.set_attn_processor(processor())
+    assert {type(p) for p in mine.attn_processors.values()} == {processor}
+    assert_stocks_output(mine, stock)
+
+
+def test_a_processor_of_ones_own_is_called_once_for_each_attention(pair):
+    mine, stock = pair(**LEVELS_3)
+    calls = []
+
+    class Counting(AttentionBlock._default_processor_cls):
+        def __call__(self, attn, x):
+            calls.append(attn)
+            return super().__call__(attn, x)
+
+    mine.set_attn_processor(Counting())
+    assert_stocks_output(mine, stock)
+    assert calls == [
+        m
+        for part in (mine.down_blocks, mine.mid_block, mine.up_blocks)
+        for m in part.modules()
+        if isinstance(m, AttentionBlock)
+    ]
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_attention_backends_compute_the_same_function(pair, backend):
+    mine, stock = pair()
+    mine.set_attention_backend(backend)
+    assert {p._attention_backend.value for p in mine.attn_processors.values()} == {backend}
+    assert_stocks_output(mine, stock)
+    mine.reset_attention_backend()
+    assert_stocks_output(mine, stock)
+
+
+def test_fused_projections_compute_the_same_function_and_are_not_saved(pair, tmp_path):
+    mine, stock = pair()
+    mine.fuse_qkv_projections()
+    assert any(name.endswith("to_qkv.weight") for name in mine.state_dict())
+    assert_stocks_output(mine, stock)
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        mine.save_pretrained(tmp_path)
+    mine.unfuse_qkv_projections()
+    assert mine.state_dict().keys() == stock.state_dict().keys()
+    assert_stocks_output(mine, stock)
+
+
+def test_attention_slicing_is_accepted_and_changes_nothing(pair):
+    mine, stock = pair()
+    for module in mine.modules():
+        if hasattr(module, "set_attention_slice"):
+            module.set_attention_slice(1)
+    assert_stocks_output(mine, stock)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may be there")
+def test_xformers_where_it_is_missing_is_said(tiny_unet):
+    with pytest.raises((ModuleNotFoundError, ValueError), match="xformers"):
+        tiny_unet.enable_xformers_memory_efficient_attention()
+
+
+def test_layerwise_casting_gives_stocks_numbers(pair):
+    """Weights in 8 bits, norms excepted, sums in float32: both lose the same."""
+    mine, stock = pair()
+    for model in (mine, stock):
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert torch.float8_e4m3fn in {p.dtype for p in mine.parameters()}
+    assert {n: p.dtype for n, p in mine.named_parameters()} == {n: p.dtype for n, p in stock.named_parameters()}
+    assert_stocks_output(mine, stock)
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": "auto", "max_memory": {"cpu": "40KB"}}],
+)
+def test_weights_placed_by_a_device_map_compute_the_same_function(pair, tmp_path, placement):
+    mine, stock = pair(**LEVELS_3)
+    mine.save_pretrained(tmp_path / "model")
+    placed = UNet2DModelCustom.from_pretrained(tmp_path / "model", offload_folder=tmp_path / "disk", **placement).eval()
+    if "max_memory" in placement:
+        assert "disk" in placed.hf_device_map.values()
+    assert_stocks_output(placed, stock)
+
+
+def test_a_lora_adapter_trains_alone_and_comes_back_from_its_file(pair, tmp_path):
+    mine, stock = pair()
+    mine.requires_grad_(False)
+    mine.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+    given = inputs(stock)
+    output = mine(**given).sample
+    assert (output - stock(**given).sample).abs().max() > 1e-3
+    output.square().mean().backward()
+    trained = [name for name, p in mine.named_parameters() if p.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
+    mine.save_lora_adapter(tmp_path)
+    other = UNet2DModelCustom(**{k: v for k, v in mine.config.items() if not k.startswith("_")}).eval()
+    other.load_state_dict(stock.state_dict())
+    other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    torch.testing.assert_close(other(**given).sample, output, rtol=1e-5, atol=1e-5)
+    mine.disable_adapters()
+    assert_stocks_output(mine, stock)
+
+
+# ------------------------------------------------------------------ how it is computed
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_weights_lie_as_channels_last_images_need_them(tiny_unet, tmp_path, low_cpu_mem_usage):
+    tiny_unet.save_pretrained(tmp_path)
+    loaded, _ = UNet2DModelCustom.from_pretrained(
+        tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, output_loading_info=True
+    )
+    for unet in (tiny_unet, loaded):
+        kernels = [p for p in unet.parameters() if p.ndim == 4]
+        assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+@pytest.mark.parametrize("batch", [1, 16], ids=["few pixels", "many pixels"])
+def test_upsampling_is_repeated_pixels_then_a_convolution(batch):
+    """Both ways of computing it, with all gradients."""
+    conv = UpsampleConv2d(3).double()
+    x = torch.randn(batch, 3, 5, 9, dtype=torch.float64, requires_grad=True)
+    given = (x, conv.weight, conv.bias)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), conv.weight, conv.bias, padding=1)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(*(torch.autograd.grad((y * weights).sum(), given) for y in (conv(x), expected))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-11)
 
 
 def has_compiler() -> bool:
