@@ -6,7 +6,7 @@ import digits_quality
 import numpy as np
 import pytest
 import sample as sample_script
-from finish import sample, save_pipeline, write_metrics_and_card
+from finish import sample, write_metrics_and_card
 from PIL import Image
 from test_model_card import TRAINING
 from training_config import TrainingConfig, load_preset
@@ -19,7 +19,7 @@ def model(make_pipeline, tmp_path):
     """The output folder of a digits run, as far as the scripts look at it."""
     folder = tmp_path / "model"
     folder.mkdir()
-    save_pipeline(make_pipeline(in_channels=1, out_channels=1), folder)
+    make_pipeline(in_channels=1, out_channels=1).save_pretrained(folder)
     config = TrainingConfig(**load_preset("digits")).to_yaml()
     (folder / "config.yaml").write_text(config)
     write_metrics_and_card(folder, config, {"training": TRAINING})
