@@ -21,6 +21,11 @@ def mark_null_class(unet, null_class: int | None = None) -> None:
     unet.register_to_config(_null_class=_check_null_class(unet, last if null_class is None else null_class))
 
 
+def null_class_of(unet) -> int | None:
+    """The label that the network's configuration names as its null class."""
+    return unet.config.get("_null_class")
+
+
 @dataclass
 class Denoiser:
     """The network's output at (x_t, t), float32, with labels and guidance put in.
@@ -55,7 +60,12 @@ class Denoiser:
 
 
 def make_denoiser(
-    unet, batch_size: int, device, class_labels: Labels, guidance_scale: float, null_class: int | None
+    unet,
+    batch_size: int,
+    device: torch.device | str,
+    class_labels: Labels = None,
+    guidance_scale: float = 1.0,
+    null_class: int | None = None,
 ) -> Denoiser:
     """The denoiser of a call. Raises ValueError or TypeError, naming the argument, for labels and guidance that do
     not fit the network."""
@@ -65,7 +75,7 @@ def make_denoiser(
     if null_class is not None:
         null_class = _check_null_class(unet, null_class)
     elif guidance_scale != 1:
-        null_class = unet.config.get("_null_class")
+        null_class = null_class_of(unet)
         if labels is None or null_class is None:
             why = "it is unconditional" if labels is None else "its configuration names none; give null_class if it has"
             raise ValueError(

@@ -66,7 +66,7 @@ def unet_as(cls: type[UNet2DModel] | type[UNet2DModelCustom], unet) -> UNet2DMod
     if type(unet) is cls:
         return unet
     with torch.device("meta"):
-        twin = cls.from_config(_stock_config(unet))
+        twin = cls.from_config(stock_config(unet))
     twin.load_state_dict(unet.state_dict(keep_vars=True), assign=True)
     return twin.train(unet.training)
 
@@ -75,10 +75,10 @@ def scheduler_as(cls: type[DDPMScheduler] | type[DDPMSchedulerCustom], scheduler
     """A DDPM scheduler as the other class; schedulers of other kinds as they are."""
     if type(scheduler) is cls or not isinstance(scheduler, (DDPMScheduler, DDPMSchedulerCustom)):
         return scheduler
-    return cls.from_config(_stock_config(scheduler))
+    return cls.from_config(stock_config(scheduler))
 
 
-def _stock_config(part) -> dict:
+def stock_config(part) -> dict:
     """A part's configuration as its file would hold it: in stock's terms."""
     config = json.loads(part.to_json_string())
     config.pop("_name_or_path", None)

@@ -38,7 +38,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         >>> pipe = DDPMPipelineCustom.from_pretrained("outputs/digits")
         >>> images = pipe(batch_size=16, seed=0).images
 
-    What else can be done with a trained model (interpolation, inversion, inpainting, ...) is in `ddpm_hf.editing`.
+    What else can be done with a trained model (inpainting, interpolation, inversion, ...) is in `ddpm_hf.editing` and `ddpm_hf.inversion`.
     """
 
     stock_class = DDPMPipeline

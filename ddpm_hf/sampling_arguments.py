@@ -116,6 +116,11 @@ def make_chain(
     if steps > T:
         raise ValueError(f"num_inference_steps must lie in 1..{T}, the model's own T, got {steps}.")
     scheduler.set_timesteps(steps, device=device)
+    if (torch.as_tensor(scheduler.timesteps) < 0).any():
+        raise ValueError(
+            f"num_inference_steps={steps} makes {name} with timestep_spacing={scheduler.config.timestep_spacing!r} "
+            "visit timestep -1, by its rounding: give one step more or less."
+        )
     # At T steps diffusers' multistep solvers round two timesteps to one, and divide by zero there: all is NaN.
     # (A step of order 2 may stay where it is, and so may the last one of all.)
     sigmas = getattr(scheduler, "sigmas", None)

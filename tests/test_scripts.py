@@ -27,7 +27,7 @@ def model(make_pipeline, tmp_path):
 
 
 def pixels(folder):
-    return {file.name: np.asarray(Image.open(file)) for file in sorted(folder.iterdir())}
+    return {file.name: np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))}
 
 
 def test_an_image_of_a_seed_is_the_same_in_any_company(tiny_pipeline):
