@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from .guidance import Denoiser
+from .guidance import Denoiser, make_denoiser
 from .pipeline import DDPMPipelineCustom
 from .sampling_arguments import Generators, check_scheduler, check_size
 from .scheduler import spaced_timesteps
@@ -14,7 +14,7 @@ from .scheduler import spaced_timesteps
 def denoiser_of(pipe: DDPMPipelineCustom, batch_size: int, condition: dict) -> Denoiser:
     """The network with labels and guidance, the scheduler being one that can run it."""
     check_scheduler(pipe.unet, pipe.scheduler, pipe._trained_T)
-    return makedenoiser_of(pipe.unet, batch_size, pipe._execution_device, **condition)
+    return make_denoiser(pipe.unet, batch_size, pipe._execution_device, **condition)
 
 
 def noise_for(pipe: DDPMPipelineCustom, like: torch.Tensor, generator: Generators) -> torch.Tensor:

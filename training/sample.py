@@ -23,7 +23,7 @@ from ddpm_hf.checkpoints import write_whole
 from ddpm_hf.guidance import null_class_of
 from ddpm_hf.plots import PNG_COLOUR_TYPES, png_bytes, quantised
 from ddpm_hf.samplers import SAMPLERS, make_sampler
-from ddpm_hf.seeds import image_generators
+from ddpm_hf.seeds import check_seed, image_generators
 
 FORMATS = ("png", "npz", "parquet")
 
@@ -83,6 +83,7 @@ def prepare(args: SampleArguments) -> DDPMPipelineCustom:
     for name, value in (("num_images", args.num_images), ("batch_size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+    check_seed("seed", args.seed)
     if args.format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {args.format!r}.")
     if args.bits not in (8, 16):
