@@ -61,7 +61,7 @@ def image_to_image_rows(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[n
 def interpolation(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
     """Rows: one pair each, λ from 0 to 1."""
     T, weights = pipe.scheduler.config.num_train_timesteps, np.linspace(0, 1, COLUMNS).tolist()
-    mixed = interpolate(pipe, given[:3], given[3:6], T // 2, weights, STEPS, output_type="np")
+    mixed = interpolate(pipe, given[:3], given[3:6], T // 4, weights, STEPS, output_type="np")
     return [np.stack([images[row] for images in mixed]) for row in range(3)]
 
 
