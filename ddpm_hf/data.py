@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .seeds import addressed_generator
+
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -232,10 +234,3 @@ def process_positions(batch_size: int, rank: int, num_processes: int) -> range:
     """The positions in the global batch that a process computes."""
     share = batch_size // num_processes
     return range(rank * share, (rank + 1) * share)
-
-
-def addressed_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
-    """A random generator whose numbers depend on (seed, purpose, index) and the kind of device alone."""
-    entropy = [seed, int.from_bytes(purpose.encode(), "big"), index]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator(device=device).manual_seed(int(state))

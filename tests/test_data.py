@@ -11,12 +11,12 @@ from ddpm_hf.data import (
     GlobalBatches,
     Images,
     ProcessBatches,
-    addressed_generator,
     digits,
     open_dataset,
     process_positions,
     to_signed,
 )
+from ddpm_hf.seeds import addressed_generator
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from finish import save_pipeline, write_metrics_and_card
+from finish import write_metrics_and_card
 from huggingface_hub import ModelCard
 from training_config import TrainingConfig, load_preset
 
@@ -79,7 +79,7 @@ def test_no_placeholder_is_left(card):
 
 
 def test_both_snippets_of_the_card_run(card, tmp_path, tiny_pipeline):
-    save_pipeline(tiny_pipeline, tmp_path)
+    tiny_pipeline.save_pretrained(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", card(quality=QUALITY).text, re.DOTALL)
     assert len(snippets) == 2
     for snippet in snippets:

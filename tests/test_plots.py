@@ -1,6 +1,7 @@
 """Figures show what they say: pixels where they belong, curves from the tables."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -82,3 +83,24 @@ def test_schedule_curves_are_the_tables():
     for axis, table in zip(figure.axes, ("betas", "sqrt_alphas", "alphas_cumprod", "snr")):
         for line, diffusion in zip(axis.lines, diffusions.values()):
             np.testing.assert_array_equal(line.get_ydata(), getattr(diffusion, table).numpy())
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_png_holds_every_level_of_every_channel(channels, bits):
+    """Read by undoing the filter that is none, since Pillow reads colours of 16 bits as 8; and by Pillow."""
+    levels = np.random.default_rng(0).integers(0, 2**bits, (5, 7, channels))
+    png = png_bytes(levels / (2**bits - 1), bits)
+    start = png.index(b"IDAT")
+    length = int.from_bytes(png[start - 4 : start], "big")
+    rows = np.frombuffer(zlib.decompress(png[start + 4 : start + 4 + length]), np.uint8).reshape(5, -1)
+    assert (rows[:, 0] == 0).all()
+    read = np.ascontiguousarray(rows[:, 1:]).view(np.uint8 if bits == 8 else ">u2").reshape(5, 7, channels)
+    assert np.array_equal(read, levels)
+    with Image.open(io.BytesIO(png)) as image:
+        image.load()  # checks every checksum
+        pixels = np.asarray(image)
+    if bits == 8 or channels == 1:
+        assert np.array_equal(pixels.reshape(5, 7, channels), levels)
+    with pytest.raises(ValueError, match="bits=12"):
+        png_bytes(levels / 2**bits, 12)

@@ -1,8 +1,6 @@
 """What a finished run leaves behind: pipeline, figures, metrics and model card, each whole or absent."""
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +9,11 @@ from training_config import TrainingConfig
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.checkpoints import write_whole
-from ddpm_hf.data import addressed_generator, digits
+from ddpm_hf.data import digits
 from ddpm_hf.metrics import DigitsJudge
 from ddpm_hf.model_card import make_card
 from ddpm_hf.plots import denoising_strip, figure_bytes, image_grid, loss_curve
+from ddpm_hf.seeds import image_generators
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = 100  # images of samples.png
@@ -31,7 +30,7 @@ def finish(
     """Write everything into `config.output_dir` and say what is there and what can be done with it."""
     output_dir = Path(config.output_dir)
     pipe = DDPMPipelineCustom(unet, scheduler)
-    save_pipeline(pipe, output_dir)
+    pipe.save_pretrained(output_dir)
 
     pipe.set_progress_bar_config(desc="Sampling", unit="step")
     samples = sample(pipe, range(max(GRID, config.quality_samples)), config.sample_steps, config.seed)
@@ -59,8 +58,7 @@ def sample(pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, 
     batches = []
     for start in range(0, len(indices), SAMPLE_BATCH):
         chosen = indices[start : start + SAMPLE_BATCH]
-        generators = [addressed_generator("cpu", seed, "sample", i) for i in chosen]
-        batches.append(pipe(len(chosen), generators, steps, output_type="np").images)
+        batches.append(pipe(len(chosen), image_generators(seed, chosen), steps, output_type="np").images)
     return np.concatenate(batches)
 
 
@@ -74,15 +72,3 @@ def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> Non
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     card = make_card(ROOT / "model_cards" / "template.md", config_yaml, metrics)
     write_whole(folder / "README.md", str(card))
-
-
-def save_pipeline(pipe: DDPMPipelineCustom, folder: Path) -> None:
-    """`save_pretrained`, written beside its place and moved there part by part."""
-    beside = folder / ".pipeline.unfinished"
-    shutil.rmtree(beside, ignore_errors=True)
-    pipe.save_pretrained(beside)
-    for part in sorted(beside.iterdir()):
-        if part.is_dir():
-            shutil.rmtree(folder / part.name, ignore_errors=True)
-        os.replace(part, folder / part.name)
-    beside.rmdir()

@@ -59,7 +59,7 @@ def launcher_options():
     else:
         sys.exit(
             "error: accelerate started one process where several were asked for (it does so on machines without a GPU). "
-            "Use `torchrun --nproc_per_node N training/train.py ...` here."
+            f"Use `torchrun --nproc_per_node N {sys.argv[0]} ...` here."
         )
     options = launch_command_parser().parse_args(command[i + 1 :])
     config_file = options.config_file or (default_config_file if os.path.isfile(default_config_file) else None)

@@ -40,13 +40,13 @@ from ddpm_hf.data import (
     GlobalBatches,
     Images,
     ProcessBatches,
-    addressed_generator,
     open_dataset,
     process_positions,
     to_signed,
 )
 from ddpm_hf.ema import EMA
 from ddpm_hf.losses import TIMESTEP_SAMPLERS, denoising_loss
+from ddpm_hf.seeds import addressed_generator
 
 logger = logging.getLogger("train")
 
