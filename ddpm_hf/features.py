@@ -179,21 +179,38 @@ def dataset_revision(dataset: datasets.Dataset) -> str:
 
 
 def cached_features(folder: Path, key: dict, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The features of real images, from the safetensors file of this key in `folder`, or computed and put there.
+    """The features of real images of this key from `folder`, or computed and put there; see `read_cached`."""
+    features = read_cached(folder, key)
+    if features is None:
+        features = compute()
+        write_cached(folder, key, features)
+    return features
+
+
+def read_cached(folder: Path, key: dict) -> torch.Tensor | None:
+    """The features of real images that the safetensors file of this key in `folder` holds, if there is one.
 
     `key` (JSON-able: data set, revision, split, resolution, resize filter, backbone and its revision) is hashed for the
     file's name and kept in it, so that a file tells what it is of.
     """
-    text = json.dumps(key, sort_keys=True)
-    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    file, text = _cache_file(folder, key)
     if file.is_file():
         with safe_open(file, "pt") as saved:
             if saved.metadata().get("key") == text:
                 return saved.get_tensor("features")
-    features = compute().contiguous()
+    return None
+
+
+def write_cached(folder: Path, key: dict, features: torch.Tensor) -> None:
+    """Keep features (N, d) for `read_cached`."""
+    file, text = _cache_file(folder, key)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, save({"features": features}, metadata={"key": text}))
-    return features
+    write_whole(file, save({"features": features.contiguous()}, metadata={"key": text}))
+
+
+def _cache_file(folder: Path, key: dict) -> tuple[Path, str]:
+    text = json.dumps(key, sort_keys=True)
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
 
 
 def _folder_digest(folder: Path) -> str:
