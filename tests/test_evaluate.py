@@ -5,15 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import evaluate
 import pytest
 import sample as sample_script
+import steps_and_variances
 import torch
 from finish import save_pipeline, write_metrics_and_card
 from huggingface_hub import ModelCard
 from test_model_card import TRAINING
 from training_config import TrainingConfig, load_preset
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
+
+from ddpm_hf.data import digits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,9 +40,11 @@ def options(model, tmp_path):
     Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dinov2")
     size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     CLIPImageProcessorPil(**size).save_pretrained(tmp_path / "dinov2")
+    some = {name: split.select(range(60)) for name, split in digits().items()}
+    datasets.DatasetDict(some).save_to_disk(tmp_path / "some_digits")
     given = {
         "model": model,
-        "dataset": "digits",
+        "dataset": tmp_path / "some_digits",
         "features": tmp_path / "dinov2",
         "num_samples": 20,
         "steps": 5,
@@ -56,7 +62,7 @@ def measured(folder):
 def test_an_evaluation_writes_every_figure_with_its_protocol_and_the_cards_results(model, options, capsys):
     evaluate.main(options)
     printed, evaluation = capsys.readouterr().out, measured(model)
-    assert list(evaluation["bits_per_dim"]) == ["held-out, 20 steps", "training, 20 steps", "held-out, 5 steps"]
+    assert list(evaluation["bits_per_dim"]) == ["training, 20 steps", "held-out, 20 steps", "held-out, 5 steps"]
     for bound in evaluation["bits_per_dim"].values():
         assert bound["num_images"] == 12 and f"{bound['bits_per_dim']:.4f} ±" in printed
         assert len(bound["epsilon_mse"]) == len(bound["x_0_mse"]) == len(bound["terms"]) == len(bound["timesteps"])
@@ -68,7 +74,7 @@ def test_an_evaluation_writes_every_figure_with_its_protocol_and_the_cards_resul
         protocol = figure["protocol"]
         assert protocol["num_samples"] == 20 and protocol["steps"] == 5 and protocol["seed"] == 0
         assert protocol["backbone"] == "dinov2" and len(protocol["backbone_revision"]) == 16
-        assert protocol["reference"] == "train split, 1437 images" and protocol["ema_halflife_images"] == 8000
+        assert protocol["reference"] == "train split, 60 images" and protocol["ema_halflife_images"] == 8000
         assert protocol["channels"] == "grey repeated to RGB" and "fixed_small" in protocol["sampler"]
     assert "repeated to RGB" in printed and set(evaluation["memorisation"]) == {"pixels", "features"}
     assert all((model / name).is_file() for name in ("bound.png", "closest_pixels.png", "closest_features.png"))
@@ -172,3 +178,14 @@ def test_shares_of_any_number_of_processes_come_back_in_order(world):
         pad[rank] = torch.cat([mine, torch.zeros(-(-total // world) - len(mine), 1)])
     mine = torch.tensor(evaluate.Shares(Together(0)).mine(total), dtype=torch.float32)[:, None]
     assert evaluate.Shares(Together(0)).gather(mine, total)[:, 0].tolist() == list(range(7))
+
+
+def test_the_table_of_steps_and_variances_has_a_row_for_each(model, options, tmp_path, capsys):
+    kept = ("--model", "--dataset", "--features", "--num_samples", "--bound", "--cache")
+    chosen = [option for option in options if option.startswith(kept)]
+    steps_and_variances.main([*chosen, f"--output_dir={tmp_path / 'table'}", "--steps", "5", "20"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "fixed" in line or "analytic" in line]
+    assert [row[:2] for row in rows] == [
+        [steps, variance] for steps in ("5", "20") for variance in ("fixed_small", "fixed_large", "analytic")
+    ]
+    assert (tmp_path / "table" / "analytic-5" / "metrics.json").is_file()

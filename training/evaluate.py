@@ -250,10 +250,11 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     spacing = spaced_timesteps(len(diffusion), args.steps, scheduler.timestep_spacing, scheduler.steps_offset)
     chain = diffusion.respace(spacing)
     bounds = {
-        f"held-out, {len(diffusion)} steps": (diffusion, held_out, args.bound_stride, "held-out bound"),
         f"training, {len(diffusion)} steps": (diffusion, training, args.bound_stride, "training bound"),
-        f"held-out, {args.steps} steps": (chain, held_out, 1, "held-out bound"),
+        f"held-out, {len(diffusion)} steps": (diffusion, held_out, args.bound_stride, "held-out bound"),
     }
+    if args.steps < len(diffusion):
+        bounds[f"held-out, {args.steps} steps"] = (chain, held_out, 1, "held-out bound")
     bounds = {name: measure_bound(pipe, c, i, s, p, args, shares) for name, (c, i, s, p) in bounds.items()}
 
     run = Path(args.model) / "config.yaml"
