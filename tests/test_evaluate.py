@@ -125,7 +125,7 @@ def test_a_card_of_any_origin_keeps_its_text_and_other_results(model, options, t
     (model / "config.yaml").unlink()
     (model / "README.md").write_text("---\nlicense: mit\n---\n\n# Somebody's model\n")
     evaluate.main(options)
-    evaluate.main(options)
+    evaluate.write(model, measured(model), {})
     card = ModelCard.load(model / "README.md")
     assert "# Somebody's model" in card.text and card.data.license == "mit"
     assert len(card.data.eval_results) == 2 + 6  # two bounds and six figures, not twice
@@ -183,9 +183,7 @@ def test_shares_of_any_number_of_processes_come_back_in_order(world):
 def test_the_table_of_steps_and_variances_has_a_row_for_each(model, options, tmp_path, capsys):
     kept = ("--model", "--dataset", "--features", "--num_samples", "--bound", "--cache")
     chosen = [option for option in options if option.startswith(kept)]
-    steps_and_variances.main([*chosen, f"--output_dir={tmp_path / 'table'}", "--steps", "5", "20"])
+    steps_and_variances.main([*chosen, f"--output_dir={tmp_path / 'table'}", "--steps", "5"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "fixed" in line or "analytic" in line]
-    assert [row[:2] for row in rows] == [
-        [steps, variance] for steps in ("5", "20") for variance in ("fixed_small", "fixed_large", "analytic")
-    ]
+    assert [row[:2] for row in rows] == [["5", variance] for variance in ("fixed_small", "fixed_large", "analytic")]
     assert (tmp_path / "table" / "analytic-5" / "metrics.json").is_file()
