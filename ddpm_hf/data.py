@@ -63,6 +63,15 @@ def open_dataset(name: str, config_name: str | None = None, split: str = "train"
     return found
 
 
+def dataset_files(folder: str) -> list[Path]:
+    """The image files in a folder, sorted by name. Raises ValueError where there are none."""
+    extensions = Image.registered_extensions()
+    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in extensions)
+    if not files:
+        raise ValueError(f"the folder {folder!r} holds no image (nothing with a suffix such as .png or .jpg).")
+    return files
+
+
 class Images(torch.utils.data.Dataset):
     """The images of a data set at one size, as uint8 tensors.
 

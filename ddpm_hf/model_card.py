@@ -16,7 +16,7 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
     Args:
         template: a Jinja template (model_cards/template.md).
         config_yaml: the resolved training configuration.
-        metrics: "training", and "quality" if it was measured, as `metrics.json` holds them.
+        metrics: "training", and "quality" and "evaluation" where they were measured, as `metrics.json` holds them.
     """
     config = yaml.safe_load(config_yaml)
     name = Path(config["output_dir"]).name
@@ -35,6 +35,7 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
                 metric_value=round(quality["recognised_ratio"], 4),
             )
         )
+    results += evaluation_results(metrics.get("evaluation"))
     data = ModelCardData(
         license="apache-2.0",
         library_name="diffusers",
@@ -53,5 +54,45 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
         config_yaml=config_yaml,
         training=metrics["training"],
         quality=quality,
+        evaluation=metrics.get("evaluation"),
         versions={"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     )
+
+
+def evaluation_results(evaluation: dict | None) -> list[EvalResult]:
+    """The figures of training/evaluate.py as the Hub keeps them, the protocol in each one's name."""
+    if not evaluation:
+        return []
+    protocol = evaluation["protocol"]
+    how = f"{protocol['sampler']}, {protocol['steps']} steps, seed {protocol['seed']}"
+    rows = [
+        ("bits_per_dim", f"bits/dim (upper bound), {name}, {bound['num_images']} images", bound["bits_per_dim"])
+        for name, bound in evaluation["bits_per_dim"].items()
+        if name.startswith("held-out")
+    ]
+    rows += [
+        (f["name"].split(",")[0], f"{f['name']}, to the {protocol['split']} split, {how}", f["value"])
+        for f in evaluation["figures"]
+    ]
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=evaluation["dataset"],
+            dataset_name=Path(evaluation["dataset"]).name,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 5),
+        )
+        for kind, name, value in rows
+    ]
+
+
+def update_results(card_text: str, name: str, evaluation: dict) -> str:
+    """A card of any origin with the figures of an evaluation in its model-index; measured again, a figure is replaced."""
+    card = ModelCard(card_text)
+    new = evaluation_results(evaluation)
+    replaced = {(result.dataset_type, result.metric_name) for result in new}
+    kept = [r for r in card.data.eval_results or [] if (r.dataset_type, r.metric_name) not in replaced]
+    card.data.eval_results = kept + new
+    card.data.model_name = card.data.model_name or name
+    return str(card)

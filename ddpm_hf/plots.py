@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .gaussian import GaussianDiffusion
+from .likelihood import VariationalBound
 from .pipeline import DDPMPipelineCustom
 
 PNG_COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels
@@ -143,3 +144,27 @@ def schedule_curves(diffusions: Mapping[str, GaussianDiffusion]) -> Figure:
         axis.set(xlabel="t / T", ylabel=label, yscale="log" if table == "snr" else "linear")
     axes[0].legend(frameon=False) if len(diffusions) > 1 else None
     return figure
+
+
+def bound_by_timestep(bounds: Mapping[str, VariationalBound]) -> Figure:
+    """The bound's terms in bits/dim, their running sum from L_0 on, and the mean squared errors of ε and x_0 against
+    the timestep, one line per named bound: chains of one model, or training against held-out images."""
+    figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
+    axes = list(figure.subplots(2, 2).flat)
+    for name, bound in bounds.items():
+        curves = (bound.terms, np.cumsum(bound.terms), bound.epsilon_mse, bound.x_0_mse)
+        for axis, curve in zip(axes, curves):
+            axis.plot(np.array(bound.timesteps) + 1, curve, label=name, linewidth=1)
+    labels = (r"$L_{t-1}$ (bits/dim)", r"$L_0 + … + L_{t-1}$ (bits/dim)", r"$\epsilon$-MSE", r"$x_0$-MSE")
+    for axis, label in zip(axes, labels):
+        axis.set(xlabel="t", ylabel=label, xscale="log", yscale="linear" if "…" in label else "log")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def closest_pairs(images: np.ndarray, training: np.ndarray, distances: Sequence[float], columns: int = 10) -> Figure:
+    """Pairs that lie close together, closest first, the image (N, H, W, C) above the training image (N, H, W, C)
+    nearest to it and their distance above both."""
+    columns = min(columns, len(images))
+    cells = np.concatenate([images[:columns], training[:columns]])
+    return _cells(cells, 2, columns, 0.8, [f"{distance:.2f}" for distance in distances[:columns]])

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from ddpm_hf import DDPMSchedulerCustom
+from ddpm_hf.likelihood import VariationalBound
 from ddpm_hf.plots import (
+    bound_by_timestep,
+    closest_pairs,
     denoising_strip,
     figure_bytes,
     image_grid,
@@ -104,3 +107,21 @@ def test_a_png_holds_every_level_of_every_channel(channels, bits):
         assert np.array_equal(pixels.reshape(5, 7, channels), levels)
     with pytest.raises(ValueError, match="bits=12"):
         png_bytes(levels / 2**bits, 12)
+
+
+def test_the_bound_is_drawn_term_by_term():
+    bound = VariationalBound(4, 1, 3.5, 0.1, 0.5, [0, 9, 19], [2.0, 0.7, 0.3], [0.9, 0.1, 0.01], [0.01, 0.1, 0.9])
+    figure = bound_by_timestep({"training": bound, "held-out": bound})
+    expected = (bound.terms, [2.0, 2.7, 3.0], bound.epsilon_mse, bound.x_0_mse)
+    for axis, curve in zip(figure.axes, expected):
+        for line in axis.lines:
+            np.testing.assert_allclose(line.get_ydata(), curve)
+            assert list(line.get_xdata()) == [1, 10, 20]  # the paper's t
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["training", "held-out"]
+
+
+def test_closest_pairs_stand_one_above_the_other():
+    samples, training = np.random.default_rng(0).random((2, 3, 4, 4, 1))
+    figure = closest_pairs(samples, training, [0.1, 0.25, 0.5])
+    assert all(np.array_equal(a, b[..., 0]) for a, b in zip(shown(figure), [*samples, *training]))
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["0.10", "0.25", "0.50"]

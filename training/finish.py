@@ -10,7 +10,7 @@ from training_config import TrainingConfig
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.checkpoints import write_whole
 from ddpm_hf.data import digits
-from ddpm_hf.metrics import DigitsJudge
+from ddpm_hf.digits_judge import DigitsJudge
 from ddpm_hf.model_card import make_card
 from ddpm_hf.plots import denoising_strip, figure_bytes, image_grid, loss_curve
 from ddpm_hf.seeds import image_generators

@@ -1,0 +1,60 @@
+"""Steps against variances: `python benchmarks/steps_and_variances.py --model outputs/digits --dataset digits`.
+
+Measures a model with training/evaluate.py at each number of sampling steps and each variance of the reverse process, all
+else alike, and prints one table: the bound of the chain in bits/dim, FD, precision and recall. Writes what each
+evaluation wrote, in a folder of its own under --output_dir; the model's folder stays as it is.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+
+import evaluate
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+VARIANCES = ("fixed_small", "fixed_large", "analytic")
+
+
+@dataclass
+class TableArguments:
+    model: str = field(metadata={"help": "a folder, or a repository on the Hub"})
+    dataset: str = field(metadata={"help": "as for training/evaluate.py"})
+    output_dir: str = "outputs/steps_and_variances"
+    features: str | None = None
+    held_out_split: str = "test"
+    steps: list[int] = field(default_factory=lambda: [1000, 100, 50, 25])
+    num_samples: int = 500
+    bound_images: int = 120
+    bound_stride: int = 20
+    seed: int = 0
+    cache_dir: str | None = None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = HfArgumentParser(TableArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    options = {k: v for k, v in vars(args).items() if k not in ("output_dir", "steps")}
+    accelerator, rows = Accelerator(cpu=True), []
+    for steps in args.steps:
+        for variance in VARIANCES:
+            folder = Path(args.output_dir) / f"{variance}-{steps}"
+            one = evaluate.EvaluateArguments(**options, steps=steps, variance_type=variance, output_dir=str(folder))
+            results = evaluate.evaluate(one, accelerator)
+            evaluate.write(folder, **results)
+            evaluation = results["evaluation"]
+            bound = list(evaluation["bits_per_dim"].values())[-1]
+            values = {figure["name"].split("-")[0]: figure["value"] for figure in evaluation["figures"]}
+            rows.append((steps, variance, bound["bits_per_dim"], bound["standard_error"], values))
+    print(f"{evaluation['figures'][0]['name']}, seed {args.seed}; bits/dim of {bound['num_images']} held-out images")
+    print(f"{'steps':>6s}  {'variance':12s} {'bits/dim':>18s} {'FD':>10s} {'precision':>10s} {'recall':>8s}")
+    for steps, variance, bits, error, v in rows:
+        line = f"{steps:6d}  {variance:12s} {bits:9.3f} ± {error:6.3f} {v['FD']:10.3f}"
+        print(f"{line} {v['precision']:10.3f} {v['recall']:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""Measure a trained model: `accelerate launch training/evaluate.py --model outputs/digits --dataset digits`.
+
+Prints the variational bound of held-out images in bits/dim, distances of samples to real images on the features of a
+vision backbone, and how near samples lie to training images, each with its protocol; writes metrics.json, figures and the
+model card's results. Every process computes a share, and the figures are the same for any number of them.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import launch
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from finish import ROOT, sample
+from huggingface_hub.constants import HF_HOME
+from PIL import Image
+from transformers import HfArgumentParser
+
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.analytic import estimate_analytic_moments
+from ddpm_hf.checkpoints import write_whole
+from ddpm_hf.data import Images, addressed_generator, dataset_files, open_dataset, to_signed
+from ddpm_hf.features import compute_features, dataset_revision, figure_name, load_backbone, read_cached, write_cached
+from ddpm_hf.likelihood import BoundSums, VariationalBound
+from ddpm_hf.metrics import (
+    check_enough,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    memorisation,
+    moments,
+    precision_recall,
+)
+from ddpm_hf.model_card import make_card, update_results
+from ddpm_hf.plots import bound_by_timestep, closest_pairs, figure_bytes
+from ddpm_hf.scheduler import spaced_timesteps
+
+RESIZE = "Pillow LANCZOS to cover, centre crop"
+
+
+@dataclass
+class EvaluateArguments:
+    model: str = field(metadata={"help": "a folder, or a repository on the Hub"})
+    dataset: str = field(metadata={"help": "'digits', a folder of images, or a data set on the Hub"})
+    dataset_config: str | None = None
+    split: str = field(default="train", metadata={"help": "what the model was trained on; distances are to these"})
+    held_out_split: str = field(default="test", metadata={"help": "what it was not trained on"})
+    image_column: str | None = None
+    features: str | None = field(
+        default=None,
+        metadata={
+            "help": "'digits', 'inception', or a vision model of transformers; None: digits, or facebook/dinov2-base"
+        },
+    )
+    num_samples: int = 500
+    samples: str | None = field(default=None, metadata={"help": "a folder of images to judge; None: sample the model"})
+    steps: int = field(default=100, metadata={"help": "sampling steps, and length of the respaced chain"})
+    variance_type: str | None = field(
+        default=None, metadata={"help": "fixed_small, fixed_large or analytic; None: the model's own"}
+    )
+    seed: int = 0
+    bound_images: int = field(default=360, metadata={"help": "images that the bound is an average over, at most"})
+    bound_stride: int = field(
+        default=20, metadata={"help": "the full chain's terms: each image at every n-th timestep"}
+    )
+    analytic_images: int = field(default=64, metadata={"help": "training images for the moments of analytic variance"})
+    batch_size: int = field(default=256, metadata={"help": "images per process at a time"})
+    output_dir: str | None = field(default=None, metadata={"help": "where to write; None: the model's folder"})
+    cache_dir: str | None = field(default=None, metadata={"help": "features of real images; None: under HF_HOME"})
+
+    def __post_init__(self):
+        for name in ("num_samples", "steps", "bound_images", "bound_stride", "analytic_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.bound_images < 2 * self.bound_stride:
+            raise ValueError(
+                f"bound_images must be at least 2 × bound_stride = {2 * self.bound_stride}, got {self.bound_images}."
+            )
+        if self.variance_type not in (None, "fixed_small", "fixed_large", "analytic"):
+            raise ValueError(f"variance_type must be fixed_small, fixed_large or analytic, got {self.variance_type!r}.")
+        if self.output_dir is None and not Path(self.model).is_dir():
+            raise ValueError(f"output_dir must be given for a model that is no folder here, {self.model!r}.")
+        self.features = self.features or ("digits" if self.dataset == "digits" else "facebook/dinov2-base")
+
+
+class Shares:
+    """Work shared out among processes: each takes every n-th index, and the rows come back in order."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.rank, self.world = accelerator, accelerator.process_index, accelerator.num_processes
+
+    def mine(self, total: int) -> list[int]:
+        return list(range(self.rank, total, self.world))
+
+    def gather(self, rows: torch.Tensor, total: int) -> torch.Tensor:
+        """The rows (n, …) that the processes computed for `mine(total)`, as (total, …) on the CPU of each."""
+        if self.world == 1:
+            return rows.cpu()
+        padded = rows.new_zeros(-(-total // self.world), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = self.accelerator.gather(padded.to(self.accelerator.device)).cpu()
+        return gathered.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(0, 1)[:total]
+
+    def add(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+
+def choose_variance(pipe: DDPMPipelineCustom, variance_type: str | None, images: Images, args, device) -> None:
+    """Give the pipeline a scheduler of another variance; the analytic one's moments are of training images."""
+    if variance_type is None or variance_type == pipe.scheduler.config.variance_type:
+        return
+    changes = {"variance_type": variance_type, "analytic_moments": None}
+    if variance_type == "analytic":
+        order = torch.randperm(len(images), generator=addressed_generator("cpu", args.seed, "moments", 0)).tolist()
+        batch = to_signed(images[order[: args.analytic_images]]["images"]).to(device)
+        generator = addressed_generator(device, args.seed, "moments", 1)
+        diffusion = pipe.scheduler.diffusion
+        changes["analytic_moments"] = estimate_analytic_moments(diffusion, as_model(pipe), [batch], generator).tolist()
+    pipe.scheduler = DDPMSchedulerCustom.from_config(pipe.scheduler.config, **changes)
+
+
+def as_model(pipe: DDPMPipelineCustom):
+    return lambda x_t, t: pipe.unet(x_t, t).sample
+
+
+def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, args, shares: Shares) -> VariationalBound:
+    """The bound of some images of a split on one chain, over all processes."""
+    config, device = pipe.scheduler.config, shares.accelerator.device
+    if config.thresholding:
+        raise ValueError("thresholding=True has no bound: what it does to a pixel depends on all others.")
+    edge = config.clip_sample_range
+    clip = (lambda x_0: x_0.clamp(-edge, edge)) if config.clip_sample else None
+    order = torch.randperm(len(images), generator=addressed_generator("cpu", args.seed, purpose, 0)).tolist()
+    chosen = order[: args.bound_images]
+    sums, mine = BoundSums(len(diffusion), stride), shares.mine(len(chosen))
+    for start in range(0, len(mine), args.batch_size):
+        positions = mine[start : start + args.batch_size]
+        x_0 = to_signed(images[[chosen[p] for p in positions]]["images"]).to(device)
+        generators = [addressed_generator("cpu", args.seed, purpose, 1 + p) for p in positions]
+        sums.add(diffusion, as_model(pipe), x_0, generators, torch.tensor(positions) % stride, clip)
+    sums.values.copy_(shares.add(sums.values))
+    return sums.result(diffusion)
+
+
+def get_samples(pipe, args, size: tuple[int, int], channels: int, shares: Shares) -> torch.Tensor:
+    """uint8 (N, C, H, W), rounded as a PNG would be: of the model, or the first `num_samples` of a folder by name."""
+    mine = shares.mine(args.num_samples)
+    if args.samples is None:
+        images = sample(pipe, mine, args.steps, args.seed)
+        rows = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+        return shares.gather(rows.contiguous(), args.num_samples)
+    files = dataset_files(args.samples)
+    if len(files) < args.num_samples:
+        raise ValueError(f"--samples {args.samples!r} holds {len(files)} images, num_samples is {args.num_samples}.")
+    mode, rows = {1: "L", 3: "RGB", 4: "RGBA"}[channels], []
+    for file in files[: args.num_samples]:
+        with Image.open(file) as image:
+            if image.size != size[::-1]:
+                raise ValueError(f"samples must have the model's resolution {size}: {file} is {image.size[::-1]}.")
+            rows.append(np.asarray(image.convert(mode)).reshape(*size, channels))
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+
+
+def features_of(backbone, batches_of, total: int, args, shares: Shares) -> torch.Tensor:
+    """(total, d) features; `batches_of(indices)` gives uint8 images."""
+    mine = shares.mine(total)
+    parts = (batches_of(mine[i : i + args.batch_size]) for i in range(0, len(mine), args.batch_size))
+    return shares.gather(compute_features(backbone, parts), total)
+
+
+def real_features(backbone, images: Images, split: str, args, shares: Shares) -> torch.Tensor:
+    key = {
+        "dataset": args.dataset,
+        "dataset_config": args.dataset_config,
+        "dataset_revision": dataset_revision(images.dataset),
+        "split": split,
+        "resolution": list(images.size),
+        "channels": images.channels,
+        "resize": RESIZE,
+        **backbone.protocol,
+        "backbone_resize": backbone.protocol["resize"],
+    }
+    folder, main = Path(args.cache_dir or Path(HF_HOME) / "ddpm_hf" / "features"), shares.accelerator.is_main_process
+    # What the main process finds decides for all: a process that computed alone would wait for the others for ever.
+    found = [read_cached(folder, key) if main else None]
+    if shares.world > 1:
+        broadcast_object_list(found)
+    if found[0] is None:
+        found[0] = features_of(backbone, lambda i: images[i]["images"], len(images), args, shares)
+        if main:
+            write_cached(folder, key, found[0])
+    return found[0]
+
+
+def compare(samples, training, held_out, backbone, protocol: dict) -> list[dict]:
+    """Every figure of the samples' features against the training images', and held-out images' for a yardstick."""
+    figures = []
+    protocol = protocol | {"reference": f"{protocol['split']} split, {len(training)} images"} | backbone.protocol
+
+    def add(name, value, of_held_out, error=None):
+        entry = {"name": name, "value": value, "held_out": of_held_out, "protocol": protocol}
+        figures.append(entry | ({} if error is None else {"standard_error": error}))
+
+    reference, n = moments(training, "the training split"), len(samples)
+    enough = len(held_out) > backbone.dim
+    add(
+        figure_name("FD", backbone, n),
+        frechet_distance(moments(samples, "num_samples"), reference),
+        frechet_distance(moments(held_out), reference) if enough else None,
+    )
+    kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
+    ours, theirs = (kernel_distance(x, training, kernel) for x in (samples, held_out))
+    add(figure_name("MMD", backbone, n), ours.value, theirs.value, ours.standard_error)
+    names = ("precision", "recall", "density", "coverage")
+    pairs = [(*precision_recall(training, x), *density_coverage(training, x)) for x in (samples, held_out)]
+    for name, of_samples, of_held_out in zip(names, *pairs):
+        add(figure_name(name, backbone, n), of_samples, of_held_out)
+    return figures
+
+
+def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
+    """All figures, as metrics.json holds them under "evaluation", and the figures' PNG files under "pictures"."""
+    shares, device = Shares(accelerator), accelerator.device
+    pipe = DDPMPipelineCustom.from_pretrained(args.model)
+    pipe.to(device)
+    pipe.unet.eval()
+    pipe.set_progress_bar_config(disable=not accelerator.is_main_process, desc="Sampling")
+    config = pipe.unet.config
+    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
+    splits = {}
+    for split in (args.split, args.held_out_split):
+        dataset = open_dataset(args.dataset, args.dataset_config, split)
+        splits[split] = Images(dataset, tuple(size), config.in_channels, args.image_column)
+    training, held_out = splits[args.split], splits[args.held_out_split]
+    backbone = load_backbone(args.features, device)
+    check_enough(args.num_samples, backbone.dim, "num_samples")
+    check_enough(len(training), backbone.dim, f"split {args.split!r}")
+    choose_variance(pipe, args.variance_type, training, args, device)
+
+    diffusion, scheduler = pipe.scheduler.diffusion, pipe.scheduler.config
+    spacing = spaced_timesteps(len(diffusion), args.steps, scheduler.timestep_spacing, scheduler.steps_offset)
+    chain = diffusion.respace(spacing)
+    bounds = {
+        f"training, {len(diffusion)} steps": (diffusion, training, args.bound_stride, "training bound"),
+        f"held-out, {len(diffusion)} steps": (diffusion, held_out, args.bound_stride, "held-out bound"),
+    }
+    if args.steps < len(diffusion):
+        bounds[f"held-out, {args.steps} steps"] = (chain, held_out, 1, "held-out bound")
+    bounds = {name: measure_bound(pipe, c, i, s, p, args, shares) for name, (c, i, s, p) in bounds.items()}
+
+    run = Path(args.model) / "config.yaml"
+    protocol = {
+        "num_samples": args.num_samples,
+        "split": args.split,
+        "held_out_split": args.held_out_split,
+        "samples": "the model's" if args.samples is None else Path(args.samples).name,
+        "sampler": f"{type(pipe.scheduler).__name__}, {scheduler.variance_type}, {scheduler.timestep_spacing}",
+        "steps": args.steps,
+        "seed": args.seed,
+        "ema_halflife_images": yaml.safe_load(run.read_text()).get("ema_halflife_images") if run.is_file() else None,
+        "resolution": list(size),
+        "dataset_resize": RESIZE,
+    }
+    samples = get_samples(pipe, args, tuple(size), config.in_channels, shares)
+    of_samples = features_of(backbone, lambda i: samples[i], len(samples), args, shares)
+    of_training = real_features(backbone, training, args.split, args, shares)
+    of_held_out = real_features(backbone, held_out, args.held_out_split, args, shares)
+    if config.in_channels == 1 and backbone.channels == 3:
+        accelerator.print("The grey images are repeated to RGB for the backbone.")
+        protocol["channels"] = "grey repeated to RGB"
+    figures = compare(of_samples, of_training, of_held_out, backbone, protocol)
+
+    def pixels(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).float() / 255
+
+    real = [splits[s][range(len(splits[s]))]["images"] for s in (args.held_out_split, args.split)]
+    near = {
+        "pixels": memorisation(pixels(samples), *(pixels(images) for images in real)),
+        "features": memorisation(of_samples, of_held_out, of_training),
+    }
+    pictures = {"bound.png": figure_bytes(bound_by_timestep(bounds))}
+    for space, result in near.items():
+        mine, theirs, distances = zip(*result.closest)
+        cells = [x[list(i)].permute(0, 2, 3, 1).numpy() / 255 for x, i in ((samples, mine), (real[1], theirs))]
+        pictures[f"closest_{space}.png"] = figure_bytes(closest_pairs(*cells, distances))
+    evaluation = {
+        "protocol": protocol,
+        "dataset": args.dataset,
+        "bits_per_dim": {name: asdict(bound) for name, bound in bounds.items()},
+        "figures": figures,
+        "memorisation": {space: result.as_dict() for space, result in near.items()},
+    }
+    return {"evaluation": evaluation, "pictures": pictures}
+
+
+def write(folder: Path, evaluation: dict, pictures: dict[str, bytes]) -> None:
+    """metrics.json, the pictures and the card's results; a run's own card is made anew from all its metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        write_whole(folder / name, content)
+    file = folder / "metrics.json"
+    metrics = (json.loads(file.read_text()) if file.is_file() else {}) | {"evaluation": evaluation}
+    write_whole(file, json.dumps(metrics, indent=2) + "\n")
+    if "training" in metrics and (folder / "config.yaml").is_file():
+        card = make_card(ROOT / "model_cards" / "template.md", (folder / "config.yaml").read_text(), metrics)
+        write_whole(folder / "README.md", str(card))
+    elif (folder / "README.md").is_file():
+        write_whole(folder / "README.md", update_results((folder / "README.md").read_text(), folder.name, evaluation))
+
+
+def report(evaluation: dict) -> str:
+    """The figures as lines to print."""
+    lines = []
+    for name, bound in evaluation["bits_per_dim"].items():
+        share = f", each at every {bound['stride']}th t" if bound["stride"] > 1 else ""
+        lines.append(
+            f"{'bits/dim, ' + name:44s} {bound['bits_per_dim']:9.4f} ± {bound['standard_error']:.4f}  "
+            f"L_T {bound['prior']:.5f}, L_0 {bound['terms'][0]:.4f}; {bound['num_images']} images{share}"
+        )
+    for figure in evaluation["figures"]:
+        error = f" ± {figure['standard_error']:.4g}" if "standard_error" in figure else ""
+        beside = "" if figure["held_out"] is None else f"  (held-out images {figure['held_out']:.4f})"
+        lines.append(f"{figure['name']:44s} {figure['value']:9.4f}{error}{beside}")
+    for space, near in evaluation["memorisation"].items():
+        lines.append(
+            f"{'nearer to training than 95 % of held-out, ' + space:52s} "
+            f"{near['closer_than_5_percent_of_held_out']:.1%}, p of being no nearer {near['closer_p_value']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = HfArgumentParser(EvaluateArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        results = evaluate(args, accelerator)
+    except (ValueError, OSError) as error:
+        sys.exit(f"evaluate.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    if accelerator.is_main_process:
+        folder = Path(args.output_dir or args.model)
+        write(folder, **results)
+        p = results["evaluation"]["protocol"]
+        print(f"{p['num_samples']} samples, {p['sampler']}, {p['steps']} steps, seed {p['seed']}, against {p['split']}")
+        print(report(results["evaluation"]), f"\nWritten: metrics.json, {', '.join(results['pictures'])} in {folder}/")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    launch.run(main)
