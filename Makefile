@@ -9,7 +9,7 @@ train: $(INSTALLED)
 	$(VENV)/bin/accelerate launch training/train.py
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[dev]"

@@ -11,7 +11,7 @@ import pytest
 import sample as sample_script
 import steps_and_variances
 import torch
-from finish import save_pipeline, write_metrics_and_card
+from finish import write_metrics_and_card
 from huggingface_hub import ModelCard
 from test_model_card import TRAINING
 from training_config import TrainingConfig, load_preset

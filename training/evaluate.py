@@ -26,7 +26,7 @@ from transformers import HfArgumentParser
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.analytic import estimate_analytic_moments
 from ddpm_hf.checkpoints import write_whole
-from ddpm_hf.data import Images, addressed_generator, dataset_files, open_dataset, to_signed
+from ddpm_hf.data import Images, dataset_files, open_dataset, to_signed
 from ddpm_hf.features import compute_features, dataset_revision, figure_name, load_backbone, read_cached, write_cached
 from ddpm_hf.likelihood import BoundSums, VariationalBound
 from ddpm_hf.metrics import (
@@ -40,7 +40,8 @@ from ddpm_hf.metrics import (
 )
 from ddpm_hf.model_card import make_card, update_results
 from ddpm_hf.plots import bound_by_timestep, closest_pairs, figure_bytes
-from ddpm_hf.scheduler import spaced_timesteps
+from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.timesteps import spaced_timesteps
 
 RESIZE = "Pillow LANCZOS to cover, centre crop"
 
