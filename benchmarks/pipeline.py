@@ -4,6 +4,7 @@ Images per second at equal steps, of one network with one set of weights (a smal
 images of both are compared first. `--compile` adds the compiled step.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +39,10 @@ def main() -> None:
     (args,) = parser.parse_args_into_dataclasses()
     ours = small_pipeline() if args.model is None else DDPMPipelineCustom.from_pretrained(args.model)
     ours.to("cuda" if torch.cuda.is_available() else "cpu")
-    pipes = {"diffusers": ours.to_diffusers(), "ddpm_hf": ours}
-    pipes["diffusers"].unet.eval()
+    stock = ours.to_diffusers()
+    # As it would have loaded them: weights laid out for channels-last images are a part of what is compared.
+    stock.unet = copy.deepcopy(stock.unet).to(memory_format=torch.contiguous_format).eval()
+    pipes = {"diffusers": stock, "ddpm_hf": ours}
     if args.compile:
         pipes["ddpm_hf, compiled"] = DDPMPipelineCustom(ours.unet, ours.scheduler)
         pipes["ddpm_hf, compiled"].compile()

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def model(make_pipeline, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
-    save_pipeline(make_pipeline(in_channels=1, out_channels=1), folder)
+    make_pipeline(in_channels=1, out_channels=1).save_pretrained(folder)
     config = TrainingConfig(**load_preset("digits")).to_yaml()
     (folder / "config.yaml").write_text(config)
     write_metrics_and_card(folder, config, {"training": TRAINING})
