@@ -48,7 +48,11 @@ def finish(
     print(
         f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/\n"
         f"  sample:    python training/sample.py --model {output_dir} --num_images 64\n"
-        + (f"  evaluate:  python benchmarks/digits_quality.py --model {output_dir}\n" if "quality" in metrics else "")
+        + (
+            f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset digits\n"
+            if "quality" in metrics
+            else ""
+        )
         + f"  publish:   python training/publish.py --model {output_dir} --repo_id <user>/<name>"
     )
 

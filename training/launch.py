@@ -21,6 +21,7 @@ def run(main: Callable[[], None]) -> None:
     """Call `main` in as many processes as `accelerate launch` was asked for."""
     options = launcher_options()
     if options is None or options.num_processes <= 1:
+        use_cpu_threads()
         main()
         return
     machines, rank = options.num_machines or 1, options.machine_rank or 0
@@ -42,7 +43,15 @@ def _worker(local_rank: int, main: Callable[[], None], local: int, world: int, m
         "RANK": str(machine * local + local_rank),
         "WORLD_SIZE": str(world),
     }
+    use_cpu_threads()
     main()
+
+
+def use_cpu_threads(threads: int | None = None) -> None:
+    """Compute with `threads` threads; None: the CPU's cores shared among this machine's processes. (accelerate's
+    launcher sets one thread unless told otherwise.)"""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def launcher_options():

@@ -176,13 +176,6 @@ def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] |
     return None
 
 
-def use_cpu_threads(threads: int | None) -> None:
-    """Compute with `threads` threads; None: the CPU's cores shared among this machine's processes. (accelerate's
-    launcher sets one thread unless told otherwise.)"""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prepare a run; whatever is wrong with it is said here, before anything is trained or written."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -196,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
                 project_dir=config.output_dir,
             )
             if accelerator.device.type == "cpu":
-                use_cpu_threads(config.cpu_threads)
+                launch.use_cpu_threads(config.cpu_threads)
             if not accelerator.is_main_process:
                 datasets.disable_progress_bars()
             config.micro_batches(accelerator.num_processes)
