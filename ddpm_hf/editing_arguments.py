@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from .guidance import Denoiser, make_denoiser
 from .pipeline import DDPMPipelineCustom
 from .sampling_arguments import Generators, check_scheduler, check_size
-from .scheduler import spaced_timesteps
+from .timesteps import spaced_timesteps
 
 
 def denoiser_of(pipe: DDPMPipelineCustom, batch_size: int, condition: dict) -> Denoiser:

@@ -156,19 +156,21 @@ class GaussianDiffusion:
             if name not in self._floats:
                 self._floats[name] = self.tables[name].tolist()
             return self._floats[name][t]
-        dtype = working_dtype(like)
-        self.place(like.device, dtype)
-        table = self._rounded[like.device, dtype][name]
+        table = self._rounded_table(name, like)
         # Indexing with a 0-d tensor would read it back to the host; selecting with one of length 1 does not.
         return table[t] if isinstance(t, int) else table[t.reshape(-1)].reshape(-1, *[1] * (like.ndim - 1))
+
+    def _rounded_table(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        dtype = working_dtype(like)
+        self.place(like.device, dtype)
+        return self._rounded[like.device, dtype][name]
 
     def _reverse_step_coefficients(self, t: Timestep, like: torch.Tensor) -> Sequence[torch.Tensor | float]:
         """The row of "reverse_step" at t, by the rules of `at`."""
         if isinstance(t, int):
             row = self.at("reverse_step", t, like)
             return row if isinstance(row, list) else row.unbind()
-        self.place(like.device, working_dtype(like))
-        rows = self._rounded[like.device, working_dtype(like)]["reverse_step"][t.reshape(-1)]
+        rows = self._rounded_table("reverse_step", like)[t.reshape(-1)]
         return rows.T.reshape(rows.shape[1], -1, *[1] * (like.ndim - 1)).unbind()
 
     def _checked_mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:

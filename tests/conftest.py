@@ -98,3 +98,19 @@ def diffusers_log(caplog) -> pytest.LogCaptureFixture:
     yield caplog
     logger.removeHandler(caplog.handler)
     diffusers.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def model(make_pipeline, tmp_path):
+    """The output folder of a digits run, as far as the scripts look at it."""
+    from finish import write_metrics_and_card
+    from test_model_card import TRAINING
+    from training_config import TrainingConfig, load_preset
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make_pipeline(in_channels=1, out_channels=1).save_pretrained(folder)
+    config = TrainingConfig(**load_preset("digits")).to_yaml()
+    (folder / "config.yaml").write_text(config)
+    write_metrics_and_card(folder, config, {"training": TRAINING})
+    return folder

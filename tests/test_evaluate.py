@@ -11,26 +11,12 @@ import pytest
 import sample as sample_script
 import steps_and_variances
 import torch
-from finish import write_metrics_and_card
 from huggingface_hub import ModelCard
-from test_model_card import TRAINING
-from training_config import TrainingConfig, load_preset
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 from ddpm_hf.data import digits
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def model(make_pipeline, tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    make_pipeline(in_channels=1, out_channels=1).save_pretrained(folder)
-    config = TrainingConfig(**load_preset("digits")).to_yaml()
-    (folder / "config.yaml").write_text(config)
-    write_metrics_and_card(folder, config, {"training": TRAINING})
-    return folder
 
 
 @pytest.fixture

@@ -10,25 +10,11 @@ import digits_quality
 import numpy as np
 import pytest
 import sample as sample_script
-from finish import sample, write_metrics_and_card
+from finish import sample
 from PIL import Image
-from test_model_card import TRAINING
-from training_config import TrainingConfig, load_preset
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.guidance import mark_null_class
-
-
-@pytest.fixture
-def model(make_pipeline, tmp_path):
-    """The output folder of a digits run, as far as the scripts look at it."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    make_pipeline(in_channels=1, out_channels=1).save_pretrained(folder)
-    config = TrainingConfig(**load_preset("digits")).to_yaml()
-    (folder / "config.yaml").write_text(config)
-    write_metrics_and_card(folder, config, {"training": TRAINING})
-    return folder
 
 
 def pixels(folder):
