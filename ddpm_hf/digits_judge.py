@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 
 import datasets
 import numpy as np
+import torch
 
 from .data import Images
+from .metrics import memorisation
 
 RECOGNISED = 0.9  # probability above which the classifier counts as having recognised a digit
 NO_DIGIT = 10
-DISTANCE_QUANTILES = (0.05, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,6 @@ class DigitsJudge:
         classes = np.concatenate([labels, np.full(len(negatives), NO_DIGIT)])
         classifier = CalibratedClassifierCV(SVC(C=10), method="temperature", cv=5, ensemble=False)
         self.classifier = classifier.fit(images, classes)
-        self.held_out_distances = self.nearest_distances(self.held_out)
-
-    def nearest_distances(self, images: np.ndarray) -> np.ndarray:
-        """(N, 64) to (N,): distance to the nearest training image."""
-        squared = (images**2).sum(1)[:, None] - 2 * images @ self.train.T + (self.train**2).sum(1)[None]
-        return np.sqrt(squared.min(1).clip(0))
 
     def recognised(self, images: np.ndarray) -> tuple[float, np.ndarray]:
         """Share of (N, 64) recognised as some digit with probability above 0.9, and the likeliest digits (N,)."""
@@ -72,15 +67,13 @@ class DigitsJudge:
 
     def __call__(self, samples: np.ndarray) -> DigitsQuality:
         """Judge samples (N, 8, 8, 1) in [0, 1], rounded to 8 bits as a PNG would be."""
-        from scipy.stats import ks_2samp
-
         if samples.shape[1:] != (8, 8, 1):
             raise ValueError(f"samples must have shape (N, 8, 8, 1), got {samples.shape}.")
         samples = (np.round(samples.astype(np.float64) * 255) / 255).reshape(len(samples), -1)
         share, classes = self.recognised(samples)
         share_held_out, classes_held_out = self.recognised(self.held_out)
         class_shares = np.bincount(classes, minlength=10) / len(samples)
-        distances = self.nearest_distances(samples)
+        near = memorisation(*(torch.from_numpy(images) for images in (samples, self.held_out, self.train)))
         return DigitsQuality(
             num_samples=len(samples),
             recognised=share,
@@ -89,10 +82,10 @@ class DigitsJudge:
             accuracy_held_out=float((classes_held_out == self.held_out_labels).mean()),
             smallest_class_share=float(class_shares.min()),
             largest_class_share=float(class_shares.max()),
-            nearest_distance_quantiles=_quantiles(distances),
-            nearest_distance_quantiles_held_out=_quantiles(self.held_out_distances),
-            closer_than_5_percent_of_held_out=float((distances < np.quantile(self.held_out_distances, 0.05)).mean()),
-            closer_p_value=float(ks_2samp(distances, self.held_out_distances, alternative="greater").pvalue),
+            nearest_distance_quantiles=near.distance_quantiles,
+            nearest_distance_quantiles_held_out=near.distance_quantiles_held_out,
+            closer_than_5_percent_of_held_out=near.closer_than_5_percent_of_held_out,
+            closer_p_value=near.closer_p_value,
         )
 
 
@@ -120,7 +113,3 @@ def _pixels(split: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
     images = Images(split, (8, 8), channels=1, label_column="label")
     batch = images[range(len(images))]
     return batch["images"].numpy().reshape(len(images), -1) / 255.0, batch["labels"].numpy()
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-    return {f"{q:g}": float(np.quantile(values, q)) for q in DISTANCE_QUANTILES}

@@ -178,15 +178,6 @@ def dataset_revision(dataset: datasets.Dataset) -> str:
     return hashlib.sha256(json.dumps([sources, dataset._fingerprint]).encode()).hexdigest()[:16]
 
 
-def cached_features(folder: Path, key: dict, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The features of real images of this key from `folder`, or computed and put there; see `read_cached`."""
-    features = read_cached(folder, key)
-    if features is None:
-        features = compute()
-        write_cached(folder, key, features)
-    return features
-
-
 def read_cached(folder: Path, key: dict) -> torch.Tensor | None:
     """The features of real images that the safetensors file of this key in `folder` holds, if there is one.
 

@@ -20,11 +20,12 @@ from ddpm_hf.features import (
     DigitsBackbone,
     InceptionBackbone,
     TransformersBackbone,
-    cached_features,
     compute_features,
     dataset_revision,
     figure_name,
     load_backbone,
+    read_cached,
+    write_cached,
 )
 
 SIZE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
@@ -123,6 +124,14 @@ def test_only_50000_samples_on_inception_are_called_fid():
     judge.label, clip.label = "DINOv2", "CLIP"
     assert figure_name("FD", judge, 50_000) == "FD-DINOv2, n = 50,000"
     assert figure_name("MMD", clip, 2_000) == "CMMD (unbiased), n = 2,000"
+
+
+def cached_features(folder, key, compute):
+    features = read_cached(folder, key)
+    if features is None:
+        features = compute()
+        write_cached(folder, key, features)
+    return features
 
 
 def test_features_of_real_images_are_computed_once_for_each_key(tmp_path):
