@@ -116,7 +116,9 @@ def test_the_first_loss_of_a_zero_initialised_network_is_one(straight):
     batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
     accelerator = Accelerator()
     losses = [
-        train.training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch]).item()
+        train.training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch])
+        .losses.mean()
+        .item()
         for step, batch in enumerate(batches)
     ]
     # The network gives 0, so each loss is the mean square of its noise; the rate is 0, so it stays so.

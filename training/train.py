@@ -59,6 +59,17 @@ class Draws(NamedTuple):
     flip: torch.Tensor
 
 
+class StepReport(NamedTuple):
+    """What a step found on this process's share (b,) of the batch; tensors on the device, read rarely: that waits.
+
+    `t` and `losses` (b,) are by example, in order of position; `grad_norm` is of the whole batch, before clipping.
+    """
+
+    t: torch.Tensor
+    losses: torch.Tensor
+    grad_norm: torch.Tensor
+
+
 def draw(config: TrainingConfig, step: int, positions: range, device: torch.device) -> Draws:
     """The draws of a step for `positions` of the global batch.
 
@@ -83,11 +94,10 @@ def training_step(
     config: TrainingConfig,
     step: int,
     micro_batches: Iterable[dict[str, torch.Tensor]],
-) -> torch.Tensor:
+) -> StepReport:
     """One optimiser step (DDPM, algorithm 1) on this process's share of the global batch of `step`.
 
-    `micro_batches` yields dicts of "images", uint8 (B, C, H, W), as many as `config.micro_batches` says. Returns the
-    mean loss of the share, a 0-d tensor on the device: reading it would wait for the device, so callers do it rarely.
+    `micro_batches` yields dicts of "images", uint8 (B, C, H, W), as many as `config.micro_batches` says.
     """
     draws = draw(
         config,
@@ -97,7 +107,7 @@ def training_step(
     )
     parts = config.micro_batches(accelerator.num_processes)
     size = len(draws.t) // parts
-    total = torch.zeros((), device=accelerator.device)
+    losses = []
     for i, batch in enumerate(micro_batches):
         t, noise, flip = (values[i * size : (i + 1) * size] for values in draws)
         x_0 = to_signed(batch["images"].to(accelerator.device, non_blocking=True))
@@ -105,15 +115,15 @@ def training_step(
             x_0 = torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)
         # Gradients are exchanged once a step, with the last part.
         with accelerator.no_sync(model) if i < parts - 1 else nullcontext():
-            loss = denoising_loss(model, diffusion, x_0, t, noise).mean() / parts
-            accelerator.backward(loss)
-        total += loss.detach()
-    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            loss = denoising_loss(model, diffusion, x_0, t, noise)
+            accelerator.backward(loss.mean() / parts)
+        losses.append(loss.detach())
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
     optimizer.step()
     optimizer.zero_grad()
-    return total
+    return StepReport(draws.t, torch.cat(losses), grad_norm)
 
 
 def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
@@ -267,7 +277,7 @@ def run(
     loss_sum, loss_count, started = torch.zeros((), device=accelerator.device), 0, time.monotonic() - seconds
     for step in range(first_step, config.num_steps):
         micro_batches = (next(loader) for _ in range(parts))
-        loss_sum += training_step(accelerator, model, optimizer, diffusion, config, step, micro_batches)
+        loss_sum += training_step(accelerator, model, optimizer, diffusion, config, step, micro_batches).losses.mean()
         loss_count += 1
         done = step + 1
         ema.update(unet, done * config.batch_size, config.batch_size)
