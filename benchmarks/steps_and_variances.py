@@ -2,9 +2,11 @@
 
 Measures a model with training/evaluate.py at each number of sampling steps and each variance of the reverse process, all
 else alike, and prints one table: the bound of the chain in bits/dim, FD, precision and recall. Writes what each
-evaluation wrote, in a folder of its own under --output_dir; the model's folder stays as it is.
+evaluation wrote, in a folder of its own under --output_dir, and the table into the metrics and the card of a model that
+training/train.py made.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 import evaluate
 from accelerate import Accelerator
+from finish import write_metrics_and_card
 from transformers import HfArgumentParser
 
 VARIANCES = ("fixed_small", "fixed_large", "analytic")
@@ -48,12 +51,28 @@ def main(arguments: list[str] | None = None) -> None:
             evaluation = results["evaluation"]
             bound = list(evaluation["bits_per_dim"].values())[-1]
             values = {figure["name"].split("-")[0]: figure["value"] for figure in evaluation["figures"]}
-            rows.append((steps, variance, bound["bits_per_dim"], bound["standard_error"], values))
-    print(f"{evaluation['figures'][0]['name']}, seed {args.seed}; bits/dim of {bound['num_images']} held-out images")
+            row = {"steps": steps, "variance_type": variance} | {
+                k: bound[k] for k in ("bits_per_dim", "standard_error")
+            }
+            rows.append(row | {name: values[name] for name in ("FD", "precision", "recall")})
+    table = {
+        "distance": evaluation["figures"][0]["name"],
+        "seed": args.seed,
+        "bound_images": bound["num_images"],
+        "held_out_split": args.held_out_split,
+        "rows": rows,
+    }
+    run = Path(args.model)
+    if (run / "config.yaml").is_file() and (run / "metrics.json").is_file():
+        metrics = json.loads((run / "metrics.json").read_text()) | {"steps_and_variances": table}
+        write_metrics_and_card(run, (run / "config.yaml").read_text(), metrics)
+    print(f"{table['distance']}, seed {args.seed}; bits/dim of {table['bound_images']} held-out images")
     print(f"{'steps':>6s}  {'variance':12s} {'bits/dim':>18s} {'FD':>10s} {'precision':>10s} {'recall':>8s}")
-    for steps, variance, bits, error, v in rows:
-        line = f"{steps:6d}  {variance:12s} {bits:9.3f} ± {error:6.3f} {v['FD']:10.3f}"
-        print(f"{line} {v['precision']:10.3f} {v['recall']:8.3f}")
+    for row in rows:
+        line = (
+            f"{row['steps']:6d}  {row['variance_type']:12s} {row['bits_per_dim']:9.3f} ± {row['standard_error']:6.3f}"
+        )
+        print(f"{line} {row['FD']:10.3f} {row['precision']:10.3f} {row['recall']:8.3f}")
 
 
 if __name__ == "__main__":

@@ -95,10 +95,10 @@ class GaussianDiffusion:
                 f"analytic_moments {'missing' if analytic_moments is None else 'given'}."
             )
         self.prediction_type, self.variance_type = prediction_type, variance_type
-        betas = torch.as_tensor(betas).to(device="cpu", dtype=torch.float64)
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if alphas is None:
             check_betas(betas)
-        self.timesteps = torch.arange(len(betas)) if timesteps is None else timesteps
+        self.timesteps = torch.arange(len(betas), device="cpu") if timesteps is None else timesteps
         if self.timesteps.shape != betas.shape:
             raise ValueError(f"timesteps must have shape {tuple(betas.shape)}, got {tuple(self.timesteps.shape)}.")
         self.analytic_moments = None if analytic_moments is None else _check_moments(analytic_moments, len(betas))
@@ -343,8 +343,8 @@ class GaussianDiffusion:
             raise ValueError(f"timesteps must be different integers in 0..{len(self) - 1}, got {kept.tolist()}.")
         betas, alphas = self.betas[: kept[-1] + 1], self.alphas[: kept[-1] + 1]
         log_alphas = torch.where(betas < 0.5, torch.log1p(-betas), alphas.log())
-        segment = torch.searchsorted(kept, torch.arange(len(log_alphas)))
-        log_ratio = torch.zeros(len(kept), dtype=torch.float64).index_add_(0, segment, log_alphas)
+        segment = torch.searchsorted(kept, torch.arange(len(log_alphas), device="cpu"))
+        log_ratio = torch.zeros(len(kept), dtype=torch.float64, device="cpu").index_add_(0, segment, log_alphas)
         moments = None if self.analytic_moments is None else self.analytic_moments[kept]
         return GaussianDiffusion(
             -torch.expm1(log_ratio),

@@ -16,7 +16,8 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
     Args:
         template: a Jinja template (model_cards/template.md).
         config_yaml: the resolved training configuration.
-        metrics: "training", and "quality" and "evaluation" where they were measured, as `metrics.json` holds them.
+        metrics: "training", and "quality", "evaluation" and "steps_and_variances" where they were measured, as
+            `metrics.json` holds them.
     """
     config = yaml.safe_load(config_yaml)
     name = Path(config["output_dir"]).name
@@ -55,6 +56,7 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
         training=metrics["training"],
         quality=quality,
         evaluation=metrics.get("evaluation"),
+        table=metrics.get("steps_and_variances"),
         versions={"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     )
 

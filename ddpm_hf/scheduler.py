@@ -110,7 +110,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         self.variance_type = variance_type
         self.num_inference_steps = None
         self.custom_timesteps = False
-        self._use_chain(torch.arange(num_train_timesteps - 1, -1, -1), self.diffusion)
+        self._use_chain(torch.arange(num_train_timesteps - 1, -1, -1, device="cpu"), self.diffusion)
         self._warn_unless_noise(
             num_train_timesteps - 1,
             "Scale the range of a linear schedule by ddpm_hf.schedules.scale_betas_for_timesteps, or use "
@@ -208,8 +208,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         self._use_chain(chosen, chain, device)
 
     def _use_chain(self, timesteps: torch.Tensor, chain: GaussianDiffusion, device=None) -> None:
-        previous = torch.arange(-1, self.config.num_train_timesteps - 1)
-        previous[timesteps] = torch.cat([timesteps[1:], torch.tensor([-1])])
+        previous = torch.arange(-1, self.config.num_train_timesteps - 1, device="cpu")
+        previous[timesteps] = torch.cat([timesteps[1:], torch.tensor([-1], device="cpu")])
         self._previous = previous.tolist()
         self._chain = chain
         self.timesteps = timesteps.to(device)

@@ -12,17 +12,17 @@ import torch
 
 def _linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     """β_t from `beta_start` to `beta_end` in equal steps (DDPM, section 4)."""
-    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu")
 
 
 def _scaled_linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     """√β_t in equal steps ("quad" of the original DDPM code, "scaled_linear" of latent diffusion)."""
-    return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64).square()
+    return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64, device="cpu").square()
 
 
 def _sigmoid(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     """β_t along a logistic curve over [-6, 6] (GeoDiff)."""
-    return torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid() * (beta_end - beta_start) + beta_start
+    return torch.linspace(-6, 6, T, dtype=torch.float64, device="cpu").sigmoid() * (beta_end - beta_start) + beta_start
 
 
 def _squaredcos_cap_v2(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
@@ -30,7 +30,7 @@ def _squaredcos_cap_v2(T: int, beta_start: float, beta_end: float) -> torch.Tens
 
     In angles from π/2, ᾱ = sin²: 1 − sin²b/sin²a = sin(a − b)·sin(a + b)/sin²a does not cancel, and a near 0 is exact.
     """
-    angle = torch.arange(T, -1, -1, dtype=torch.float64) / T * (math.pi / 2 / 1.008)
+    angle = torch.arange(T, -1, -1, dtype=torch.float64, device="cpu") / T * (math.pi / 2 / 1.008)
     a, b = angle[:-1], angle[1:]
     betas = math.sin(math.pi / 2 / 1.008 / T) * torch.sin(a + b) / torch.sin(a).square()
     return betas.clamp(max=0.999)
@@ -43,7 +43,7 @@ def _laplace(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     w = √(2u + ε), or √(2(1−u) + ε), ᾱ² is 1/(1+w), or w/(1+w), so that 1 − ᾱ_b²/ᾱ_a² is a difference of neighbouring w.
     """
     eps = 1e-6
-    i = torch.arange(T + 1, dtype=torch.float64)
+    i = torch.arange(T + 1, dtype=torch.float64, device="cpu")
     folded = 2 * torch.minimum(i, T - i) / T
     w, gap = (folded + eps).sqrt(), 1 - folded - eps  # gap = 1 − w²
     a, b = w[:-1], w[1:]
@@ -57,7 +57,7 @@ def _laplace(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
 
 def _const(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     """β_t = `beta_end` (original DDPM code); `beta_start` is not used."""
-    return torch.full((T,), beta_end, dtype=torch.float64)
+    return torch.full((T,), beta_end, dtype=torch.float64, device="cpu")
 
 
 def _jsd(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
@@ -65,7 +65,7 @@ def _jsd(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
 
     The range is not used. The last β is 1, zero terminal SNR: it cannot be sampled from noise prediction.
     """
-    return 1 / torch.arange(T, 0, -1, dtype=torch.float64)
+    return 1 / torch.arange(T, 0, -1, dtype=torch.float64, device="cpu")
 
 
 def _warmup(T: int, beta_start: float, beta_end: float, fraction: float) -> torch.Tensor:
@@ -184,7 +184,7 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     root = torch.cumprod(1 - betas, 0).sqrt()
     # √ᾱ_t − √ᾱ_{t+1} as √ᾱ_t·β/(1 + √(1−β)), and √ᾱ_t − √ᾱ_T as a sum of those: no difference of near numbers.
     drop = root[:-1] * betas[1:] / (1 + (1 - betas[1:]).sqrt())
-    shifted = torch.cat([drop.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    shifted = torch.cat([drop.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64, device="cpu")])
     # 1 − r²/p² = (p − r)(p + r)/p², in which the common scale cancels.
     later = drop * (shifted[:-1] + shifted[1:]) / shifted[:-1].square()
     later[-1] = 1
@@ -201,10 +201,10 @@ def chain_tables(
     """
     alphas = 1 - betas if alphas is None else alphas
     alphas_cumprod = torch.cumprod(alphas, 0)
-    alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
     # 1 − ᾱ_t = Σ ᾱ_{s−1}β_s: a sum of positive terms keeps the relative precision that 1 − ᾱ loses at small t.
     one_minus = torch.cumsum(alphas_cumprod_prev * betas, 0)
-    one_minus_prev = torch.cat([torch.zeros(1, dtype=torch.float64), one_minus[:-1]])
+    one_minus_prev = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), one_minus[:-1]])
     posterior_variance = one_minus_prev / one_minus * betas
     # β̃ of the first index is 0: its logarithm takes the next one's place (the original code's convention).
     clipped = torch.cat([posterior_variance[1:2] if len(betas) > 1 else betas[:1], posterior_variance[1:]])

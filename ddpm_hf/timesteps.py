@@ -14,13 +14,13 @@ def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Ten
     sums and their rounding are those of diffusers (NumPy's), so that halves fall to the same side.
     Raises ValueError where the offset would leave the chain.
     """
-    i = torch.arange(n, dtype=torch.float64)
+    i = torch.arange(n, dtype=torch.float64, device="cpu")
     if spacing == "linspace":
         return (i * ((T - 1) / max(n - 1, 1))).round().to(torch.int64).flip(0)
     if spacing == "trailing":
         # diffusers counts until 0 is reached, which rounding puts off by one step for some n.
         return (T + i * ((T - T / n) - T)).round().to(torch.int64) - 1
-    timesteps = torch.arange(n - 1, -1, -1) * (T // n) + offset
+    timesteps = torch.arange(n - 1, -1, -1, device="cpu") * (T // n) + offset
     if timesteps[0] >= T:
         raise ValueError(
             f"steps_offset={offset} with {n} leading steps reaches timestep {int(timesteps[0])}; "
@@ -43,7 +43,7 @@ def beside(t: Timestep, like: torch.Tensor) -> Timestep:
 def as_timesteps(timesteps: Sequence[int] | torch.Tensor) -> torch.Tensor:
     """`timesteps` as an int64 tensor on the CPU; ValueError where they are no non-empty list of integers."""
     try:
-        chosen = torch.as_tensor(timesteps if isinstance(timesteps, torch.Tensor) else list(timesteps))
+        chosen = timesteps if isinstance(timesteps, torch.Tensor) else torch.tensor(list(timesteps), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0)
     if chosen.ndim != 1 or not chosen.numel() or chosen.is_floating_point() or chosen.dtype == torch.bool:

@@ -173,3 +173,9 @@ def test_the_table_of_steps_and_variances_has_a_row_for_each(model, options, tmp
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "fixed" in line or "analytic" in line]
     assert [row[:2] for row in rows] == [["5", variance] for variance in ("fixed_small", "fixed_large", "analytic")]
     assert (tmp_path / "table" / "analytic-5" / "metrics.json").is_file()
+    table = json.loads((model / "metrics.json").read_text())["steps_and_variances"]
+    for row, printed in zip(table["rows"], rows, strict=True):
+        alone = measured(tmp_path / "table" / f"{row['variance_type']}-5")
+        assert row["bits_per_dim"] == alone["bits_per_dim"]["held-out, 5 steps"]["bits_per_dim"]
+        assert row["FD"] == alone["figures"][0]["value"] and printed[5] == f"{row['FD']:.3f}"
+        assert f"| 5 | {row['variance_type']} | {row['bits_per_dim']:.2f} ± " in (model / "README.md").read_text()

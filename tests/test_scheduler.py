@@ -930,3 +930,23 @@ def test_bad_noising_is_refused(method):
 def test_a_learned_variance_needs_twice_the_channels(variance_type, shape):
     with pytest.raises(ValueError, match=f"variance_type='{variance_type}'.*6 channels"):
         DDPMSchedulerCustom(variance_type=variance_type).step(torch.zeros(shape), 5, torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("beta_schedule", sorted(BETA_SCHEDULES))
+@pytest.mark.parametrize("rescale", [False, True])
+def test_tables_are_made_on_the_host_whatever_the_default_device(beta_schedule, rescale):
+    """`torch.device("meta")` is how large networks are built; a scheduler beside them has its values all the same."""
+
+    def tables(device):
+        with torch.device(device):
+            scheduler = DDPMSchedulerCustom(
+                beta_schedule=beta_schedule, rescale_betas_zero_snr=rescale, prediction_type="v_prediction"
+            )
+            scheduler.set_timesteps(timesteps=[999, 500, 3])
+            chosen = scheduler.timesteps
+            scheduler.set_timesteps(10)
+        chain = scheduler.diffusion.respace(scheduler.timesteps.flip(0))
+        return chosen, scheduler.timesteps, scheduler.diffusion.alphas_cumprod, chain.betas, chain.posterior_variance
+
+    for expected, got in zip(tables("cpu"), tables("meta"), strict=True):
+        assert torch.equal(expected, got)

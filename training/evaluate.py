@@ -152,13 +152,15 @@ def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, ar
     return sums.result(diffusion)
 
 
-def get_samples(pipe, args, size: tuple[int, int], channels: int, shares: Shares) -> torch.Tensor:
-    """uint8 (N, C, H, W), rounded as a PNG would be: of the model, or the first `num_samples` of a folder by name."""
-    mine = shares.mine(args.num_samples)
-    if args.samples is None:
-        images = sample(pipe, mine, args.steps, args.seed)
-        rows = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
-        return shares.gather(rows.contiguous(), args.num_samples)
+def make_samples(pipe, args, shares: Shares) -> torch.Tensor:
+    """The model's, uint8 (N, C, H, W), rounded as a PNG would be."""
+    images = sample(pipe, shares.mine(args.num_samples), args.steps, args.seed)
+    rows = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+    return shares.gather(rows.contiguous(), args.num_samples)
+
+
+def read_samples(args, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """The first `num_samples` images of a folder by name, uint8 (N, C, H, W)."""
     files = dataset_files(args.samples)
     if len(files) < args.num_samples:
         raise ValueError(f"--samples {args.samples!r} holds {len(files)} images, num_samples is {args.num_samples}.")
@@ -245,6 +247,7 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     backbone = load_backbone(args.features, device)
     check_enough(args.num_samples, backbone.dim, "num_samples")
     check_enough(len(training), backbone.dim, f"split {args.split!r}")
+    samples = None if args.samples is None else read_samples(args, tuple(size), config.in_channels)
     choose_variance(pipe, args.variance_type, training, args, device)
 
     diffusion, scheduler = pipe.scheduler.diffusion, pipe.scheduler.config
@@ -271,7 +274,8 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
         "resolution": list(size),
         "dataset_resize": RESIZE,
     }
-    samples = get_samples(pipe, args, tuple(size), config.in_channels, shares)
+    if samples is None:
+        samples = make_samples(pipe, args, shares)
     of_samples = features_of(backbone, lambda i: samples[i], len(samples), args, shares)
     of_training = real_features(backbone, training, args.split, args, shares)
     of_held_out = real_features(backbone, held_out, args.held_out_split, args, shares)
