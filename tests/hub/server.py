@@ -8,6 +8,7 @@
 `Api` answers what the Hub does itself, one method per call, found by the route above it. `Storage` stands for the
 object store behind it, which holds the contents of LFS files: on a port of its own, because the client takes the
 metadata from the answer that redirects there, and follows redirects that stay on one origin before it looks at them.
+`Cas` is the storage that the Xet client speaks to.
 """
 
 import base64
@@ -27,6 +28,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from .store import Blob, HubError, Repo
+from .xet import XetStore, chunk_places
 
 
 @dataclass(frozen=True)
@@ -67,34 +69,43 @@ def json_answer(content: object, status: int = 200, **headers: str) -> Answer:
 class Fault:
     """Something that goes wrong with the next `times` requests whose "METHOD /path" matches the pattern.
 
-    `status` answers with that error and does nothing; without it the connection is cut: before anything is done, or
-    once it is done but not yet answered (`after_acting`). `delay_seconds` waits first, and alone only waits.
+    `status` answers with that error and does nothing (`retry_after_seconds` is sent along); without it the connection is
+    cut: before anything is done, once it is done but not yet answered (`after_acting`), or in the middle of the request's
+    body (`mid_upload`) or of the answer's (`mid_download`). `flips` sends an answer with one bit wrong. `delay_seconds` waits
+    first, and alone only waits.
     """
 
     pattern: str
     status: int | None = None
+    retry_after_seconds: int | None = None
     after_acting: bool = False
+    mid_upload: bool = False
+    mid_download: bool = False
+    flips: bool = False
     delay_seconds: float = 0.0
     times: int = 1
 
     @property
     def cuts(self) -> bool:
-        return self.status is None and (self.after_acting or not self.delay_seconds)
+        """Before or after the act; not in the middle."""
+        others = self.delay_seconds or self.flips or self.mid_upload or self.mid_download
+        return self.status is None and (self.after_acting or not others)
 
 
 class HubServer:
-    """A Hub on two ports of 127.0.0.1. `requests` lists what was asked of either; `faults` what is to go wrong."""
+    """A Hub on three ports of 127.0.0.1. `requests` lists what was asked of any; `faults` what is to go wrong."""
 
     def __init__(self):
         self.lock = threading.RLock()
         self.users: dict[str, str] = {}  # token -> name
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}  # sha256 -> content
+        self.xet = XetStore()
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.secret = secrets.token_bytes(16)
-        self._servers = [_Server(self, Api), _Server(self, Storage)]
-        self.endpoint, self.storage = [f"http://127.0.0.1:{server.server_port}" for server in self._servers]
+        self._servers = [_Server(self, handler) for handler in (Api, Storage, Cas)]
+        self.endpoint, self.storage, self.cas = [f"http://127.0.0.1:{s.server_port}" for s in self._servers]
 
     def __enter__(self) -> "HubServer":
         for server in self._servers:
@@ -186,13 +197,17 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
+        fault = self.hub.fault(self.command, url.path)
+        if fault and fault.mid_upload:
+            self.rfile.read(max(1, int(headers.get("content-length", 2)) // 2))
+            return self._cut()
         request = Request(self.command, url.path, query, headers, b"".join(self._body()))
         self.hub.requests.append(request)
-        fault = self.hub.fault(request.method, request.path)
         if fault:
             time.sleep(fault.delay_seconds)
             if fault.status:
-                return self._send(json_answer({"error": "This is a fault made on purpose."}, fault.status))
+                wait = {} if fault.retry_after_seconds is None else {"Retry-After": str(fault.retry_after_seconds)}
+                return self._send(json_answer({"error": "This is a fault made on purpose."}, fault.status, **wait))
             if fault.cuts and not fault.after_acting:
                 return self._cut()
         try:
@@ -202,7 +217,11 @@ class _Handler(BaseHTTPRequestHandler):
             answer = json_answer({"error": error.message, **error.body}, error.status, **headers)
         if fault and fault.cuts:
             return self._cut()
-        self._send(answer)
+        if fault and fault.flips and answer.body:
+            middle = len(answer.body) // 2
+            flipped = answer.body[:middle] + bytes([answer.body[middle] ^ 1]) + answer.body[middle + 1 :]
+            answer = Answer(answer.status, flipped, answer.headers)
+        self._send(answer, only_half=bool(fault and fault.mid_download))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 
@@ -220,14 +239,17 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, answer: Answer, only_half: bool = False) -> None:
         self.send_response(answer.status)
         headers = {"Content-Length": str(len(answer.body)), **answer.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.body)
+            self.wfile.write(answer.body[: len(answer.body) // 2 if only_half else None])
+        if only_half:
+            self.wfile.flush()
+            self._cut()
 
     def _cut(self) -> None:
         self.close_connection = True
@@ -283,7 +305,11 @@ class Api(_Handler):
             if user is None:
                 raise HubError(401, "Invalid username or password.", "RepoNotFound")
             raise HubError(404, "Repository not found", "RepoNotFound")
-        is_upload = re.search(r"/(commit|branch|tag)/|/info/lfs/", request.path) and request.method != "GET"
+        if repo.gated and user != repo.owner and user not in repo.let_in and "/api/" not in request.path:
+            raise HubError(403 if user else 401, f"Access to {kind[:-1]} {id} is restricted.", "GatedRepo")
+        is_upload = re.search(r"/(commit|branch|tag|xet-write-token)/|/info/lfs/", request.path) and (
+            request.method != "GET" or "xet-write" in request.path
+        )
         opens_pull_request = "create_pr" in request.query and user is not None
         if is_upload and user != repo.owner and not opens_pull_request:
             # LFS contents come before the commit that says what becomes of them: anyone known may bring some.
@@ -393,6 +419,13 @@ class Api(_Handler):
         answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{url}/commit/{commit.oid}"}
         return json_answer(answer | ({"pullRequestUrl": f"{url}/discussions/{number}"} if number else {}))
 
+    @route("GET", REPO + "/xet-(?P<scope>read|write)-token/(?P<revision>.+)")
+    def xet_token(self, request: Request, repo: Repo, scope: str, revision: str) -> Answer:
+        token, expires = f"xet-{scope}-{self.hub.signature(scope)}", int(time.time()) + 3600
+        body = {"casUrl": self.hub.cas, "accessToken": token, "exp": expires}
+        headers = {"X-Xet-Cas-Url": self.hub.cas, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
+        return json_answer(body, **headers)
+
     # -------------------------------------------------------------- names
 
     @route("POST", REPO + "/branch/(?P<name>.+)")
@@ -446,7 +479,7 @@ class Api(_Handler):
         commit = repo.at(revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         answer = {"id": repo.id, "author": repo.owner, "sha": commit.oid, "siblings": siblings, "tags": []}
-        return json_answer({**answer, "private": repo.private, "gated": False, "lastModified": commit.date})
+        return json_answer({**answer, "private": repo.private, "gated": "auto" if repo.gated else False, "lastModified": commit.date})
 
     @route("GET", REPO + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
     def tree(self, request: Request, repo: Repo, revision: str, folder: str = "") -> Answer:
@@ -465,6 +498,8 @@ class Api(_Handler):
                 entry = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.git_oid}
                 if blob.is_lfs:
                     entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)}
+                    if blob.sha256 in self.hub.xet.names:
+                        entry["xetHash"] = self.hub.xet.names[blob.sha256]
                 files.append(entry)
         if prefix and not folders and not files:
             raise HubError(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
@@ -478,6 +513,9 @@ class Api(_Handler):
             return content_answer(blob.data, request, headers)
         linked = {"X-Linked-Etag": f'"{blob.etag}"', "X-Linked-Size": str(len(blob.data))}
         self.hub.objects.setdefault(blob.sha256, blob.data)
+        if blob.sha256 in self.hub.xet.names:
+            token = f"{self.hub.endpoint}/api/{repo.kind}/{repo.id}/xet-read-token/{commit.oid}"
+            linked |= {"X-Xet-Hash": self.hub.xet.names[blob.sha256], "Link": f'<{token}>; rel="xet-auth"'}
         return Answer(302, headers={**headers, **linked, "Location": self.hub.object_url(blob.sha256)})
 
 
@@ -511,3 +549,39 @@ class Storage(_Handler):
         if sha256 not in self.hub.objects:
             raise HubError(404, "There is no such object")
         return content_answer(self.hub.objects[sha256], request, {"ETag": f'"{sha256}"'})
+
+
+# ------------------------------------------------------------------ the object store of Xet
+
+
+class Cas(_Handler):
+    """Knows the tokens that the Hub hands out for it, and none of the users'."""
+
+    def answer(self, request: Request) -> Answer:
+        method, path, xet = request.method, request.path, self.hub.xet
+        if match := re.fullmatch("/xorbs/([0-9a-f]{64})", path):
+            if not hmac.compare_digest(request.query.get("signature", ""), self.hub.signature(match[1])):
+                raise HubError(403, "The signature does not match")
+            return content_answer(xet.xorbs[match[1]], request, {})
+        scopes = ("write",) if method == "POST" else ("read", "write")
+        if request.token not in [f"xet-{scope}-{self.hub.signature(scope)}" for scope in scopes]:
+            raise HubError(401, f"This needs a token that may {scopes[0]}")
+        if method == "POST" and (match := re.fullmatch("/v1/xorbs/default/([0-9a-f]{64})", path)):
+            chunk_places(request.body)
+            with self.hub.lock:
+                is_new = match[1] not in xet.xorbs
+                xet.xorbs.setdefault(match[1], request.body)
+            return json_answer({"was_inserted": is_new})
+        if method == "POST" and path == "/v2/shards":
+            with self.hub.lock:
+                self.hub.objects |= xet.add_shard(request.body)
+            return Answer(200, b'{"type":"result"}\n', {"Content-Type": "application/x-ndjson"})
+        if method == "GET" and (match := re.fullmatch("/v1/reconstructions/([0-9a-f]{64})", path)):
+            start, stop = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", "bytes=0-0")).groups()
+            end = int(stop) + 1 if "range" in request.headers else None
+
+            def url_of(xorb: str) -> str:
+                return f"{self.hub.cas}/xorbs/{xorb}?signature={self.hub.signature(xorb)}"
+
+            return json_answer(xet.reconstruction(match[1], int(start), end, url_of))
+        raise HubError(404, f"This storage does not know {method} {path}")

@@ -79,6 +79,7 @@ class Repo:
 
     def __init__(self, kind: str, id: str, private: bool = False):
         self.kind, self.id, self.private = kind, id, private
+        self.gated, self.let_in = False, set()  # asks for consent before files are read; names of those who gave it
         self.lock = threading.RLock()
         self.commits: dict[str, Commit] = {}
         self.branches: dict[str, str] = {}
