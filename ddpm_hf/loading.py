@@ -9,9 +9,9 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
-from huggingface_hub import snapshot_download
 
 from .scheduler import DDPMSchedulerCustom
+from .transfer import download_snapshot
 from .unet import UNet2DModelCustom
 
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?P<variant>\.[^.]+?)?(-\d+-of-\d+)?\.(safetensors|bin)$")
@@ -19,16 +19,17 @@ INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?P<varian
 
 
 def snapshot(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
-    """The files of a pipeline from the Hub: configurations and safetensors, or `.bin` weights where only those are."""
+    """The files of a pipeline from the Hub, each with the Hub's checksum: configurations and safetensors, or `.bin`
+    weights where only those are. Errors as of `download_snapshot`."""
     if repo_id.count("/") > 1 or repo_id.startswith((".", "/")):
         raise FileNotFoundError(f"{repo_id!r} is no folder here, nor a repository's name (user/name).")
     configs = ["model_index.json", "config.json", "scheduler_config.json", "unet/*.json", "scheduler/*.json"]
     weights = ["diffusion_pytorch_model*", "unet/diffusion_pytorch_model*"]
     safe = [pattern + ".safetensors" for pattern in weights]
-    folder = Path(snapshot_download(repo_id, allow_patterns=configs + ["*.safetensors.index.json"] + safe, **kwargs))
+    folder = download_snapshot(repo_id, allow_patterns=configs + ["*.safetensors.index.json"] + safe, **kwargs)
     if allow_pickle and not any(folder.rglob("*.safetensors")):
         # Read with weights_only: no code in a pickle is executed.
-        folder = Path(snapshot_download(repo_id, allow_patterns=configs + [p + ".bin" for p in weights], **kwargs))
+        folder = download_snapshot(repo_id, allow_patterns=configs + [p + ".bin" for p in weights], **kwargs)
     return folder
 
 

@@ -1,5 +1,7 @@
 """The model card: Hub metadata, how to use the model, how it was made, and figures that were measured."""
 
+import hashlib
+import re
 from pathlib import Path
 
 import diffusers
@@ -98,3 +100,84 @@ def update_results(card_text: str, name: str, evaluation: dict) -> str:
     card.data.eval_results = kept + new
     card.data.model_name = card.data.model_name or name
     return str(card)
+
+
+# ------------------------------------------------------------------ the card on the Hub
+
+BEGIN = "<!-- ddpm_hf {}: what lies between these two lines is written anew when the model is published again -->\n"
+END = "<!-- /ddpm_hf -->\n"
+OURS = re.compile(re.escape(BEGIN).replace(r"\{\}", "([0-9a-f]{16})") + "(.*?)" + re.escape(END), re.DOTALL)
+FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(\r?\n|\Z)", re.DOTALL)
+KEPT_EDITS = "\n## From an earlier card\n\n"
+
+
+def plain_card(repo_id: str) -> str:
+    """The card of a pipeline that came without one: what the Hub needs to know, and how to load it."""
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["ddpm", "diffusion", "ddpm_hf"],
+    )
+    examples = "".join(
+        f"```python\nfrom {module} import {name}\n\n"
+        f'pipe = {name}.from_pretrained("{repo_id}")\nimages = pipe(batch_size=16).images\n```\n\n'
+        for module, name in (("ddpm_hf", "DDPMPipelineCustom"), ("diffusers", "DiffusionPipeline"))
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rsplit('/', 1)[-1]}\n\n{examples.rstrip()}\n"
+
+
+def card_for_repository(text: str, repo_id: str) -> str:
+    """A card whose examples load the repository rather than a folder."""
+    return re.sub(r'from_pretrained\("[^"]*"\)', f'from_pretrained("{repo_id}")', text)
+
+
+def merge_cards(ours: str, theirs: str) -> str:
+    """Our card, put into the one that is on the Hub ("" for none), of which nothing that a person wrote is lost.
+
+    The text: ours stands between two comments and replaces what stood between them. Everything outside stays. Where
+    there are no such comments, ours comes below the text that is there; text that was edited between them is kept below.
+    The metadata: library, pipeline tag and this model's results are ours, tags and data sets those of both, and of
+    everything else (the licence, say) what is there stays.
+    """
+    our_data, our_text = _split(ours)
+    data, text = _split(theirs)
+    for key, value in our_data.items():
+        if key in ("library_name", "pipeline_tag"):
+            data[key] = value
+        elif key in ("tags", "datasets") and isinstance(data.get(key), list):
+            data[key] += [entry for entry in value if entry not in data[key]]
+        else:
+            data.setdefault(key, value)
+    mine = our_data.get("model-index") or []
+    names = {entry["name"] for entry in mine} or {re.match(r"\s*# (.*)\n|", our_text)[1]}
+    others = [entry for entry in data.get("model-index") or [] if entry.get("name") not in names]
+    data["model-index"] = others + mine
+    if not data["model-index"]:
+        del data["model-index"]
+
+    our_text = our_text.strip("\n") + "\n"
+    block = BEGIN.format(_digest(our_text)) + our_text + END
+    found = OURS.search(text)
+    if found is None:
+        text = (text.strip("\n") + "\n\n").lstrip("\n") + block
+    else:
+        edited = "" if _digest(found[2]) == found[1] else KEPT_EDITS + found[2].strip("\n") + "\n"
+        text = text[: found.start()].lstrip("\n") + block + text[found.end() :] + edited
+    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n{text}"
+
+
+def _split(card: str) -> tuple[dict, str]:
+    """Metadata and text of a card; metadata that are no YAML count as text."""
+    found = FRONT_MATTER.match(card)
+    if found is None:
+        return {}, card
+    try:
+        data = yaml.safe_load(found[1] or "") or {}
+    except yaml.YAMLError:
+        return {}, card
+    return (data, card[found.end() :]) if isinstance(data, dict) else ({}, card)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

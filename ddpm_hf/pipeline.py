@@ -253,7 +253,8 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             model_kwargs: `torch_dtype`, `variant`, `use_safetensors`, `device_map` and what else
                 `UNet2DModelCustom.from_pretrained` takes.
 
-        Raises FileNotFoundError for a folder that holds no pipeline; the Hub's own errors otherwise.
+        Raises FileNotFoundError for a folder that holds no pipeline, and for what is not on the Hub; PermissionError
+        for what may not be read; ConnectionError without a network; OSError for files that arrive damaged.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():

@@ -64,6 +64,9 @@ def test_an_unknown_flag_is_refused():
         ({"total_images": 5}, "less than one batch"),
         ({"sample_steps": 1001}, "sample_steps must lie in 1..1000"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        ({"push_every_checkpoints": 0}, "push_every_checkpoints must be at least 1"),
+        ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
+        ({"hub_model_id": "user/two/three"}, "user/two/three"),
     ],
 )
 def test_what_makes_no_run_is_refused_with_a_reason(options, message):
@@ -110,7 +113,8 @@ skip_broken_images memory_limit_bytes num_workers block_out_channels down_block_
 attention_head_dim norm_num_groups dropout num_train_timesteps beta_schedule prediction_type variance_type
 timestep_sampler seed total_images batch_size micro_batch_size learning_rate adam_beta2 warmup_steps
 learning_rate_schedule max_grad_norm ema_halflife_images cpu_threads mixed_precision checkpoint_every_steps
-keep_checkpoints log_every_steps report_to sample_steps quality_samples"""
+keep_checkpoints log_every_steps report_to sample_steps quality_samples push_to_hub hub_model_id hub_private
+push_every_checkpoints"""
 
 
 def test_the_list_of_options_changes_only_on_purpose():

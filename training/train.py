@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from finish import finish
+from pushing import Pusher
 from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_config
 
@@ -214,9 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
                     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             accelerator.wait_for_everyone()
             restored = last_checkpoint(config, output_dir / "checkpoints")
+            pusher = Pusher(config, accelerator.is_main_process)
         except ValueError as error:
             sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-        run(config, accelerator, unet, scheduler, images, restored)
+        run(config, accelerator, unet, scheduler, images, restored, pusher)
 
 
 def run(
@@ -226,6 +228,7 @@ def run(
     scheduler: DDPMSchedulerCustom,
     images: Images,
     restored: tuple[dict, dict] | None,
+    pusher: Pusher,
 ) -> None:
     """Train from `restored`, or from the start, to the end."""
     output_dir, parts = Path(config.output_dir), config.micro_batches(accelerator.num_processes)
@@ -304,7 +307,9 @@ def run(
                     "history": history,
                     "seconds": time.monotonic() - started,
                 }
-                save_checkpoint(output_dir / "checkpoints", done, tensors, state)
+                pusher.checkpoint(
+                    done, unet, scheduler, save_checkpoint(output_dir / "checkpoints", done, tensors, state)
+                )
                 prune_checkpoints(output_dir / "checkpoints", config.keep_checkpoints)
             accelerator.wait_for_everyone()
     bar.close()
@@ -324,6 +329,7 @@ def run(
         }
         ema.copy_to(unet)
         finish(config, unet, scheduler, history, training)
+        pusher.finish()
     accelerator.end_training()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -79,6 +80,12 @@ class TrainingConfig:
     sample_steps: int = field(default=250, metadata={"help": "sampling steps of the figures and of the quality check"})
     quality_samples: int = field(default=0, metadata={"help": "digits only: samples to judge at the end; 0: none"})
 
+    # Sharing
+    push_to_hub: bool = field(default=False, metadata={"help": "push checkpoints and the model to hub_model_id"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "user/name on the Hub; made if it is not there"})
+    hub_private: bool = field(default=False, metadata={"help": "make it a private repository"})
+    push_every_checkpoints: int = field(default=1, metadata={"help": "push every so many checkpoints, and the end"})
+
     def __post_init__(self):
         size = list(self.resolution) * (2 if len(self.resolution) == 1 else 1)
         object.__setattr__(self, "resolution", size)
@@ -92,7 +99,12 @@ class TrainingConfig:
                 f"resolution {size[0]}×{size[1]} cannot be halved {len(self.block_out_channels) - 1} times, as "
                 f"block_out_channels of {len(self.block_out_channels)} levels asks: use multiples of {multiple}, or fewer levels."
             )
-        for name in ("total_images", "batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"):
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("push_to_hub needs hub_model_id, the model's name on the Hub: user/name.")
+        if self.hub_model_id is not None:
+            validate_repo_id(self.hub_model_id)
+        at_least_1 = ("total_images", "batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps")
+        for name in (*at_least_1, "push_every_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.total_images < self.batch_size:
@@ -136,6 +148,7 @@ class TrainingConfig:
             "checkpoint_every_steps",
         }
         | {"keep_checkpoints", "log_every_steps", "report_to", "sample_steps", "quality_samples"}
+        | {"push_to_hub", "hub_model_id", "hub_private", "push_every_checkpoints"}
     )
 
     def check_same_run(self, saved: dict, where: Path) -> None:
