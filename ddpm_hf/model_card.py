@@ -34,7 +34,8 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
                 dataset_type=dataset,
                 dataset_name="scikit-learn digits, held-out part",
                 metric_type="recognised_ratio",
-                metric_name=f"share of {quality['num_samples']} samples recognised, of that of real digits",
+                metric_name=f"share of {quality['num_samples']} samples ({quality['sample_steps']} steps, seed "
+                f"{quality['seed']}, averaged weights) recognised, of that of real digits",
                 metric_value=round(quality["recognised_ratio"], 4),
             )
         )

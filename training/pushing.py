@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import disable_progress_bars
 from safetensors.torch import load_file, save_file
 from training_config import TrainingConfig
 
@@ -87,6 +88,7 @@ class Pusher:
         self.config, self.retries = config, retries
         self.is_on = config.push_to_hub and is_main_process
         if self.is_on:
+            disable_progress_bars()  # they would be drawn over the training's
             self.folder = Path(config.output_dir)
             try:
                 self.repo_id = check_destination(config.hub_model_id, config.hub_private, retries=retries)

@@ -21,6 +21,7 @@ import launch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from energy import EnergyMeter
 from finish import finish
 from pushing import Pusher
 from tqdm.auto import tqdm
@@ -276,6 +277,7 @@ def run(
         disable=not accelerator.is_local_main_process,
     )
 
+    meter = EnergyMeter(accelerator.is_main_process and first_step == 0)
     model.train()
     loss_sum, loss_count, started = torch.zeros((), device=accelerator.device), 0, time.monotonic() - seconds
     for step in range(first_step, config.num_steps):
@@ -326,6 +328,7 @@ def run(
             "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "parameters": sum(p.numel() for p in unet.parameters()),
             "train_examples": len(images),
+            **meter.stop(),
         }
         ema.copy_to(unet)
         finish(config, unet, scheduler, history, training)

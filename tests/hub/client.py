@@ -1,5 +1,7 @@
 """What a user does with the Hub, in a process of its own: the client reads HF_ENDPOINT when it is imported.
 
+`python client.py calls` reads a JSON list of {"call", ...arguments} from stdin, makes them at once, and prints what came of
+each: publishing and downloads without models, for tests of what the network does to them.
 `python client.py load OUT STEP...` runs steps of the table below, several a process because imports are slow. Each leaves
 OUT/<step>.npy (images) or OUT/<step>.txt (the error that ended it). `python client.py scripts` reads a JSON list of
 {"script", "arguments", "env"} from stdin, runs each as if from the command line, and prints what came of it.
@@ -12,11 +14,15 @@ import os
 import runpy
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))  # scripts import what lies beside them
+
 BATCH, STEPS, SEED = 2, 20, 0
+CALLS_AT_ONCE = 12
 
 
 def sample(pipe) -> np.ndarray:
@@ -106,8 +112,32 @@ def scripts() -> None:
     print(json.dumps(results))
 
 
+def calls() -> None:
+    from ddpm_hf.hub import publish
+    from ddpm_hf.transfer import Retries, download_snapshot, in_one_sentence
+
+    retries = Retries(first_wait_seconds=0.05)
+
+    def make(asked: dict) -> dict:
+        asked = dict(asked)
+        name, repo_id = asked.pop("call"), asked.pop("repo_id")
+        try:
+            if name == "publish":
+                done = publish(asked.pop("folder"), repo_id, retries=retries, **asked)
+                return {"commit": done.commit, "url": done.url}
+            folder = download_snapshot(repo_id, retries=retries, **asked)
+            return {"folder": str(folder)}
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {in_one_sentence(error, repo_id)}"}
+
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+        print(json.dumps(list(pool.map(make, json.load(sys.stdin)))))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "load":
         load(Path(sys.argv[2]), *sys.argv[3:])
+    elif sys.argv[1] == "calls":
+        calls()
     else:
         scripts()

@@ -67,7 +67,8 @@ def json_answer(content: object, status: int = 200, **headers: str) -> Answer:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the next `times` requests whose "METHOD /path" matches the pattern.
+    """Something that goes wrong with the next `times` requests whose "METHOD /path user" matches the pattern; the user is
+    "" where no token of the Hub was sent.
 
     `status` answers with that error and does nothing (`retry_after_seconds` is sent along); without it the connection is
     cut: before anything is done, once it is done but not yet answered (`after_acting`), or in the middle of the request's
@@ -147,10 +148,11 @@ class HubServer:
     def signature(self, sha256: str) -> str:
         return hmac.new(self.secret, sha256.encode(), "sha256").hexdigest()
 
-    def fault(self, method: str, path: str) -> Fault | None:
+    def fault(self, method: str, path: str, authorization: str = "") -> Fault | None:
+        asked = f"{method} {path} {self.users.get(authorization.removeprefix('Bearer '), '')}"
         with self.lock:
             for fault in self.faults:
-                if fault.times > 0 and re.search(fault.pattern, f"{method} {path}"):
+                if fault.times > 0 and re.search(fault.pattern, asked):
                     fault.times -= 1
                     return fault
         return None
@@ -197,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         headers = {name.lower(): value for name, value in self.headers.items()}
-        fault = self.hub.fault(self.command, url.path)
+        fault = self.hub.fault(self.command, url.path, headers.get("authorization", ""))
         if fault and fault.mid_upload:
             self.rfile.read(max(1, int(headers.get("content-length", 2)) // 2))
             return self._cut()
@@ -422,8 +424,9 @@ class Api(_Handler):
     @route("GET", REPO + "/xet-(?P<scope>read|write)-token/(?P<revision>.+)")
     def xet_token(self, request: Request, repo: Repo, scope: str, revision: str) -> Answer:
         token, expires = f"xet-{scope}-{self.hub.signature(scope)}", int(time.time()) + 3600
-        body = {"casUrl": self.hub.cas, "accessToken": token, "exp": expires}
-        headers = {"X-Xet-Cas-Url": self.hub.cas, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
+        cas = f"{self.hub.cas}/{repo.kind}/{repo.id}"  # so that its requests tell whose they are
+        body = {"casUrl": cas, "accessToken": token, "exp": expires}
+        headers = {"X-Xet-Cas-Url": cas, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
         return json_answer(body, **headers)
 
     # -------------------------------------------------------------- names
@@ -558,7 +561,8 @@ class Cas(_Handler):
     """Knows the tokens that the Hub hands out for it, and none of the users'."""
 
     def answer(self, request: Request) -> Answer:
-        method, path, xet = request.method, request.path, self.hub.xet
+        method, xet = request.method, self.hub.xet
+        repo, path = re.fullmatch("(/[^/]+/[^/]+/[^/]+)?(/.*)", request.path).groups()
         if match := re.fullmatch("/xorbs/([0-9a-f]{64})", path):
             if not hmac.compare_digest(request.query.get("signature", ""), self.hub.signature(match[1])):
                 raise HubError(403, "The signature does not match")
@@ -581,7 +585,7 @@ class Cas(_Handler):
             end = int(stop) + 1 if "range" in request.headers else None
 
             def url_of(xorb: str) -> str:
-                return f"{self.hub.cas}/xorbs/{xorb}?signature={self.hub.signature(xorb)}"
+                return f"{self.hub.cas}{repo}/xorbs/{xorb}?signature={self.hub.signature(xorb)}"
 
             return json_answer(xet.reconstruction(match[1], int(start), end, url_of))
         raise HubError(404, f"This storage does not know {method} {path}")
