@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
 
 from .scheduler import DDPMSchedulerCustom
-from .transfer import download_snapshot
+from .transfer import Retries, download_snapshot
 from .unet import UNet2DModelCustom
 
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?P<variant>\.[^.]+?)?(-\d+-of-\d+)?\.(safetensors|bin)$")
@@ -26,6 +26,7 @@ def snapshot(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
     configs = ["model_index.json", "config.json", "scheduler_config.json", "unet/*.json", "scheduler/*.json"]
     weights = ["diffusion_pytorch_model*", "unet/diffusion_pytorch_model*"]
     safe = [pattern + ".safetensors" for pattern in weights]
+    kwargs.setdefault("retries", Retries(tries=3))  # somebody is waiting
     folder = download_snapshot(repo_id, allow_patterns=configs + ["*.safetensors.index.json"] + safe, **kwargs)
     if allow_pickle and not any(folder.rglob("*.safetensors")):
         # Read with weights_only: no code in a pickle is executed.

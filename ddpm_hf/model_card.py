@@ -121,8 +121,12 @@ def plain_card(repo_id: str) -> str:
     )
     examples = "".join(
         f"```python\nfrom {module} import {name}\n\n"
-        f'pipe = {name}.from_pretrained("{repo_id}")\nimages = pipe(batch_size=16).images\n```\n\n'
-        for module, name in (("ddpm_hf", "DDPMPipelineCustom"), ("diffusers", "DiffusionPipeline"))
+        f'pipe = {name}.from_pretrained("{repo_id}")\nimages = pipe(batch_size=16{more}).images\n```\n\n'
+        for module, name, more in (
+            ("ddpm_hf", "DDPMPipelineCustom", ""),
+            # Stock takes 1000 steps unless told, and refuses them where the chain is shorter.
+            ("diffusers", "DiffusionPipeline", ", num_inference_steps=len(pipe.scheduler)"),
+        )
     )
     return f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rsplit('/', 1)[-1]}\n\n{examples.rstrip()}\n"
 

@@ -184,7 +184,12 @@ def loaded(request, tmp_path_factory):
         if request.param == "xet":  # only a client can make xorbs
             faults, hub.faults = hub.faults, []
             uploads = [
-                {"call": "publish", "repo_id": asked["repo_id"], "folder": str(bench.tmp / f"u{i}"), "token": asked["token"]}
+                {
+                    "call": "publish",
+                    "repo_id": asked["repo_id"],
+                    "folder": str(bench.tmp / f"u{i}"),
+                    "token": asked["token"],
+                }
                 for i, asked in enumerate(bench.asked)
             ]
             assert not [done for done in calls(hub, bench.tmp, "xet", uploads) if "error" in done]
@@ -198,7 +203,9 @@ def test_whatever_goes_wrong_once_a_model_is_loaded_as_it_is(loaded):
     for case in loaded.cases:
         outcome, files = loaded.outcomes[case], loaded.files[case]
         folder = Path(outcome.get("folder", "/nowhere"))
-        if {name for name in files if (folder / name).is_file() and (folder / name).read_bytes() == files[name]} != {*files}:
+        if {name for name in files if (folder / name).is_file() and (folder / name).read_bytes() == files[name]} != {
+            *files
+        }:
             wrong[case] = outcome
     assert wrong == {}
     assert any("/xorbs/" in request.path for request in loaded.hub.requests) == (loaded.transport == "xet")
@@ -238,7 +245,12 @@ def test_pushes_at_once_are_commits_one_after_the_other_even_if_answers_are_lost
 
 
 def test_what_keeps_going_wrong_is_one_sentence_and_leaves_nothing(tmp_path):
-    faults = {"503": {"status": 503}, "429": {"status": 429}, "cut": {}, "long wait": {"status": 429, "retry_after_seconds": 999}}
+    faults = {
+        "503": {"status": 503},
+        "429": {"status": 429},
+        "cut": {},
+        "long wait": {"status": 429, "retry_after_seconds": 999},
+    }
     with HubServer() as hub:
         asked = []
         for i, fault in enumerate(faults.values()):

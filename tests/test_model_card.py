@@ -10,6 +10,8 @@ from finish import write_metrics_and_card
 from huggingface_hub import ModelCard
 from training_config import TrainingConfig, load_preset
 
+from ddpm_hf.model_card import card_for_repository, merge_cards, plain_card
+
 CONFIG = TrainingConfig(**load_preset("digits"))
 TRAINING = {
     "images_seen": 192,
@@ -95,3 +97,86 @@ def test_both_snippets_of_the_card_run(card, tmp_path, tiny_pipeline):
 def test_metrics_are_kept_beside_the_card(card, tmp_path):
     card(quality=QUALITY)
     assert json.loads((Path(tmp_path) / "metrics.json").read_text())["quality"] == QUALITY
+
+
+def test_the_recipe_and_its_cost_are_those_of_the_run(card):
+    text = card(quality=QUALITY).text
+    for cell in (
+        "1.23 M parameters",
+        "T = 1000, linear β",
+        "rate 0.001 (cosine)",
+        "192 images seen in 12 steps",
+        "1.5 minutes",
+    ):
+        assert cell in text, cell
+    assert "kWh" not in text
+    measured = card(training={**TRAINING, "seconds": 9000, "energy_kwh": 0.0123, "codecarbon": "3.3"}).text
+    assert "0.0123 kWh, estimated by codecarbon 3.3" in measured and "2.5 hours" in measured
+    assert "@inproceedings{ho2020denoising" in text and "## Limits" in text
+
+
+# ------------------------------------------------------------------ the card on the Hub
+
+OURS = "---\ntags:\n- ddpm\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# Mine\n\nfirst figures\n"
+
+
+def test_a_card_published_twice_is_published_once():
+    once = merge_cards(OURS, "")
+    assert merge_cards(OURS, once) == once and ModelCard(once).data.license == "apache-2.0"
+
+
+def test_what_a_person_wrote_stays_and_what_we_wrote_is_renewed():
+    theirs = merge_cards(OURS, "---\nlicense: mit\ntags:\n- art\nmine: 1\n---\n\n# By hand\n\nAbout.\n") + "\nBelow.\n"
+    renewed = merge_cards(OURS.replace("first", "second"), theirs)
+    data = ModelCard(renewed).data.to_dict()
+    assert (data["license"], data["tags"], data["mine"], data["library_name"]) == (
+        "mit",
+        ["art", "ddpm"],
+        1,
+        "diffusers",
+    )
+    assert renewed.index("# By hand") < renewed.index("second figures") < renewed.index("Below.")
+    assert "first figures" not in renewed and renewed.count("# Mine") == 1
+
+
+def test_what_a_person_changed_within_our_part_is_kept_below():
+    edited = merge_cards(OURS, "").replace("first figures", "first figures, by a careful person")
+    renewed = merge_cards(OURS.replace("first", "second"), edited)
+    assert (
+        renewed.index("second figures")
+        < renewed.index("## From an earlier card")
+        < renewed.index("by a careful person")
+    )
+    assert merge_cards(OURS.replace("first", "second"), renewed) == renewed
+
+
+def test_results_of_this_model_are_renewed_and_those_under_another_name_stay():
+    def index(name, value):
+        result = f"{{task: {{type: t}}, dataset: {{type: d, name: d}}, metrics: [{{type: m, value: {value}}}]}}"
+        return f"---\nmodel-index:\n- name: {name}\n  results: [{result}]\n---\n\n# mine\n"
+
+    both = merge_cards(index("mine", 2), merge_cards(index("mine", 1), index("theirs", 7)))
+    values = {
+        e["name"]: e["results"][0]["metrics"][0]["value"] for e in yaml.safe_load(both.split("---")[1])["model-index"]
+    }
+    assert values == {"theirs": 7, "mine": 2}
+    assert "theirs" in merge_cards("# mine\n", both).split("---")[1] and "value: 2" not in merge_cards("# mine\n", both)
+
+
+@pytest.mark.parametrize(
+    "theirs", ["---\n: [\n---\ntext\n", "---\nnever closed\n", "plain text", "---\n- a list\n---\ntext"]
+)
+def test_a_card_that_cannot_be_read_is_kept_as_text(theirs):
+    assert theirs.strip() in merge_cards(OURS, theirs)
+
+
+def test_the_plain_card_s_snippets_run(tmp_path, tiny_pipeline):
+    tiny_pipeline.save_pretrained(tmp_path)
+    snippets = re.findall(
+        r"```python\n(.*?)```", card_for_repository(plain_card("user/name"), str(tmp_path)), re.DOTALL
+    )
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names = {}
+        exec(snippet, names)
+        assert len(names["images"]) == 16

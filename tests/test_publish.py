@@ -18,6 +18,7 @@ from hub.client import LOAD, sample
 from safetensors.torch import load_file, save
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.model_card import BEGIN, END
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = str(ROOT / "tests" / "hub" / "client.py")
@@ -58,11 +59,14 @@ def make_run(folder: Path, seed: int) -> Path:
 
 
 def as_published(folder: Path, repo_id: str) -> dict[str, bytes]:
-    """The files of a run as the Hub should have them: the same bytes, but that the card's examples load `repo_id`."""
+    """The files of a run as the Hub should have them: the same bytes, but that the card's examples load `repo_id`, and
+    that its text stands between the marks of what is ours."""
     files = files_of(folder, PUBLISHED)
-    card = files["README.md"].replace(USE.format("run").encode(), USE.format(repo_id).encode())
-    assert card != files["README.md"]
-    return files | {"README.md": card}
+    head, text = files["README.md"].decode().split("\n\n", 1)
+    text = text.replace(USE.format("run"), USE.format(repo_id))
+    assert text not in files["README.md"].decode()
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return files | {"README.md": f"{head}\n\n{BEGIN.format(digest)}{text}{END}".encode()}
 
 
 def files_of(folder: Path, names: list[str]) -> dict[str, bytes]:
@@ -177,13 +181,13 @@ def cases(published) -> dict[str, dict]:
     asked = [
         {
             "script": PUBLISH,
-            "arguments": ["--model", str(world.tmp / model), "--repo_id", *rest],
+            "arguments": [str(world.tmp / model), "--repo_id", *rest, "--first_wait_seconds", "0.05"],
             "env": CASE_ENV.get(name, {}),
         }
         for name, (model, *rest) in CASES.items()
         if name != "offline"
     ]
-    offline = [{**asked[0], "arguments": ["--model", str(world.first), "--repo_id", "user/unmade"]}]
+    offline = [{**asked[0], "arguments": [*asked[0]["arguments"][:2], "user/unmade", "--first_wait_seconds", "0.05"]}]
     ended = []
     for batch, env in ((asked, {}), (offline, {"HF_ENDPOINT": "http://127.0.0.1:9"})):
         done = subprocess.run(
@@ -335,7 +339,9 @@ def online(published, cases) -> Outcomes:
     hub.add_repo("other/code", {**configs, "diffusion_pytorch_model.bin": code})
     hub.add_repo("other/text", {"README.md": b"# No model\n"})
     hub.add_repo("user/private", files_of(world.first, PIPELINE), private=True)
-    return world.load("online", list(LOAD))
+    hub.add_repo("other/gated", files_of(world.first, PIPELINE)).gated = True
+    hub.add_repo("other/uncached", files_of(world.first, PIPELINE))
+    return world.load("online", [step for step in LOAD if not step.startswith("trained")])
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +387,7 @@ def test_pickled_weights_are_not_even_fetched_if_only_safetensors_are_wanted(onl
 def test_a_private_repository_is_loaded_with_a_token_and_is_not_there_without(online, reference):
     assert_same(online.images("private"), reference[0])
     assert "user/private" in online.error("private, no token")
-    assert "RepositoryNotFoundError" in online.error("private, no token")
+    assert "hf auth login" in online.error("private, no token")
 
 
 def test_push_to_hub_publishes_what_stock_and_this_package_load(online, reference, published):
@@ -396,14 +402,19 @@ def test_push_to_hub_publishes_what_stock_and_this_package_load(online, referenc
 @pytest.mark.parametrize(
     "step, words",
     {
-        "missing": ["RepositoryNotFoundError", "user/nothing", "no folder"],
-        "no revision": ["RevisionNotFoundError", "user/name", "v2"],
+        "missing": ["FileNotFoundError", "user/nothing", "hf auth login", "no folder"],
+        "no revision": ["FileNotFoundError", "user/name", "branch, tag or commit"],
+        "gated": ["PermissionError", "other/gated", "terms"],
+        "no network": ["ConnectionError", "other/uncached", "127.0.0.1:9", "try again later"],
+        "bad token": ["PermissionError", "other/uncached", "hf auth login"],
         "no pipeline": ["other/text", "no pipeline"],
     }.items(),
 )
 def test_what_is_not_on_the_hub_is_named(online, step, words):
     error = online.error(step)
     assert [word for word in words if word not in error] == []
+    message, *notes = error.splitlines()  # the error itself is a single line
+    assert all("looked for on the Hub" in note for note in notes if note)
 
 
 @pytest.fixture(scope="module")

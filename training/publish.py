@@ -22,7 +22,8 @@ from ddpm_hf.transfer import Retries, in_one_sentence
 class PublishArguments:
     model: str | None = field(default=None, metadata={"help": "the folder of a trained model; may stand alone, first"})
     repo_id: str | None = field(
-        default=None, metadata={"help": "user/name on the Hub, made if it is not there; None: hub_model_id of config.yaml"}
+        default=None,
+        metadata={"help": "user/name on the Hub, made if it is not there; None: hub_model_id of config.yaml"},
     )
     private: bool = field(default=False, metadata={"help": "make it a private repository"})
     revision: str | None = field(default=None, metadata={"help": "branch to commit to, made if need be; None: main"})

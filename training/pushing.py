@@ -80,8 +80,8 @@ def finish_staging(step_folder: Path) -> None:
 
 
 class Pusher:
-    """What `train.py` calls: `checkpoint` after each checkpoint, `finish` at the end. Does nothing in a run without
-    `push_to_hub`, and in all processes but the main one."""
+    """What `train.py` calls: `start` once the folder is its own, `checkpoint` after each checkpoint, `finish` at the end.
+    Does nothing in a run without `push_to_hub`, and in all processes but the main one."""
 
     def __init__(self, config: TrainingConfig, is_main_process: bool = True, retries: Retries = Retries()):  # noqa: B008
         """Checks that the repository can be written to, and makes it. Raises ValueError if it cannot."""
@@ -94,12 +94,19 @@ class Pusher:
                 self.repo_id = check_destination(config.hub_model_id, config.hub_private, retries=retries)
             except (OSError, HTTPError, RuntimeError) as error:
                 raise ValueError(in_one_sentence(error, config.hub_model_id)) from error
-            self._steps: queue.Queue[Path | None] = queue.Queue()
-            # A daemon: a training that ends with an error is not held up. What it was at is still on the disk.
-            self._thread = threading.Thread(target=self._work, name="push", daemon=True)
-            self._thread.start()
-            for step_folder in waiting(self.folder):
-                self._steps.put(step_folder)
+
+    def start(self) -> None:
+        """Begin with what an earlier part of this run left. Call it once the run's folder is locked."""
+        if not self.is_on:
+            return
+        if self.config.overwrite:
+            shutil.rmtree(self.folder / UNPUBLISHED, ignore_errors=True)
+        self._steps: queue.Queue[Path | None] = queue.Queue()
+        # A daemon: a training that ends with an error is not held up. What it was at is still on the disk.
+        self._thread = threading.Thread(target=self._work, name="push", daemon=True)
+        self._thread.start()
+        for step_folder in waiting(self.folder):
+            self._steps.put(step_folder)
 
     def checkpoint(self, step: int, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, checkpoint: Path) -> None:
         """Push the averaged weights of a checkpoint, if it is one of those that are pushed."""

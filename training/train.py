@@ -206,6 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
                 datasets.disable_progress_bars()
             config.micro_batches(accelerator.num_processes)
             set_seed(config.seed)
+            pusher = Pusher(config, accelerator.is_main_process)
             unet, scheduler = build(config)
             with accelerator.main_process_first():
                 images = load_images(config)
@@ -216,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
                     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             accelerator.wait_for_everyone()
             restored = last_checkpoint(config, output_dir / "checkpoints")
-            pusher = Pusher(config, accelerator.is_main_process)
+            pusher.start()
         except ValueError as error:
             sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
         run(config, accelerator, unet, scheduler, images, restored, pusher)

@@ -10,6 +10,7 @@ OUT/<step>.npy (images) or OUT/<step>.txt (the error that ended it). `python cli
 import contextlib
 import io
 import json
+import logging
 import os
 import runpy
 import sys
@@ -53,6 +54,17 @@ def stock(repo_id: str) -> np.ndarray:
         del sys.modules["ddpm_hf"]
 
 
+def without_network(repo_id: str) -> np.ndarray:
+    """Nobody answers at the Hub's address: what a machine without a network sees."""
+    from huggingface_hub import constants
+
+    endpoint, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:9"
+    try:
+        return own(repo_id)
+    finally:
+        constants.ENDPOINT = endpoint
+
+
 def push(repo_id: str, new_id: str) -> np.ndarray:
     from ddpm_hf import DDPMPipelineCustom
 
@@ -64,6 +76,9 @@ def push(repo_id: str, new_id: str) -> np.ndarray:
 LOAD = {
     "stock": lambda: stock("user/name"),
     "own": lambda: own("user/name"),
+    "trained": lambda: own("user/stopped"),
+    "trained, stock": lambda: stock("user/stopped"),
+    "trained, step 2": lambda: own("user/stopped", revision="step-2"),
     "tag": lambda: own("user/name", revision="v1"),
     "commit": lambda: own("user/name", revision=os.environ["FIRST_COMMIT"]),
     "no revision": lambda: own("user/name", revision="v2"),
@@ -75,6 +90,9 @@ LOAD = {
     "private": lambda: own("user/private"),
     "private, no token": lambda: own("user/private", token=False, cache_dir=os.environ["HF_HOME"] + "/anonymous"),
     "missing": lambda: own("user/nothing"),
+    "gated": lambda: own("other/gated"),
+    "bad token": lambda: own("other/uncached", token="hf_" + "0" * 34),
+    "no network": lambda: without_network("other/uncached"),
     "push": lambda: push("user/name", "user/name2"),
     "pushed": lambda: own("user/name2"),
 }
@@ -95,6 +113,7 @@ def scripts() -> None:
         saved, said = dict(os.environ), io.StringIO()
         os.environ.update(case["env"])
         sys.argv = [case["script"], *case["arguments"]]
+        logging.getLogger().handlers.clear()  # which write to where the script before it wrote
         status = 0
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:

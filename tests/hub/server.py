@@ -482,7 +482,9 @@ class Api(_Handler):
         commit = repo.at(revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         answer = {"id": repo.id, "author": repo.owner, "sha": commit.oid, "siblings": siblings, "tags": []}
-        return json_answer({**answer, "private": repo.private, "gated": "auto" if repo.gated else False, "lastModified": commit.date})
+        return json_answer(
+            {**answer, "private": repo.private, "gated": "auto" if repo.gated else False, "lastModified": commit.date}
+        )
 
     @route("GET", REPO + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
     def tree(self, request: Request, repo: Repo, revision: str, folder: str = "") -> Answer:
