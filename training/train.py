@@ -338,6 +338,10 @@ def run(
         }
         ema.copy_to(unet)
         finish(config, unet, scheduler, history, training)
+    # Before the process group ends: a DDP model that is its last owner waits, with Python's lock, for threads of gloo's
+    # that may be waiting for that lock (torch 2.13).
+    del model, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
 
 
