@@ -148,6 +148,28 @@ class Images(torch.utils.data.Dataset):
         self._decoded, self._labels = everything["images"], everything.get("labels")
 
     @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes 0, 1, ..., where the label column knows them."""
+        feature = self.dataset.features[self.label_column] if self.label_column is not None else None
+        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+    def check_labels(self, num_classes: int) -> None:
+        """ValueError unless every label is an integer in 0..num_classes−1, of as many classes as the column names."""
+        names = self.class_names
+        if names is not None and len(names) != num_classes:
+            raise ValueError(
+                f"num_classes must be {len(names)}, the classes of the column {self.label_column!r} "
+                f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), got {num_classes}."
+            )
+        labels = np.asarray(self.dataset[self.label_column][:])
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
+            found = sorted(set(labels.tolist()), key=str)
+            raise ValueError(
+                f"the labels in the column {self.label_column!r} must be integers in 0..num_classes−1 = {num_classes - 1}, "
+                f"got {found[:5]}{f' ... {found[-1]}' if len(found) > 5 else ''}."
+            )
+
+    @property
     def in_memory(self) -> bool:
         """Whether `keep_in_memory` was called."""
         return self._decoded is not None

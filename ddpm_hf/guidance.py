@@ -1,7 +1,7 @@
 """Class labels, the null class, and the network as sampling calls it: with classifier-free guidance in one batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -24,6 +24,26 @@ def mark_null_class(unet, null_class: int | None = None) -> None:
 def null_class_of(unet) -> int | None:
     """The label that the network's configuration names as its null class."""
     return unet.config.get("_null_class")
+
+
+def mark_class_names(unet, names: Sequence[str]) -> None:
+    """Say in the network's configuration what the labels 0, 1, ... are called; carried along as `_null_class` is."""
+    unet.register_to_config(_class_names=list(names))
+
+
+def class_names_of(unet) -> list[str] | None:
+    """The names of the labels 0, 1, ..., the null class left out, where the network's configuration has them."""
+    return unet.config.get("_class_names")
+
+
+def cycled_classes(unet, indices: Iterable[int]) -> list[int] | None:
+    """The label of each image by its index, going round through the classes, never the null class; None for an
+    unconditional network."""
+    classes = unet.config.num_class_embeds
+    if classes is None:
+        return None
+    real = [label for label in range(classes) if label != null_class_of(unet)]
+    return [real[i % len(real)] for i in indices]
 
 
 @dataclass

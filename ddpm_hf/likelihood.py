@@ -218,14 +218,18 @@ def prior_bits(diffusion: GaussianDiffusion, x_0: torch.Tensor) -> torch.Tensor:
 def discretised_gaussian_log_likelihood(
     x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor | float
 ) -> torch.Tensor:
+    """`discretised_log_likelihood` in float64 on the CPU, since a likelihood is wanted once an image and its differences are small."""
+    x_0, mean = x_0.cpu().double(), mean.cpu().double()
+    return discretised_log_likelihood(x_0, mean, torch.as_tensor(log_variance, dtype=torch.float64, device="cpu"))
+
+
+def discretised_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """log P(x_0) of each pixel under N(mean, variance) integrated over the pixel's 8-bit level, the outer levels
     reaching to ±∞ (DDPM, eq. 13), in nats.
 
-    Shapes: all as `x_0`, or broadcasting against it; float64 on the CPU, since it is wanted once an image and its
-    differences are small. Exact far out in the tails, where both ends of the level round to the same probability.
+    Shapes: all as `x_0`, or broadcasting against it; of its device and dtype; differentiable. Exact far out in the
+    tails, where both ends of the level round to the same probability.
     """
-    x_0, mean = x_0.cpu().double(), mean.cpu().double()
-    log_variance = torch.as_tensor(log_variance, dtype=torch.float64, device="cpu")
     precision, centred, half = torch.exp(-log_variance / 2), x_0 - mean, 1 / (LEVELS - 1)
     infinity = torch.full_like(centred, torch.inf)
     low = torch.where(x_0 < -1 + half, -infinity, (centred - half) * precision)

@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .gaussian import GaussianDiffusion
+from .guidance import Labels
 from .likelihood import VariationalBound
 from .pipeline import DDPMPipelineCustom
 
@@ -94,15 +95,21 @@ def noising_strip(diffusion: GaussianDiffusion, image: torch.Tensor, columns: in
 
 
 def denoising_strip(
-    pipe: DDPMPipelineCustom, rows: int = 4, columns: int = 11, num_inference_steps: int | None = None, seed: int = 0
+    pipe: DDPMPipelineCustom,
+    rows: int = 4,
+    columns: int = 11,
+    num_inference_steps: int | None = None,
+    seed: int = 0,
+    class_labels: Labels = None,
 ) -> Figure:
-    """`rows` images on their way from x_T to x_0, at `columns` moments evenly spaced over the chain."""
+    """`rows` images on their way from x_T to x_0, at `columns` moments evenly spaced over the chain; of these classes,
+    for a class-conditional model."""
     size = pipe.unet.config.sample_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     latents = torch.randn(rows, pipe.unet.config.in_channels, *size, generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
     states, titles = [to_display(latents)], ["$x_T$"]
-    for step in pipe.denoise(rows, generator, num_inference_steps, latents=latents):
+    for step in pipe.denoise(rows, generator, num_inference_steps, latents=latents, class_labels=class_labels):
         states.append(to_display(step.x))
         titles.append(f"t = {int(step.t)}")
     titles[-1] = "$x_0$"

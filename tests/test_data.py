@@ -174,3 +174,17 @@ def test_random_numbers_depend_on_seed_purpose_and_index_alone():
     assert numbers(1, "noise", 5) == numbers(1, "noise", 5)
     others = [numbers(1, "noise", 6), numbers(2, "noise", 5), numbers(1, "flip", 5), numbers(5, "noise", 1)]
     assert all(other != numbers(1, "noise", 5) for other in others)
+
+
+def test_labels_are_checked_against_the_number_of_classes_and_their_names_are_known():
+    images = Images(open_dataset("digits"), (8, 8), channels=1, label_column="label")
+    images.check_labels(10)
+    assert images.class_names == [str(i) for i in range(10)]
+    with pytest.raises(ValueError, match="num_classes must be 10, the classes of the column 'label'.*got 9"):
+        images.check_labels(9)
+    plain = images.dataset.cast_column("label", datasets.Value("int64")).cast_column("image", datasets.Image())
+    images = Images(plain, (8, 8), channels=1, label_column="label")
+    images.check_labels(11)
+    assert images.class_names is None
+    with pytest.raises(ValueError, match=r"must be integers in 0..num_classes−1 = 4, got \[0, 1, 2, 3, 4\] ... 9"):
+        images.check_labels(5)

@@ -4,21 +4,76 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from train import build
-from training_config import TrainingConfig, load_preset, parse_config, presets
+import torch
+from train import build_unet
+from training_config import CONFIGS, TrainingConfig, load_preset, parse_config, presets
 
 from ddpm_hf import UNet2DModelCustom
 
 TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "total_images": 1000}
 
 
-def test_every_preset_is_a_valid_configuration_whose_network_can_be_built():
-    assert "digits" in presets()
-    for name in presets():
-        options = load_preset(name)
-        config = TrainingConfig(**({"dataset": "digits"} | options))
-        unet, scheduler = build(config)
-        assert isinstance(unet, UNet2DModelCustom) and len(scheduler) == config.num_train_timesteps
+# Millions of parameters: as published (DDPM, appendix B; "50M" in the name of Improved DDPM's checkpoint), or counted.
+PARAMETERS = {
+    "celebahq-256": 113.7,
+    "cifar10": 35.7,
+    "cifar10-conditional": 35.8,
+    "cifar10-improved": 52.5,
+    "custom": 26.6,
+    "digits": 1.0,
+    "digits-conditional": 1.0,
+    "lsun-bedroom-256": 113.7,
+    "lsun-cat-256": 113.7,
+    "lsun-church-256": 113.7,
+}
+
+
+def preset_config(name):
+    options = load_preset(name)
+    return TrainingConfig(**options | {"dataset": options.get("dataset") or "digits"})
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_preset_is_a_valid_configuration_of_a_network_of_the_published_size(name):
+    config = preset_config(name)
+    with torch.device("meta"):
+        unet = build_unet(config)
+    assert isinstance(unet, UNet2DModelCustom)
+    assert round(sum(p.numel() for p in unet.parameters()) / 1e6, 1) == PARAMETERS[name]
+    assert config.output_dir == f"outputs/{name}"
+
+
+def test_there_is_a_preset_of_each_name_and_no_other():
+    assert presets() == sorted(PARAMETERS)
+
+
+def test_the_presets_of_the_paper_train_as_long_as_it_did():
+    """Appendix B: steps, batch, rate, dropout, flips; the checkpoints' variance."""
+    paper = {  # steps, batch, rate, dropout, flips, variance
+        "cifar10": (800_000, 128, 2e-4, 0.1, True, "fixed_large"),
+        "celebahq-256": (500_000, 64, 2e-5, 0.0, True, "fixed_small"),
+        "lsun-bedroom-256": (2_400_000, 64, 2e-5, 0.0, False, "fixed_small"),
+        "lsun-cat-256": (1_800_000, 64, 2e-5, 0.0, True, "fixed_small"),
+        "lsun-church-256": (1_200_000, 64, 2e-5, 0.0, True, "fixed_small"),
+    }
+    for name, expected in paper.items():
+        c = preset_config(name)
+        assert (c.num_steps, c.batch_size, c.learning_rate, c.dropout, c.random_flip, c.variance_type) == expected
+        assert (c.warmup_steps, c.adam_beta2, c.max_grad_norm, c.num_train_timesteps) == (5000, 0.999, 1.0, 1000)
+        assert 0.5 ** (c.batch_size / c.ema_halflife_images) == pytest.approx(0.9999, abs=1e-6)
+
+
+def test_a_preset_s_header_says_what_to_expect():
+    for name in set(presets()) - {"custom", "digits", "digits-conditional"}:
+        text = " ".join((CONFIGS / f"{name}.yaml").read_text().replace("#", " ").split())
+        assert all(word in text for word in ("Published:", "Time:", "V100 hours", "images to see")), name
+        assert f"{preset_config(name).total_images / 1e6:.1f} M images" in text, name
+
+
+def test_a_preset_without_data_asks_for_them():
+    with pytest.raises(ValueError, match="dataset must be given.*--dataset"):
+        parse_config(["--config", "lsun-cat-256"])
+    assert parse_config(["--config", "lsun-cat-256", "--dataset", "path/to/cats"]).dataset == "path/to/cats"
 
 
 def test_the_digits_preset_is_the_default():
@@ -67,6 +122,18 @@ def test_an_unknown_flag_is_refused():
         ({"push_every_checkpoints": 0}, "push_every_checkpoints must be at least 1"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
         ({"hub_model_id": "user/two/three"}, "user/two/three"),
+        ({"loss_weighting": "snr"}, "loss_weighting must be one of"),
+        ({"min_snr_gamma": 1.0}, "min_snr_gamma = 1.0 is for loss_weighting='min_snr' only"),
+        ({"loss_weighting": "min_snr", "p2_k": 2.0}, "p2_k = 2.0 is for loss_weighting='p2' only"),
+        ({"hybrid_lambda": 0.01}, "hybrid_lambda = 0.01 is for variance_type='learned_range' beside L_simple only"),
+        ({"variance_type": "learned_range", "hybrid_lambda": 0.0}, "hybrid_lambda must be a finite number above 0"),
+        ({"variance_type": "learned_range", "offset_noise": 0.1}, "offset_noise = 0.1 changes the chain"),
+        ({"loss_weighting": "vlb", "input_perturbation": 0.1}, "input_perturbation = 0.1 changes the chain"),
+        ({"offset_noise": -0.1}, "offset_noise must be a finite number of at least 0"),
+        ({"label_dropout": 0.1}, "label_dropout = 0.1 is for label_column only"),
+        ({"num_classes": 10}, "num_classes = 10 is for label_column only"),
+        ({"label_column": "label"}, "num_classes must say how many classes label_column = 'label' has, got None"),
+        ({"label_column": "label", "num_classes": 2, "label_dropout": 1.0}, r"label_dropout must lie in \[0, 1\)"),
     ],
 )
 def test_what_makes_no_run_is_refused_with_a_reason(options, message):
@@ -108,10 +175,11 @@ def test_a_run_of_constant_rate_may_be_made_longer_and_one_whose_rate_depends_on
         dataclasses.replace(cosine, total_images=2000).check_same_run(dataclasses.asdict(cosine), Path("there"))
 
 
-OPTIONS = """output_dir overwrite dataset dataset_config split image_column resolution channels random_flip
-skip_broken_images memory_limit_bytes num_workers block_out_channels down_block_types up_block_types layers_per_block
-attention_head_dim norm_num_groups dropout num_train_timesteps beta_schedule prediction_type variance_type
-timestep_sampler seed total_images batch_size micro_batch_size learning_rate adam_beta2 warmup_steps
+OPTIONS = """output_dir overwrite dataset dataset_config split image_column label_column num_classes resolution channels
+random_flip skip_broken_images memory_limit_bytes num_workers block_out_channels down_block_types up_block_types
+layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
+prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
+input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 warmup_steps
 learning_rate_schedule max_grad_norm ema_halflife_images cpu_threads mixed_precision checkpoint_every_steps
 keep_checkpoints log_every_steps report_to sample_steps quality_samples push_to_hub hub_model_id hub_private
 push_every_checkpoints"""

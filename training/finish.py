@@ -11,12 +11,13 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.checkpoints import write_whole
 from ddpm_hf.data import digits
 from ddpm_hf.digits_judge import DigitsJudge
+from ddpm_hf.guidance import class_names_of, cycled_classes
 from ddpm_hf.model_card import make_card
 from ddpm_hf.plots import denoising_strip, figure_bytes, image_grid, loss_curve
 from ddpm_hf.seeds import image_generators
 
 ROOT = Path(__file__).resolve().parent.parent
-GRID = 100  # images of samples.png
+GRID, STRIP = 100, 4  # images of samples.png and denoising.png
 SAMPLE_BATCH = 250
 
 
@@ -35,12 +36,15 @@ def finish(
     pipe.set_progress_bar_config(desc="Sampling", unit="step")
     samples = sample(pipe, range(max(GRID, config.quality_samples)), config.sample_steps, config.seed)
     write_whole(output_dir / "samples.png", figure_bytes(image_grid(samples[:GRID])))
-    strip = denoising_strip(pipe, num_inference_steps=config.sample_steps, seed=config.seed)
+    labels = cycled_classes(unet, range(STRIP))
+    strip = denoising_strip(pipe, STRIP, num_inference_steps=config.sample_steps, seed=config.seed, class_labels=labels)
     write_whole(output_dir / "denoising.png", figure_bytes(strip))
     images_seen, losses = zip(*[(step * config.batch_size, loss) for step, loss in history])
     write_whole(output_dir / "loss.png", figure_bytes(loss_curve(images_seen, losses)))
 
     metrics = {"training": training}
+    if names := class_names_of(unet):
+        metrics["training"]["class_names"] = names
     if config.dataset == "digits" and config.quality_samples:
         metrics["quality"] = judge_digits(samples[: config.quality_samples], config.sample_steps, config.seed)
     write_metrics_and_card(output_dir, config.to_yaml(), metrics)
@@ -58,11 +62,14 @@ def finish(
 
 
 def sample(pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int) -> np.ndarray:
-    """The images of these indices of a seed, (N, H, W, C) in [0, 1]: each the same in any company."""
+    """The images of these indices of a seed, (N, H, W, C) in [0, 1]: each the same in any company. Of a
+    class-conditional model they go round through the classes, by index."""
     batches = []
     for start in range(0, len(indices), SAMPLE_BATCH):
         chosen = indices[start : start + SAMPLE_BATCH]
-        batches.append(pipe(len(chosen), image_generators(seed, chosen), steps, output_type="np").images)
+        labels = cycled_classes(pipe.unet, chosen)
+        generators = image_generators(seed, chosen)
+        batches.append(pipe(len(chosen), generators, steps, output_type="np", class_labels=labels).images)
     return np.concatenate(batches)
 
 

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.checkpoints import write_whole
-from ddpm_hf.guidance import null_class_of
+from ddpm_hf.guidance import cycled_classes
 from ddpm_hf.plots import PNG_COLOUR_TYPES, png_bytes, quantised
 from ddpm_hf.samplers import SAMPLERS, make_sampler
 from ddpm_hf.seeds import check_seed, image_generators
@@ -101,13 +101,9 @@ def prepare(args: SampleArguments) -> DDPMPipelineCustom:
 
 def labels_of(pipe: DDPMPipelineCustom, args: SampleArguments, indices: range) -> list[int] | None:
     """The class of each image: it belongs to the image's index, as its noise does."""
-    classes = pipe.unet.config.num_class_embeds
     if args.class_label is not None:
         return [args.class_label] * len(indices)
-    if classes is None:
-        return None
-    real = [label for label in range(classes) if label != null_class_of(pipe.unet)]
-    return [real[i % len(real)] for i in indices]
+    return cycled_classes(pipe.unet, indices)
 
 
 def make_batch(pipe: DDPMPipelineCustom, args: SampleArguments, batch: range) -> np.ndarray:

@@ -21,6 +21,7 @@ import launch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from draws import Draws, draw
 from energy import EnergyMeter
 from finish import finish
 from pushing import Pusher
@@ -47,45 +48,26 @@ from ddpm_hf.data import (
     to_signed,
 )
 from ddpm_hf.ema import EMA
-from ddpm_hf.losses import TIMESTEP_SAMPLERS, denoising_loss
-from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.guidance import mark_class_names, mark_null_class
+from ddpm_hf.losses import Loss
+from ddpm_hf.timestep_samplers import UniformTimesteps, make_timestep_sampler
 
 logger = logging.getLogger("train")
-
-
-class Draws(NamedTuple):
-    """The random numbers of a step, one row per example: timesteps (B,), noise (B, C, H, W), mirrored or not (B,)."""
-
-    t: torch.Tensor
-    noise: torch.Tensor
-    flip: torch.Tensor
 
 
 class StepReport(NamedTuple):
     """What a step found on this process's share (b,) of the batch; tensors on the device, read rarely: that waits.
 
-    `t` and `losses` (b,) are by example, in order of position; `grad_norm` is of the whole batch, before clipping.
+    `t`, `losses` and `objective` (b,) are by example, in order of position; `grad_norm` is of the whole batch, before
+    clipping. `losses` is L_simple in terms of the target, not weighted, whatever is minimised, so that runs of
+    different objectives and timestep samplers can be compared, t by t. `objective` is what is minimised (`Objective`)
+    times the weight of importance sampling: its mean estimates the objective under uniform timesteps.
     """
 
     t: torch.Tensor
     losses: torch.Tensor
     grad_norm: torch.Tensor
-
-
-def draw(config: TrainingConfig, step: int, positions: range, device: torch.device) -> Draws:
-    """The draws of a step for `positions` of the global batch.
-
-    They are made for the whole global batch and then cut, so that they depend on (seed, step, position) alone, however
-    many processes share the batch. Making too many normal numbers is cheap beside a network.
-    """
-    timesteps, noise, flip = (addressed_generator(device, config.seed, p, step) for p in ("timesteps", "noise", "flip"))
-    share = slice(positions.start, positions.stop)
-    shape = (config.batch_size, config.channels, *config.resolution)
-    return Draws(
-        TIMESTEP_SAMPLERS[config.timestep_sampler](config.batch_size, config.num_train_timesteps, timesteps)[share],
-        torch.randn(shape, generator=noise, device=device)[share],
-        torch.rand(config.batch_size, generator=flip, device=device)[share] < 0.5,
-    )
+    objective: torch.Tensor
 
 
 def training_step(
@@ -96,70 +78,92 @@ def training_step(
     config: TrainingConfig,
     step: int,
     micro_batches: Iterable[dict[str, torch.Tensor]],
+    sampler: UniformTimesteps | None = None,
 ) -> StepReport:
     """One optimiser step (DDPM, algorithm 1) on this process's share of the global batch of `step`.
 
-    `micro_batches` yields dicts of "images", uint8 (B, C, H, W), as many as `config.micro_batches` says.
+    `micro_batches` yields dicts of "images", uint8 (B, C, H, W), and "labels" (B,) with a `label_column`, as many as
+    `config.micro_batches` says. `sampler` is the run's timestep sampler; None will do for one that has no state.
     """
     draws = draw(
         config,
         step,
         process_positions(config.batch_size, accelerator.process_index, accelerator.num_processes),
         accelerator.device,
+        sampler,
     )
-    parts = config.micro_batches(accelerator.num_processes)
+    parts, objective = config.micro_batches(accelerator.num_processes), config.objective
     size = len(draws.t) // parts
     losses = []
     for i, batch in enumerate(micro_batches):
-        t, noise, flip = (values[i * size : (i + 1) * size] for values in draws)
+        part = Draws(*(values[i * size : (i + 1) * size] for values in draws))
         x_0 = to_signed(batch["images"].to(accelerator.device, non_blocking=True))
         if config.random_flip:
-            x_0 = torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)
+            x_0 = torch.where(part.flip[:, None, None, None], x_0.flip(-1), x_0)
+        labels = None
+        if config.label_column is not None:
+            labels = batch["labels"].to(accelerator.device, non_blocking=True)
+            # The null class comes after the classes (`build`).
+            labels = torch.where(part.drop_label, config.num_classes, labels)
         # Gradients are exchanged once a step, with the last part.
         with accelerator.no_sync(model) if i < parts - 1 else nullcontext():
-            loss = denoising_loss(model, diffusion, x_0, t, noise)
-            accelerator.backward(loss.mean() / parts)
-        losses.append(loss.detach())
+            loss = objective(model, diffusion, x_0, part.t, part.noise, labels, part.input_noise)
+            accelerator.backward((loss.objective * part.weight).mean() / parts)
+        losses.append(Loss(loss.objective.detach(), loss.simple.detach()))
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
     optimizer.step()
     optimizer.zero_grad()
-    return StepReport(draws.t, torch.cat(losses), grad_norm)
+    loss = Loss(*map(torch.cat, zip(*losses)))
+    if sampler is not None and sampler.uses_losses:
+        # Processes have the positions in order of rank, so that this is the global batch in order of position.
+        sampler.update(accelerator.gather(draws.t), accelerator.gather(loss.objective))
+    return StepReport(draws.t, loss.simple, grad_norm, loss.objective * draws.weight)
 
 
 def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
-    """The network, with DDPM's initialisation, and the scheduler that a configuration describes."""
-    names = (
-        "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-        "norm_num_groups", "dropout",
-    )  # fmt: skip
-    height, width = config.resolution
-    unet = UNet2DModelCustom(
-        sample_size=height if height == width else (height, width),
-        in_channels=config.channels,
-        out_channels=config.channels,
-        # Details in which the original code differs from diffusers' defaults.
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        zero_init_output=True,
-        **{name: getattr(config, name) for name in names},
-    )
+    """The network and the scheduler that a configuration describes."""
     scheduler = DDPMSchedulerCustom(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
         variance_type=config.variance_type,
     )
-    return unet, scheduler
+    return build_unet(config), scheduler
+
+
+def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
+    """The network, with DDPM's initialisation. With labels to be left out its last class is the null class."""
+    names = (
+        "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
+        "norm_num_groups", "dropout", "resnet_time_scale_shift",
+    )  # fmt: skip
+    height, width = config.resolution
+    unet = UNet2DModelCustom(
+        sample_size=height if height == width else (height, width),
+        in_channels=config.channels,
+        out_channels=config.channels * (2 if config.variance_type == "learned_range" else 1),
+        # Details in which the original code differs from diffusers' defaults.
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        norm_eps=1e-6,
+        zero_init_output=True,
+        # diffusers leaves this norm out with "scale_shift", unless told; no paper's network does.
+        attn_norm_num_groups=config.norm_num_groups if config.resnet_time_scale_shift == "scale_shift" else None,
+        num_class_embeds=config.num_class_embeds,
+        **{name: getattr(config, name) for name in names},
+    )
+    if config.label_dropout:
+        mark_null_class(unet)
+    return unet
 
 
 def load_images(config: TrainingConfig) -> Images:
     """The training images, every one of them read once. Raises ValueError that names the broken ones."""
     dataset = open_dataset(config.dataset, config.dataset_config, config.split)
-    images = Images(dataset, config.resolution, config.channels, config.image_column)
+    images = Images(dataset, config.resolution, config.channels, config.image_column, config.label_column)
     if broken := images.broken():
         names = "\n".join(f"  {images.describe(i)}" for i in broken[:20])
         more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
@@ -170,6 +174,8 @@ def load_images(config: TrainingConfig) -> Images:
             )
         logger.warning("Leaving out %d images that cannot be read:\n%s%s", len(broken), names, more)
         images.without(broken)
+    if config.label_column is not None:
+        images.check_labels(config.num_classes)
     if images.num_bytes <= config.memory_limit_bytes:
         images.keep_in_memory()
     return images
@@ -210,6 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
             unet, scheduler = build(config)
             with accelerator.main_process_first():
                 images = load_images(config)
+            if images.class_names is not None:
+                mark_class_names(unet, images.class_names)
             output_dir = Path(config.output_dir)
             if accelerator.is_main_process:
                 stack.enter_context(lock_folder(output_dir))
@@ -243,12 +251,14 @@ def run(
     )
     unet.to(accelerator.device, memory_format=torch.channels_last)
     ema = EMA(unet, config.ema_halflife_images)
+    timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, accelerator.device)
     first_step, history, seconds = 0, [], 0.0
     if restored is not None:
         tensors, state = restored
         unet.load_state_dict(tensors["model"])
         ema.load_state_dict(tensors["ema"])
         load_optimizer_tensors(optimizer, unet, tensors["optimizer"])
+        timestep_sampler.load_state_dict(tensors.get("timestep_sampler", {}))
         first_step, history, seconds = state["step"], state["history"], state["seconds"]
         accelerator.print(f"Going on from step {first_step} of {config.num_steps} ({output_dir / 'checkpoints'}).")
     model, optimizer = accelerator.prepare(unet, optimizer)
@@ -283,7 +293,9 @@ def run(
     loss_sum, loss_count, started = torch.zeros((), device=accelerator.device), 0, time.monotonic() - seconds
     for step in range(first_step, config.num_steps):
         micro_batches = (next(loader) for _ in range(parts))
-        loss_sum += training_step(accelerator, model, optimizer, diffusion, config, step, micro_batches).losses.mean()
+        loss_sum += training_step(
+            accelerator, model, optimizer, diffusion, config, step, micro_batches, timestep_sampler
+        ).losses.mean()
         loss_count += 1
         done = step + 1
         ema.update(unet, done * config.batch_size, config.batch_size)
@@ -305,6 +317,8 @@ def run(
                     "ema": ema.state_dict(),
                     "optimizer": optimizer_tensors(optimizer.optimizer, unet),
                 }
+                if sampler_state := timestep_sampler.state_dict():
+                    tensors["timestep_sampler"] = sampler_state
                 state = {
                     "config": dataclasses.asdict(config),
                     "history": history,
@@ -334,6 +348,10 @@ def run(
         ema.copy_to(unet)
         finish(config, unet, scheduler, history, training)
         pusher.finish()
+    # Before the process group ends: a DDP model that is its last owner waits, with Python's lock, for threads of gloo's
+    # that may be waiting for that lock (torch 2.13).
+    del model, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
 
 

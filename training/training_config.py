@@ -11,6 +11,8 @@ import yaml
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
+from ddpm_hf.losses import Objective
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -33,6 +35,8 @@ class TrainingConfig:
     dataset_config: str | None = None
     split: str = "train"
     image_column: str | None = None
+    label_column: str | None = field(default=None, metadata={"help": "classes 0, 1, ...; makes the model conditional"})
+    num_classes: int | None = field(default=None, metadata={"help": "how many classes label_column has"})
     resolution: list[int] = field(default_factory=lambda: [32], metadata={"help": "one number, or height and width"})
     channels: int = field(default=3, metadata={"help": "1 grey, 3 RGB, 4 RGBA"})
     random_flip: bool = field(default=False, metadata={"help": "mirror each image with probability 1/2"})
@@ -48,13 +52,30 @@ class TrainingConfig:
     attention_head_dim: int | None = None
     norm_num_groups: int = 32
     dropout: float = 0.0
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
 
     # Diffusion (the names of DDPMScheduler)
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    variance_type: Literal["fixed_small", "fixed_large"] = "fixed_small"
-    timestep_sampler: Literal["uniform", "stratified"] = "uniform"
+    variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = field(
+        default="fixed_small", metadata={"help": "learned_range: predicted too, trained by L_vlb beside the loss"}
+    )
+
+    # Objective (ddpm_hf/losses.py, timestep_samplers.py)
+    loss_weighting: Literal["simple", "min_snr", "p2", "vlb"] = field(
+        default="simple", metadata={"help": "of L_simple over the timesteps; vlb: the variational bound itself"}
+    )
+    min_snr_gamma: float = field(default=5.0, metadata={"help": "γ of min_snr"})
+    p2_k: float = field(default=1.0, metadata={"help": "k of p2"})
+    p2_gamma: float = field(default=1.0, metadata={"help": "γ of p2"})
+    hybrid_lambda: float = field(default=0.001, metadata={"help": "λ of L_vlb beside L_simple, with learned_range"})
+    timestep_sampler: Literal["uniform", "stratified", "loss_second_moment"] = "uniform"
+    label_dropout: float = field(
+        default=0.0, metadata={"help": "share of images without their label, for classifier-free guidance; 0: none"}
+    )
+    input_perturbation: float = field(default=0.0, metadata={"help": "γ of Ning et al. 2023; 0: off"})
+    offset_noise: float = field(default=0.0, metadata={"help": "noise shared by an image's pixels; 0: off"})
 
     # Optimisation
     seed: int = 0
@@ -92,7 +113,10 @@ class TrainingConfig:
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"resolution must be one number or height and width, got {self.resolution!r}.")
         if not self.dataset:
-            raise ValueError("dataset must be given: 'digits', a folder of images, or a data set's name on the Hub.")
+            raise ValueError(
+                "dataset must be given (the preset names none): --dataset with 'digits', a folder of images, or a data "
+                "set's name on the Hub."
+            )
         multiple = 2 ** (len(self.block_out_channels) - 1)
         if any(length % multiple for length in size):
             raise ValueError(
@@ -111,6 +135,49 @@ class TrainingConfig:
             raise ValueError(f"total_images = {self.total_images} is less than one batch of {self.batch_size}.")
         if not 1 <= self.sample_steps <= self.num_train_timesteps:
             raise ValueError(f"sample_steps must lie in 1..{self.num_train_timesteps}, got {self.sample_steps}.")
+        self._check_objective()
+
+    def _check_objective(self):
+        """ValueError for what makes no objective, and for a number that would be ignored."""
+        self.objective  # noqa: B018  its own checks
+        learned, bound = self.variance_type == "learned_range", self.loss_weighting == "vlb"
+        uses = {
+            "min_snr_gamma": (self.loss_weighting == "min_snr", "loss_weighting='min_snr'"),
+            "p2_k": (self.loss_weighting == "p2", "loss_weighting='p2'"),
+            "p2_gamma": (self.loss_weighting == "p2", "loss_weighting='p2'"),
+            "hybrid_lambda": (learned and not bound, "variance_type='learned_range' beside L_simple"),
+            "num_classes": (self.label_column is not None, "label_column"),
+            "label_dropout": (self.label_column is not None, "label_column"),
+        }
+        for name, (is_used, by) in uses.items():
+            if not is_used and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} = {getattr(self, name)} is for {by} only: leave it out.")
+        if self.label_column is not None and (self.num_classes is None or self.num_classes < 1):
+            raise ValueError(
+                f"num_classes must say how many classes label_column = {self.label_column!r} has, got {self.num_classes}."
+            )
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}.")
+        for name in ("input_perturbation", "offset_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+        if (bound and self.input_perturbation) or ((bound or learned) and self.offset_noise):
+            name = "offset_noise" if self.offset_noise else "input_perturbation"
+            raise ValueError(
+                f"{name} = {getattr(self, name)} changes the chain that the variational bound is of: use it with "
+                f"another loss than {'vlb' if bound else 'that of learned_range'}."
+            )
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        names = ("loss_weighting", "min_snr_gamma", "p2_k", "p2_gamma", "hybrid_lambda")
+        return Objective(**{name: getattr(self, name) for name in names})
+
+    @property
+    def num_class_embeds(self) -> int | None:
+        """Rows of the network's table of classes: the classes, and the null class where labels are left out."""
+        return None if self.label_column is None else self.num_classes + (self.label_dropout > 0)
 
     @property
     def num_steps(self) -> int:
