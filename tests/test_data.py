@@ -7,13 +7,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
+from ddpm_hf.batches import GlobalBatches, ProcessBatches, process_positions
 from ddpm_hf.data import (
-    GlobalBatches,
     Images,
-    ProcessBatches,
     digits,
     open_dataset,
-    process_positions,
     to_signed,
 )
 from ddpm_hf.seeds import addressed_generator

@@ -112,7 +112,7 @@ def test_the_first_loss_of_a_zero_initialised_network_is_one(straight):
     config = parse_config([*TINY, "--config", str(folder / "config.yaml")])
     unet, scheduler = train.build(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
-    images = train.load_images(config)
+    images, _ = train.load_images(config)
     batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
     accelerator = Accelerator()
     losses = [

@@ -20,12 +20,14 @@ import datasets
 import launch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from finish import finish
+from load_images import load_images
 from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_config
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
+from ddpm_hf.batches import MicroBatches, process_positions
 from ddpm_hf.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -36,17 +38,11 @@ from ddpm_hf.checkpoints import (
     save_checkpoint,
     write_whole,
 )
-from ddpm_hf.data import (
-    GlobalBatches,
-    Images,
-    ProcessBatches,
-    open_dataset,
-    process_positions,
-    to_signed,
-)
+from ddpm_hf.data import Images, to_signed
 from ddpm_hf.ema import EMA
 from ddpm_hf.losses import TIMESTEP_SAMPLERS, denoising_loss
 from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.streaming import StreamedImages
 
 logger = logging.getLogger("train")
 
@@ -97,7 +93,7 @@ def training_step(
 ) -> StepReport:
     """One optimiser step (DDPM, algorithm 1) on this process's share of the global batch of `step`.
 
-    `micro_batches` yields dicts of "images", uint8 (B, C, H, W), as many as `config.micro_batches` says.
+    `micro_batches` yields dicts of "images", uint8 or uint16 (B, C, H, W), as many as `config.micro_batches` says.
     """
     draws = draw(
         config,
@@ -154,25 +150,6 @@ def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCusto
     return unet, scheduler
 
 
-def load_images(config: TrainingConfig) -> Images:
-    """The training images, every one of them read once. Raises ValueError that names the broken ones."""
-    dataset = open_dataset(config.dataset, config.dataset_config, config.split)
-    images = Images(dataset, config.resolution, config.channels, config.image_column)
-    if broken := images.broken():
-        names = "\n".join(f"  {images.describe(i)}" for i in broken[:20])
-        more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
-        if not config.skip_broken_images or len(broken) == len(images):
-            raise ValueError(
-                f"{len(broken)} of {len(images)} images cannot be read:\n{names}{more}\n"
-                "Repair or remove them, or leave them out with --skip_broken_images."
-            )
-        logger.warning("Leaving out %d images that cannot be read:\n%s%s", len(broken), names, more)
-        images.without(broken)
-    if images.num_bytes <= config.memory_limit_bytes:
-        images.keep_in_memory()
-    return images
-
-
 def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] | None:
     """The newest whole checkpoint of this configuration. A damaged one is reported and the one before it used."""
     for checkpoint in reversed(list_checkpoints(folder)):
@@ -184,6 +161,13 @@ def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] |
         config.check_same_run(state["config"], checkpoint)
         return tensors, state
     return None
+
+
+def check_same_data(images: Images | StreamedImages, restored: tuple[dict, dict] | None) -> None:
+    """ValueError if the checkpoint was made with another number of images: the order would be another."""
+    before = restored and restored[1].get("num_examples")
+    if before and before != images.num_examples:
+        raise ValueError(f"the data set has {images.num_examples} images; the checkpoint was trained on {before}.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -204,9 +188,11 @@ def main(arguments: list[str] | None = None) -> None:
                 datasets.disable_progress_bars()
             config.micro_batches(accelerator.num_processes)
             set_seed(config.seed)
+            torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = config.tf32
             unet, scheduler = build(config)
             with accelerator.main_process_first():
-                images = load_images(config)
+                images, validation = load_images(config, accelerator.device)
             output_dir = Path(config.output_dir)
             if accelerator.is_main_process:
                 stack.enter_context(lock_folder(output_dir))
@@ -214,9 +200,10 @@ def main(arguments: list[str] | None = None) -> None:
                     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             accelerator.wait_for_everyone()
             restored = last_checkpoint(config, output_dir / "checkpoints")
+            check_same_data(images, restored)
         except ValueError as error:
             sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-        run(config, accelerator, unet, scheduler, images, restored)
+        run(config, accelerator, unet, scheduler, images, validation, restored)
 
 
 def run(
@@ -224,7 +211,8 @@ def run(
     accelerator: Accelerator,
     unet: UNet2DModelCustom,
     scheduler: DDPMSchedulerCustom,
-    images: Images,
+    images: Images | StreamedImages,
+    validation: Images | None,
     restored: tuple[dict, dict] | None,
 ) -> None:
     """Train from `restored`, or from the start, to the end."""
@@ -238,28 +226,30 @@ def run(
     )
     unet.to(accelerator.device, memory_format=torch.channels_last)
     ema = EMA(unet, config.ema_halflife_images)
-    first_step, history, seconds = 0, [], 0.0
+    first_step, history, seconds, stream = 0, [], 0.0, None
     if restored is not None:
         tensors, state = restored
         unet.load_state_dict(tensors["model"])
         ema.load_state_dict(tensors["ema"])
         load_optimizer_tensors(optimizer, unet, tensors["optimizer"])
         first_step, history, seconds = state["step"], state["history"], state["seconds"]
+        stream = state.get("stream")
         accelerator.print(f"Going on from step {first_step} of {config.num_steps} ({output_dir / 'checkpoints'}).")
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    model = torch.compile(unet, backend=config.compile) if config.compile else unet
+    model, optimizer = accelerator.prepare(model, optimizer)
 
-    batches = GlobalBatches(len(images), config.batch_size, config.seed)
-    sampler = ProcessBatches(
-        batches, first_step, config.num_steps, accelerator.process_index, accelerator.num_processes, parts
-    )
-    loader = iter(
-        torch.utils.data.DataLoader(
-            images,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=0 if images.in_memory else config.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    batches = MicroBatches(
+        images,
+        config.batch_size,
+        config.seed,
+        first_step,
+        config.num_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+        parts,
+        config.num_workers,
+        accelerator.device,
+        stream,
     )
     if accelerator.is_main_process:
         write_whole(output_dir / "config.yaml", config.to_yaml())
@@ -276,8 +266,8 @@ def run(
     model.train()
     loss_sum, loss_count, started = torch.zeros((), device=accelerator.device), 0, time.monotonic() - seconds
     for step in range(first_step, config.num_steps):
-        micro_batches = (next(loader) for _ in range(parts))
-        loss_sum += training_step(accelerator, model, optimizer, diffusion, config, step, micro_batches).losses.mean()
+        report = training_step(accelerator, model, optimizer, diffusion, config, step, batches.step())
+        loss_sum += report.losses.mean()
         loss_count += 1
         done = step + 1
         ema.update(unet, done * config.batch_size, config.batch_size)
@@ -293,6 +283,7 @@ def run(
             accelerator.log({"loss": loss, "learning_rate": config.learning_rate_at(step)}, step=done)
 
         if done % config.checkpoint_every_steps == 0 or done == config.num_steps:
+            stream = batches.gather_state(gather_object)
             if accelerator.is_main_process:
                 tensors = {
                     "model": unet.state_dict(),
@@ -302,6 +293,8 @@ def run(
                 state = {
                     "config": dataclasses.asdict(config),
                     "history": history,
+                    "num_examples": images.num_examples,
+                    "stream": stream,
                     "seconds": time.monotonic() - started,
                 }
                 save_checkpoint(output_dir / "checkpoints", done, tensors, state)
@@ -320,7 +313,8 @@ def run(
             "processes": accelerator.num_processes,
             "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "parameters": sum(p.numel() for p in unet.parameters()),
-            "train_examples": len(images),
+            "train_examples": images.num_examples,
+            "validation_examples": 0 if validation is None else len(validation),
         }
         ema.copy_to(unet)
         finish(config, unet, scheduler, history, training)
