@@ -16,11 +16,15 @@ from .decoding import UNREADABLE, ImageFormat, decode_image, read_entry, reads_a
 from .embedded import EMBEDDED, digits, photos
 
 __all__ = [
-    "EMBEDDED", "Images", "dataset_files", "digits", "held_out_place", "open_dataset", "photos", "to_signed",
+    "EMBEDDED", "Images", "NoSuchSplit", "dataset_files", "digits", "held_out_place", "open_dataset", "photos", "to_signed",
 ]  # fmt: skip
 
 TABLES = {".parquet", ".arrow", ".tar", ".zip"}
 STREAM_SHARDS = 64  # of a data set here that is read as a stream
+
+
+class NoSuchSplit(ValueError):
+    """The data set is there, and has no split of that name."""
 
 
 def open_dataset(
@@ -68,7 +72,7 @@ def open_dataset(
         # One split, saved alone: training and held-out images must not both be it.
         found = {"train": found}
     if split not in found:
-        raise ValueError(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")
+        raise NoSuchSplit(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")
     found = found[split]
     if isinstance(found, datasets.Dataset):
         if len(found) == 0:

@@ -211,7 +211,7 @@ def test_a_broken_image_stops_the_run_before_training_and_may_be_left_out(photos
     ("options", "message"),
     [
         (["--config", "nothing"], "'nothing' is neither a preset"),
-        (["--dataset", "./nowhere"], "neither 'digits', nor a folder"),
+        (["--dataset", "./nowhere"], "neither 'digits' nor 'photos', nor a folder"),
         (["--resolution", "7"], "cannot be halved"),
         (["--batch_size", "16", "--micro_batch_size", "5"], "must be a multiple of"),
         (["--block_out_channels", "6", "12"], "norm_num_groups"),
