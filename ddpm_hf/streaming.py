@@ -196,7 +196,7 @@ class Lane:
         if self._rows is None:  # lazily: in the process that reads, not in the one that made this
             self._open(Block(self._reader, self.size))
             self._upcoming.read(self._given)
-        elif self._given == len(self._rows):
+        if self._given == len(self._rows):
             self._number, self._given = self._number + 1, 0
             self._open(self._upcoming)
         self._given += 1
