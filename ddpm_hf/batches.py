@@ -7,7 +7,7 @@ import torch
 
 from .data import Images
 from .seeds import addressed_generator
-from .streaming import StreamedImages
+from .streaming import StreamedImages, StreamError
 
 
 class GlobalBatches:
@@ -123,7 +123,7 @@ class MicroBatches:
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self._batches)
         if "error" in batch:
-            raise ValueError(batch["error"])
+            raise StreamError(batch["error"])
         if "state" in batch:
             self.state = json.loads(batch.pop("state"))
         return batch

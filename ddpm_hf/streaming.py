@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 HELD_OUT = 512  # images that `held_out` reads from the start of a stream
 
 
+class StreamError(ValueError):
+    """What ends a run on a stream: lanes that cannot be shared out, no image to train on, or one that cannot be read."""
+
+
 class StreamedImages:
     """The images of a stream, brought to one size as `Images` does.
 
@@ -108,14 +112,14 @@ class StreamedImages:
     ) -> "StreamedBatches":
         """What `MicroBatches` reads; `state` is that of the step before `first_step`, of all lanes.
 
-        Raises ValueError for a number of lanes that the batch or the processes do not share out evenly, and for a state
+        Raises StreamError for a number of lanes that the batch or the processes do not share out evenly, and for a state
         that was saved with another.
         """
         lanes = self.num_lanes or (len(state["lanes"]) if state else num_processes)
         if state and len(state["lanes"]) != lanes:
-            raise ValueError(f"stream_lanes = {lanes}, but the run that is gone on with has {len(state['lanes'])}.")
+            raise StreamError(f"stream_lanes = {lanes}, but the run that is gone on with has {len(state['lanes'])}.")
         if lanes % num_processes or batch_size % lanes:
-            raise ValueError(
+            raise StreamError(
                 f"stream_lanes = {lanes} must be a multiple of the {num_processes} processes and divide the batch of "
                 f"{batch_size} images."
             )
@@ -141,7 +145,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             for _ in range(self.steps):
                 try:
                     pairs = [pair for lane in self.lanes for pair in self._take(lane, pool)]
-                except UNREADABLE as error:
+                except (StreamError, OSError) as error:
                     yield {"error": str(error)}
                     return
                 size = len(pairs) // self.micro_batches
@@ -165,7 +169,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                     continue
                 name = row[self.images.image_column]["path"] or "an image without a name"
                 if not self.images.skip_broken:
-                    raise ValueError(
+                    raise StreamError(
                         f"an image of the stream cannot be read: {name} ({image}). Repair or remove it, or leave such "
                         "images out with --skip_broken_images."
                     )
@@ -267,7 +271,7 @@ class Reader:
                     return row
             self._rows, self.at = None, self.at | {"shard": self.at["shard"] + 1, "row": 0, "stream": None}
         if not self._found:
-            raise ValueError(f"lane {self.lane} of the stream has no image to train on: use fewer lanes.")
+            raise StreamError(f"lane {self.lane} of the stream has no image to train on: use fewer lanes.")
         self.at, self._found = {"epoch": self.at["epoch"] + 1, "shard": 0, "row": 0, "stream": None}, False
         return None
 

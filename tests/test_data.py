@@ -1,5 +1,8 @@
 """Images of every kind come in as they should, broken ones are named, and order has an address."""
 
+import shutil
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from sklearn.datasets import load_digits, load_sample_image
 from ddpm_hf.data import (
     Images,
     digits,
+    held_out_place,
     open_dataset,
+    photos,
 )
 from ddpm_hf.seeds import addressed_generator
 
@@ -92,6 +97,104 @@ def test_a_broken_image_is_found_and_named_by_its_path(folder):
     assert sorted(images.describe(i).split("/")[-2:] for i in broken) == [["china", "1.png"], ["flower", "2.png"]]
     images.without(broken)
     assert len(images) == 4 and images.broken() == []
+
+
+def test_photos_are_patches_of_the_two_photographs_and_no_pixel_is_in_both_splits():
+    splits = photos()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4096, "test": 512}
+    pictures = [load_sample_image("china.jpg"), load_sample_image("flower.jpg")]
+    windows = [np.lib.stride_tricks.sliding_window_view(p, (32, 32), axis=(0, 1)) for p in pictures]
+    for name, columns in (("train", range(0, 481)), ("test", range(512, 609))):
+        labels = splits[name]["label"]
+        assert labels.count(0) == labels.count(1) == len(labels) / 2
+        for row in splits[name].select(range(0, len(labels), 37)):
+            patch = np.asarray(row["image"])
+            corner = (windows[row["label"]][..., 0, 0] == patch[0, 0]).all(-1)
+            places = [(y, x) for y, x in np.argwhere(corner) if (windows[row["label"]][y, x] == patch.transpose(2, 0, 1)).all()]  # fmt: skip
+            assert any(x in columns for _, x in places)
+    again = photos()
+    assert all(splits[name]._fingerprint == again[name]._fingerprint for name in splits)
+
+
+def held_out_names(dataset, fraction):
+    images = Images(dataset, (8, 8), 1)
+    held_out = images.hold_out(fraction)
+    names = [{Path(part.describe(i)).name for i in range(len(part))} for part in (images, held_out)]
+    assert names[0].isdisjoint(names[1]) and len(names[0] | names[1]) == dataset.num_rows
+    return names[1]
+
+
+def test_what_is_held_out_stays_so_when_images_are_added_moved_and_reordered_and_grows_with_the_fraction(tmp_path):
+    for i, row in enumerate(digits()["train"].select(range(120))):
+        folder = tmp_path / ("some" if i < 80 else "more")
+        folder.mkdir(exist_ok=True)
+        row["image"].save(folder / f"{i}.png")
+    some = held_out_names(open_dataset(str(tmp_path / "some")), 0.2)
+    shutil.copytree(tmp_path, tmp_path.with_name("moved"))
+    everything = open_dataset(str(tmp_path.with_name("moved")))
+    both = held_out_names(everything, 0.2)
+    assert both & {f"{i}.png" for i in range(80)} == some
+    assert held_out_names(everything.shuffle(seed=1), 0.2) == both
+    assert both < held_out_names(everything, 0.5)
+    assert 24 - 4 * 4.4 <= len(both) <= 24 + 4 * 4.4  # binomial: 120 images, deviation 4.4
+
+
+def test_places_are_uniform_and_copies_of_a_file_are_on_one_side():
+    places = np.sort([held_out_place(str(i).encode()) for i in range(2000)])
+    assert abs(places - np.linspace(0, 1, 2000)).max() < 1.95 / 2000**0.5  # Kolmogorov and Smirnov, 0.1 %
+    assert held_out_place(b"a") == held_out_place(b"a")
+
+
+def test_a_fraction_that_leaves_one_side_empty_is_refused():
+    with pytest.raises(ValueError, match="validation_fraction = 1e-09 holds out 0 of 360 images"):
+        Images(open_dataset("digits", split="test"), (8, 8), 1).hold_out(1e-9)
+
+
+def test_images_held_out_of_memory_are_those_held_out_of_a_file():
+    images = Images(open_dataset("digits", split="test"), (8, 8), 1, label_column="label")
+    images.keep_in_memory()
+    held_out = images.hold_out(0.3)
+    other = Images(open_dataset("digits", split="test"), (8, 8), 1, label_column="label")
+    expected = other.hold_out(0.3)
+    for a, b in ((images, other), (held_out, expected)):
+        assert all(torch.equal(a[range(len(a))][key], b[range(len(b))][key]) for key in ("images", "labels"))
+
+
+def test_grey_images_of_16_bits_stay_so_in_memory_and_count_two_bytes_a_pixel(tmp_path):
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 999
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "eight.png")
+    images = Images(open_dataset(str(tmp_path)), (8, 8), 1)
+    on_demand = images[[0, 1]]["images"]
+    images.keep_in_memory()
+    assert torch.equal(images[[0, 1]]["images"], on_demand) and images.num_bytes == 2 * 64 * 2
+    np.testing.assert_array_equal(on_demand[0, 0].numpy(), deep)
+    rounded = Images(open_dataset(str(tmp_path)), (8, 8), 1, bits=8)
+    assert rounded[[0, 1]]["images"].dtype == torch.uint8 and rounded.num_bytes == 2 * 64
+
+
+def test_a_folder_of_parquet_files_is_a_data_set(tmp_path):
+    digits()["test"].to_parquet(tmp_path / "test.parquet")
+    assert len(open_dataset(str(tmp_path), split="test")) == 360
+
+
+def test_one_split_saved_alone_is_no_held_out_split_as_well(tmp_path):
+    digits()["test"].save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\]"):
+        open_dataset(str(tmp_path / "saved"), split="test")
+
+
+def test_a_revision_of_what_has_none_is_refused(folder):
+    for name in ("digits", str(folder)):
+        with pytest.raises(ValueError, match="dataset_revision 'main' is of data sets on the Hub"):
+            open_dataset(name, revision="main")
+
+
+def test_a_folder_that_has_the_name_of_an_embedded_data_set_is_not_mistaken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'photos' is embedded here and is a folder too: './photos' is the folder"):
+        open_dataset("photos")
 
 
 def test_a_folder_without_images_says_so(tmp_path):

@@ -42,7 +42,7 @@ from ddpm_hf.data import Images, to_signed
 from ddpm_hf.ema import EMA
 from ddpm_hf.losses import TIMESTEP_SAMPLERS, denoising_loss
 from ddpm_hf.seeds import addressed_generator
-from ddpm_hf.streaming import StreamedImages
+from ddpm_hf.streaming import StreamedImages, StreamError
 
 logger = logging.getLogger("train")
 
@@ -203,7 +203,10 @@ def main(arguments: list[str] | None = None) -> None:
             check_same_data(images, restored)
         except ValueError as error:
             sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-        run(config, accelerator, unet, scheduler, images, validation, restored)
+        try:
+            run(config, accelerator, unet, scheduler, images, validation, restored)
+        except StreamError as error:
+            sys.exit(f"train.py: error: {error}")
 
 
 def run(
