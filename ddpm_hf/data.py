@@ -1,65 +1,84 @@
-"""Data set -> batches of images in [-1, 1], in an order that depends on (seed, step) alone."""
+"""Data set -> images at one size: `open_dataset` finds it, `Images` decodes it.
 
-import io
+`batches.py` says which images make a batch, `streaming.py` does both for data sets that do not fit on the disk.
+"""
+
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .seeds import addressed_generator
+from .decoding import UNREADABLE, ImageFormat, decode_image, read_entry, reads_at_8_bits, stack_images, to_signed
+from .embedded import EMBEDDED, digits, photos
 
-PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+__all__ = [
+    "EMBEDDED", "Images", "NoSuchSplit", "dataset_files", "digits", "held_out_place", "open_dataset", "photos", "to_signed",
+]  # fmt: skip
 
-
-def digits() -> datasets.DatasetDict:
-    """The 1,797 hand-written digits that scikit-learn ships (8×8, 17 grey levels), as images with a label.
-
-    Split once and for all, stratified: 1,437 to train on, 360 held out.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    source = load_digits()
-    pixels = (source.images * (255 / 16)).round().astype(np.uint8)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
-    train, test = train_test_split(np.arange(len(pixels)), test_size=360, stratify=source.target, random_state=0)
-
-    def split(indices: np.ndarray) -> datasets.Dataset:
-        columns = {"image": [Image.fromarray(pixels[i]) for i in indices], "label": source.target[indices].tolist()}
-        return datasets.Dataset.from_dict(columns, features=features)
-
-    return datasets.DatasetDict(train=split(train), test=split(test))
+TABLES = {".parquet", ".arrow", ".tar", ".zip"}
+STREAM_SHARDS = 64  # of a data set here that is read as a stream
 
 
-def open_dataset(name: str, config_name: str | None = None, split: str = "train") -> datasets.Dataset:
-    """A split of "digits", of a folder of images (or one made by `save_to_disk`), or of a data set on the Hub.
+class NoSuchSplit(ValueError):
+    """The data set is there, and has no split of that name."""
 
-    Raises ValueError, saying what was found, for a folder without images and for a split that is not there.
+
+def open_dataset(
+    name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A split of "digits" or "photos", of a folder of images or of Parquet, Arrow, tar or zip files, of a folder made by
+    `save_to_disk`, or of a data set on the Hub, there at `revision` (a branch, a tag or a commit).
+
+    `streaming` gives an IterableDataset, which reads as it goes and keeps nothing on the disk.
+    Raises ValueError, saying what was found, for a folder without images, for a data set, a revision or a split that is not
+    there, and for a revision of what has none.
     """
     folder = Path(name)
-    if name == "digits":
-        found = digits()
+    if name in EMBEDDED:
+        if folder.is_dir():
+            raise ValueError(f"dataset {name!r} is embedded here and is a folder too: './{name}' is the folder.")
+        found = EMBEDDED[name]()
     elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = datasets.load_from_disk(str(folder))
     elif folder.is_dir():
-        extensions = Image.registered_extensions()
-        if not any(Path(f).suffix.lower() in extensions for _, _, files in os.walk(folder) for f in files):
+        suffixes = {Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files}
+        if suffixes & set(Image.registered_extensions()):
+            found = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=streaming)
+        elif suffixes & TABLES:
+            found = datasets.load_dataset(str(folder.resolve()), config_name, streaming=streaming)
+        else:
             raise ValueError(f"the folder {name!r} holds no image (nothing with a suffix such as .png or .jpg).")
-        found = datasets.load_dataset("imagefolder", data_dir=str(folder))
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"dataset {name!r} is neither 'digits', nor a folder here, nor a data set's name on the Hub.")
+        raise ValueError(
+            f"dataset {name!r} is neither 'digits' nor 'photos', nor a folder here, nor a data set's name on the Hub."
+        )
     else:
-        found = datasets.load_dataset(name, config_name)
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ValueError(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")
-        found = found[split]
-    if len(found) == 0:
-        raise ValueError(f"split {split!r} of the data set {name!r} is empty.")
+        try:
+            found = datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise ValueError(f"dataset {name!r}, dataset_revision {revision!r}: {error}") from error
+        revision = None
+    if revision is not None:
+        raise ValueError(f"dataset_revision {revision!r} is of data sets on the Hub, and {name!r} is none.")
+    if not isinstance(found, dict):
+        # One split, saved alone: training and held-out images must not both be it.
+        found = {"train": found}
+    if split not in found:
+        raise NoSuchSplit(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")
+    found = found[split]
+    if isinstance(found, datasets.Dataset):
+        if len(found) == 0:
+            raise ValueError(f"split {split!r} of the data set {name!r} is empty.")
+        if streaming:
+            found = found.to_iterable_dataset(min(STREAM_SHARDS, len(found)))
     return found
 
 
@@ -72,15 +91,24 @@ def dataset_files(folder: str) -> list[Path]:
     return files
 
 
-class Images(torch.utils.data.Dataset):
-    """The images of a data set at one size, as uint8 tensors.
+def held_out_place(data: bytes) -> float:
+    """A number in [0, 1) by the content of an image's file: it is held out if that is less than `validation_fraction`.
 
-    `images[[3, 5]]` is a dict of "images" (2, C, H, W) and, if there is a label column, "labels" (2,). An image is
-    turned upright by its EXIF tag, scaled so that it covers (H, W), and cropped at the centre.
+    So the images held out stay so when others are added, removed or moved, a larger fraction holds out the same ones and
+    more, and copies of a file are on one side.
+    """
+    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48
+
+
+class Images(torch.utils.data.Dataset):
+    """The images of a data set at one size, as uint8 tensors, or as uint16 ones where a grey image has 16 bits.
+
+    `images[[3, 5]]` is a dict of "images" (2, C, H, W) and, if there is a label column, "labels" (2,). `ImageFormat` says
+    how an image is brought to its size.
 
     Args:
         dataset: with a column of images.
-        size: (H, W). channels: 1 (grey), 3 (RGB) or 4 (RGBA); images of another kind are converted.
+        size, channels, crop, background, bits: see `ImageFormat`.
         image_column, label_column: None for the column of the fitting type, if there is just one.
     """
 
@@ -91,47 +119,58 @@ class Images(torch.utils.data.Dataset):
         channels: int = 3,
         image_column: str | None = None,
         label_column: str | None = None,
+        crop: str = "centre",
+        background: str = "white",
+        bits: int | None = None,
     ):
-        if channels not in PILLOW_MODES:
-            raise ValueError(f"channels must be one of {list(PILLOW_MODES)}, got {channels!r}.")
-        self.size, self.channels = tuple(size), channels
-        self.image_column = _column(dataset, datasets.Image, image_column, "image_column")
+        self.format = ImageFormat(size, channels, crop, background, bits)
+        self.size, self.channels = self.format.size, channels
+        self.image_column = find_column(dataset, datasets.Image, image_column, "image_column")
         self.label_column = None
         if label_column is not None:
-            self.label_column = _column(dataset, (datasets.ClassLabel, datasets.Value), label_column, "label_column")
+            self.label_column = find_column(
+                dataset, (datasets.ClassLabel, datasets.Value), label_column, "label_column"
+            )
         # Undecoded, so that a broken image can be named by its path.
         self.dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
         self._decoded: torch.Tensor | None = None
+        self._found: dict[str, list] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, indices: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
         if self.in_memory:
             batch = {"images": self._decoded[indices]}
-            rows = self._labels[indices] if self.label_column is not None else None
-        else:
-            columns = self.dataset[list(indices)]
-            batch = {
-                "images": torch.stack(
-                    [decode_image(entry, self.size, self.channels) for entry in columns[self.image_column]]
-                )
-            }
-            rows = torch.tensor(columns[self.label_column]) if self.label_column is not None else None
-        if rows is not None:
-            batch["labels"] = rows
+            if self.label_column is not None:
+                batch["labels"] = self._labels[indices]
+            return batch
+        columns = self.dataset[list(indices)]
+        decoded = [decode_image(read_entry(entry), self.format) for entry in columns[self.image_column]]
+        batch = {"images": stack_images(decoded)}
+        if self.label_column is not None:
+            batch["labels"] = torch.tensor(columns[self.label_column])
         return batch
+
+    def _look(self) -> dict[str, list]:
+        if self._found is None:
+            flags = self.dataset.select_columns([self.image_column]).map(
+                _look_at,
+                input_columns=[self.image_column],
+                remove_columns=[self.image_column],
+                fn_kwargs={"form": self.format},
+                desc="Checking images",
+            )
+            self._found = {name: list(flags[name]) for name in flags.column_names}
+        return self._found
 
     def broken(self) -> list[int]:
         """Indices of the images that cannot be decoded. Reads all of them; `datasets` keeps the answer on disk."""
-        flags = self.dataset.select_columns([self.image_column]).map(
-            _is_broken,
-            input_columns=[self.image_column],
-            remove_columns=[self.image_column],
-            fn_kwargs={"size": self.size, "channels": self.channels},
-            desc="Checking images",
-        )
-        return [i for i, is_broken in enumerate(flags["broken"]) if is_broken]
+        return [i for i, is_broken in enumerate(self._look()["broken"]) if is_broken]
+
+    def read_at_8_bits(self) -> list[int]:
+        """Indices of colour images of 16 bits that come in at 8, which is what Pillow can read."""
+        return [i for i, is_cut in enumerate(self._look()["cut"]) if is_cut]
 
     def describe(self, index: int) -> str:
         """How a person finds image `index`: its path where it has one."""
@@ -140,27 +179,44 @@ class Images(torch.utils.data.Dataset):
     def without(self, indices: Sequence[int]) -> None:
         """Leave images out."""
         dropped = set(indices)
-        self.dataset = self.dataset.select([i for i in range(len(self)) if i not in dropped])
+        self._keep([i for i in range(len(self)) if i not in dropped])
 
-    def keep_in_memory(self) -> None:
-        """Decode every image now, H·W·C bytes each, so that a batch costs an index."""
-        everything = self[range(len(self))]
-        self._decoded, self._labels = everything["images"], everything.get("labels")
+    def hold_out(self, fraction: float) -> "Images":
+        """Leave out the share `fraction` of the images that `held_out_place` chooses, and return those.
+
+        Raises ValueError where that leaves one side without images.
+        """
+        chosen = [place < fraction for place in self._look()["place"]]
+        if not 0 < sum(chosen) < len(self):
+            raise ValueError(f"validation_fraction = {fraction!r} holds out {sum(chosen)} of {len(self)} images.")
+        held_out = object.__new__(type(self))
+        held_out.__dict__ |= self.__dict__
+        held_out._keep([i for i, is_chosen in enumerate(chosen) if is_chosen])
+        self._keep([i for i, is_chosen in enumerate(chosen) if not is_chosen])
+        return held_out
+
+    def _keep(self, indices: list[int]) -> None:
+        self.dataset = self.dataset.select(indices)
+        if self._found is not None:
+            self._found = {name: [values[i] for i in indices] for name, values in self._found.items()}
+        if self.in_memory:
+            self._decoded, self._labels = (x if x is None else x[indices] for x in (self._decoded, self._labels))
+
+    def keep_in_memory(self, device: torch.device | str = "cpu") -> None:
+        """Decode every image now, `num_bytes` in all, into the memory of a device, so that a batch costs an index there."""
+        parts = [self[range(i, min(i + 1024, len(self)))] for i in range(0, len(self), 1024)]
+        self._decoded = stack_images([part["images"] for part in parts], dim=0).to(device)
+        labels = self.label_column is not None
+        self._labels = torch.cat([part["labels"] for part in parts]).to(device) if labels else None
 
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes 0, 1, ..., where the label column knows them."""
-        feature = self.dataset.features[self.label_column] if self.label_column is not None else None
-        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        return class_names_of(self.dataset, self.label_column)
 
     def check_labels(self, num_classes: int) -> None:
         """ValueError unless every label is an integer in 0..num_classes−1, of as many classes as the column names."""
-        names = self.class_names
-        if names is not None and len(names) != num_classes:
-            raise ValueError(
-                f"num_classes must be {len(names)}, the classes of the column {self.label_column!r} "
-                f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), got {num_classes}."
-            )
+        check_class_count(self.class_names, num_classes, self.label_column)
         labels = np.asarray(self.dataset[self.label_column][:])
         if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
             found = sorted(set(labels.tolist()), key=str)
@@ -175,34 +231,42 @@ class Images(torch.utils.data.Dataset):
         return self._decoded is not None
 
     @property
+    def num_examples(self) -> int:
+        """How many images there are."""
+        return len(self)
+
+    @property
     def num_bytes(self) -> int:
         """Of all images, decoded."""
-        return len(self) * self.channels * self.size[0] * self.size[1]
+        return len(self) * self.channels * self.size[0] * self.size[1] * (2 if any(self._look()["deep"]) else 1)
 
 
-def decode_image(entry: dict, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """An undecoded image ({"bytes", "path"}) to uint8 (C, H, W). Raises OSError or ValueError for a broken one."""
-    with Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            # 16 bits: Pillow's own conversion clips at 255 instead of scaling.
-            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8))
-        image = image.convert(PILLOW_MODES[channels])
-    H, W = size
-    if image.size != (W, H):
-        image = ImageOps.fit(image, (W, H), method=Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image).reshape(H, W, channels)).permute(2, 0, 1).contiguous()
-
-
-def _is_broken(entry: dict, size: tuple[int, int], channels: int) -> dict[str, bool]:
+def _look_at(entry: dict, form: ImageFormat) -> dict[str, bool | float]:
     try:
-        decode_image(entry, size, channels)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return {"broken": True}
-    return {"broken": False}
+        data = read_entry(entry)
+        is_deep = decode_image(data, form).dtype == torch.uint16
+    except UNREADABLE:
+        return {"broken": True, "deep": False, "cut": False, "place": 1.0}
+    return {"broken": False, "deep": is_deep, "cut": reads_at_8_bits(data), "place": held_out_place(data)}
 
 
-def _column(dataset: datasets.Dataset, kind, name: str | None, argument: str) -> str:
+def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None) -> list[str] | None:
+    """The names of the classes 0, 1, ... in a column of labels, where it knows them."""
+    feature = dataset.features[column] if column is not None else None
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def check_class_count(names: list[str] | None, num_classes: int, column: str) -> None:
+    """ValueError unless `num_classes` is how many classes a column of labels names, if it names them."""
+    if names is not None and len(names) != num_classes:
+        raise ValueError(
+            f"num_classes must be {len(names)}, the classes of the column {column!r} "
+            f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), got {num_classes}."
+        )
+
+
+def find_column(dataset: datasets.Dataset | datasets.IterableDataset, kind, name: str | None, argument: str) -> str:
+    """The column of that name, or the only one of a kind of feature. Raises ValueError, naming the columns."""
     fitting = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
     if name is None and len(fitting) == 1:
         return fitting[0]
@@ -211,57 +275,3 @@ def _column(dataset: datasets.Dataset, kind, name: str | None, argument: str) ->
             f"{argument} must be one of {fitting}, got {name!r}; the columns are {list(dataset.features)}."
         )
     return name
-
-
-def to_signed(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images 0..255 to float32 in [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1
-
-
-class GlobalBatches:
-    """Which examples make the global batch of a step: consecutive runs through shuffled data, one epoch after another.
-
-    The shuffle of an epoch depends on (seed, epoch) alone, so that step k has the same examples in any run, on any
-    number of processes, resumed or not, and no example is read in order to skip it.
-    """
-
-    def __init__(self, num_examples: int, batch_size: int, seed: int):
-        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
-        self._epoch, self._order = -1, None
-
-    def __call__(self, step: int) -> list[int]:
-        """Indices of the examples of step 0, 1, ..., in the order of their position in the global batch."""
-        indices: list[int] = []
-        while len(indices) < self.batch_size:
-            epoch, start = divmod(step * self.batch_size + len(indices), self.num_examples)
-            if epoch != self._epoch:
-                generator = addressed_generator("cpu", self.seed, "order", epoch)
-                self._epoch, self._order = epoch, torch.randperm(self.num_examples, generator=generator).tolist()
-            indices += self._order[start : start + self.batch_size - len(indices)]
-        return indices
-
-
-class ProcessBatches(torch.utils.data.Sampler):
-    """This process's share of the global batches of steps first_step .. num_steps−1, in `micro_batches` parts each."""
-
-    def __init__(
-        self, batches: GlobalBatches, first_step: int, num_steps: int, rank: int, num_processes: int, micro_batches: int
-    ):
-        self.batches, self.steps, self.micro_batches = batches, range(first_step, num_steps), micro_batches
-        self.positions = process_positions(batches.batch_size, rank, num_processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = len(self.positions) // self.micro_batches
-        for step in self.steps:
-            share = self.batches(step)[self.positions.start : self.positions.stop]
-            for i in range(self.micro_batches):
-                yield share[i * size : (i + 1) * size]
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.micro_batches
-
-
-def process_positions(batch_size: int, rank: int, num_processes: int) -> range:
-    """The positions in the global batch that a process computes."""
-    share = batch_size // num_processes
-    return range(rank * share, (rank + 1) * share)

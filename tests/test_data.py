@@ -1,5 +1,8 @@
 """Images of every kind come in as they should, broken ones are named, and order has an address."""
 
+import shutil
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -8,13 +11,11 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
 from ddpm_hf.data import (
-    GlobalBatches,
     Images,
-    ProcessBatches,
     digits,
+    held_out_place,
     open_dataset,
-    process_positions,
-    to_signed,
+    photos,
 )
 from ddpm_hf.seeds import addressed_generator
 
@@ -62,20 +63,10 @@ def test_pixels_of_an_image_of_the_right_size_are_untouched(folder):
     np.testing.assert_array_equal(images[[0]]["images"][0].permute(1, 2, 0).numpy(), expected)
 
 
-def test_signed_pixels_span_minus_one_to_one():
-    assert to_signed(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
-
-
 def one_image(image, tmp_path, size, channels, **save):
     (tmp_path / "one").mkdir()
     image.save(tmp_path / "one" / ("image.jpg" if "exif" in save else "image.png"), **save)
     return Images(open_dataset(str(tmp_path / "one")), size, channels)[[0]]["images"][0]
-
-
-def test_16_bit_images_are_scaled_not_clipped(tmp_path):
-    ramp = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
-    pixels = one_image(Image.fromarray(ramp), tmp_path, (16, 16), 1)
-    np.testing.assert_allclose(pixels[0].numpy(), ramp / 257, atol=0.51)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -108,6 +99,104 @@ def test_a_broken_image_is_found_and_named_by_its_path(folder):
     assert len(images) == 4 and images.broken() == []
 
 
+def test_photos_are_patches_of_the_two_photographs_and_no_pixel_is_in_both_splits():
+    splits = photos()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4096, "test": 512}
+    pictures = [load_sample_image("china.jpg"), load_sample_image("flower.jpg")]
+    windows = [np.lib.stride_tricks.sliding_window_view(p, (32, 32), axis=(0, 1)) for p in pictures]
+    for name, columns in (("train", range(0, 481)), ("test", range(512, 609))):
+        labels = splits[name]["label"]
+        assert labels.count(0) == labels.count(1) == len(labels) / 2
+        for row in splits[name].select(range(0, len(labels), 37)):
+            patch = np.asarray(row["image"])
+            corner = (windows[row["label"]][..., 0, 0] == patch[0, 0]).all(-1)
+            places = [(y, x) for y, x in np.argwhere(corner) if (windows[row["label"]][y, x] == patch.transpose(2, 0, 1)).all()]  # fmt: skip
+            assert any(x in columns for _, x in places)
+    again = photos()
+    assert all(splits[name]._fingerprint == again[name]._fingerprint for name in splits)
+
+
+def held_out_names(dataset, fraction):
+    images = Images(dataset, (8, 8), 1)
+    held_out = images.hold_out(fraction)
+    names = [{Path(part.describe(i)).name for i in range(len(part))} for part in (images, held_out)]
+    assert names[0].isdisjoint(names[1]) and len(names[0] | names[1]) == dataset.num_rows
+    return names[1]
+
+
+def test_what_is_held_out_stays_so_when_images_are_added_moved_and_reordered_and_grows_with_the_fraction(tmp_path):
+    for i, row in enumerate(digits()["train"].select(range(120))):
+        folder = tmp_path / ("some" if i < 80 else "more")
+        folder.mkdir(exist_ok=True)
+        row["image"].save(folder / f"{i}.png")
+    some = held_out_names(open_dataset(str(tmp_path / "some")), 0.2)
+    shutil.copytree(tmp_path, tmp_path.with_name("moved"))
+    everything = open_dataset(str(tmp_path.with_name("moved")))
+    both = held_out_names(everything, 0.2)
+    assert both & {f"{i}.png" for i in range(80)} == some
+    assert held_out_names(everything.shuffle(seed=1), 0.2) == both
+    assert both < held_out_names(everything, 0.5)
+    assert 24 - 4 * 4.4 <= len(both) <= 24 + 4 * 4.4  # binomial: 120 images, deviation 4.4
+
+
+def test_places_are_uniform_and_copies_of_a_file_are_on_one_side():
+    places = np.sort([held_out_place(str(i).encode()) for i in range(2000)])
+    assert abs(places - np.linspace(0, 1, 2000)).max() < 1.95 / 2000**0.5  # Kolmogorov and Smirnov, 0.1 %
+    assert held_out_place(b"a") == held_out_place(b"a")
+
+
+def test_a_fraction_that_leaves_one_side_empty_is_refused():
+    with pytest.raises(ValueError, match="validation_fraction = 1e-09 holds out 0 of 360 images"):
+        Images(open_dataset("digits", split="test"), (8, 8), 1).hold_out(1e-9)
+
+
+def test_images_held_out_of_memory_are_those_held_out_of_a_file():
+    images = Images(open_dataset("digits", split="test"), (8, 8), 1, label_column="label")
+    images.keep_in_memory()
+    held_out = images.hold_out(0.3)
+    other = Images(open_dataset("digits", split="test"), (8, 8), 1, label_column="label")
+    expected = other.hold_out(0.3)
+    for a, b in ((images, other), (held_out, expected)):
+        assert all(torch.equal(a[range(len(a))][key], b[range(len(b))][key]) for key in ("images", "labels"))
+
+
+def test_grey_images_of_16_bits_stay_so_in_memory_and_count_two_bytes_a_pixel(tmp_path):
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 999
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "eight.png")
+    images = Images(open_dataset(str(tmp_path)), (8, 8), 1)
+    on_demand = images[[0, 1]]["images"]
+    images.keep_in_memory()
+    assert torch.equal(images[[0, 1]]["images"], on_demand) and images.num_bytes == 2 * 64 * 2
+    np.testing.assert_array_equal(on_demand[0, 0].numpy(), deep)
+    rounded = Images(open_dataset(str(tmp_path)), (8, 8), 1, bits=8)
+    assert rounded[[0, 1]]["images"].dtype == torch.uint8 and rounded.num_bytes == 2 * 64
+
+
+def test_a_folder_of_parquet_files_is_a_data_set(tmp_path):
+    digits()["test"].to_parquet(tmp_path / "test.parquet")
+    assert len(open_dataset(str(tmp_path), split="test")) == 360
+
+
+def test_one_split_saved_alone_is_no_held_out_split_as_well(tmp_path):
+    digits()["test"].save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\]"):
+        open_dataset(str(tmp_path / "saved"), split="test")
+
+
+def test_a_revision_of_what_has_none_is_refused(folder):
+    for name in ("digits", str(folder)):
+        with pytest.raises(ValueError, match="dataset_revision 'main' is of data sets on the Hub"):
+            open_dataset(name, revision="main")
+
+
+def test_a_folder_that_has_the_name_of_an_embedded_data_set_is_not_mistaken_for_it(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'photos' is embedded here and is a folder too: './photos' is the folder"):
+        open_dataset("photos")
+
+
 def test_a_folder_without_images_says_so(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(ValueError, match="holds no image"):
@@ -116,7 +205,7 @@ def test_a_folder_without_images_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all"])
 def test_a_folder_that_is_not_there_says_so(name):
-    with pytest.raises(ValueError, match="neither 'digits', nor a folder"):
+    with pytest.raises(ValueError, match="neither 'digits' nor 'photos', nor a folder"):
         open_dataset(name)
 
 
@@ -137,34 +226,6 @@ def test_a_column_is_chosen_when_there_is_one_and_asked_for_when_there_are_more(
     with pytest.raises(ValueError, match=r"image_column must be one of \['a', 'b'\]"):
         Images(dataset, (8, 8))
     assert Images(dataset, (8, 8), image_column="b").image_column == "b"
-
-
-def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
-    batches = GlobalBatches(num_examples=30, batch_size=12, seed=3)
-    stream = [index for step in range(10) for index in batches(step)]
-    epochs = [stream[i : i + 30] for i in range(0, 120, 30)]
-    assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_a_step_has_the_same_examples_whenever_it_is_asked_for():
-    straight = [GlobalBatches(7, 20, seed=0)(step) for step in range(6)]
-    batches = GlobalBatches(7, 20, seed=0)
-    assert [batches(step) for step in (5, 0, 3)] == [straight[5], straight[0], straight[3]]
-    assert GlobalBatches(7, 20, seed=1)(0) != straight[0]
-
-
-@pytest.mark.parametrize(("num_processes", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1)])
-def test_processes_and_micro_batches_share_the_global_batch_out_in_order(num_processes, micro_batches):
-    batches = GlobalBatches(50, 12, seed=0)
-    shares = [list(ProcessBatches(batches, 2, 5, rank, num_processes, micro_batches)) for rank in range(num_processes)]
-    for i, step in enumerate(range(2, 5)):
-        parts = [part for share in shares for part in share[i * micro_batches : (i + 1) * micro_batches]]
-        assert sum(parts, []) == batches(step)
-
-
-def test_positions_of_all_processes_cover_the_batch():
-    assert [i for rank in range(4) for i in process_positions(20, rank, 4)] == list(range(20))
 
 
 def test_random_numbers_depend_on_seed_purpose_and_index_alone():

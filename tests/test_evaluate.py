@@ -11,10 +11,11 @@ import pytest
 import sample as sample_script
 import steps_and_variances
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
-from ddpm_hf.data import digits
+from ddpm_hf.data import Images, digits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,6 +144,22 @@ def test_samples_of_another_resolution_are_refused(model, options, tmp_path):
         Image.new("L", (9, 8)).save(tmp_path / "large" / f"{i}.png")
     with pytest.raises(SystemExit, match=r"model's resolution \(8, 8\): .*0.png is \(8, 9\)"):
         evaluate.main([*options, f"--samples={tmp_path / 'large'}"])
+
+
+def test_a_data_set_without_a_held_out_split_is_held_out_as_the_run_did(model, options, tmp_path, capsys):
+    some = digits()["train"].select(range(90))
+    some.save_to_disk(tmp_path / "one_split")
+    options = [*options, f"--dataset={tmp_path / 'one_split'}"]
+    with pytest.raises(SystemExit, match="no split 'test'.*Nor did the run hold images out"):
+        evaluate.main(options)
+    run = yaml.safe_load((model / "config.yaml").read_text()) | {"validation_fraction": 0.4}
+    (model / "config.yaml").write_text(yaml.safe_dump(run))
+    evaluate.main(options)
+    protocol = measured(model)["figures"][0]["protocol"]
+    images = Images(some, (8, 8), 1)
+    held_out = images.hold_out(0.4)
+    assert protocol["reference"] == f"train split, {len(images)} images" and len(images) + len(held_out) == 90
+    assert protocol["held_out_split"] == "0.4 of train by hash" and len(protocol["dataset_revision"]) == 16
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

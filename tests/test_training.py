@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,15 @@ import pytest
 import torch
 import train
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_config import parse_config
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.batches import MicroBatches
 from ddpm_hf.checkpoints import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,7 +117,7 @@ def test_the_first_loss_of_a_zero_initialised_network_is_one(straight):
     config = parse_config([*TINY, "--config", str(folder / "config.yaml")])
     unet, scheduler = train.build(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
-    images = train.load_images(config)
+    images, _ = train.load_images(config)
     batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
     accelerator = Accelerator()
     losses = [
@@ -178,6 +182,109 @@ def test_draws_depend_on_seed_step_and_position_alone():
         assert [name for name, a, b in zip(whole._fields, other, whole) if torch.equal(a, b)] == ["weight"]
 
 
+def drop_checkpoints_after(folder, first):
+    for stale in list_checkpoints(folder / "checkpoints")[first:]:
+        shutil.rmtree(stale)
+
+
+def test_a_streamed_run_resumes_bit_identically_and_goes_on_on_two_processes(tmp_path):
+    options = ["--streaming", "--shuffle_buffer", "50", "--stream_lanes", "2", "--num_workers", "1"]
+    options += ["--validation_fraction", "0.1"]
+    expected = run(tmp_path, *options)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["training"]
+    assert 100 <= metrics["validation_examples"] <= 190
+    drop_checkpoints_after(tmp_path, 1)
+    assert_bit_identical(run(tmp_path, *options), expected)
+    drop_checkpoints_after(tmp_path, 1)
+    output, _ = (process := launch(tmp_path, *options, processes=2)).communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert_same_run(checkpoint(tmp_path, 12), expected)
+
+
+def test_a_broken_image_of_a_stream_ends_the_run_in_one_sentence(photos, tmp_path):
+    (photos / "07.jpg").write_bytes((photos / "07.jpg").read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="train.py: error: an image of the stream cannot be read: .*07.jpg"):
+        run(tmp_path / "out", *photo_options(photos), "--streaming")
+
+
+def test_images_held_out_are_not_trained_on():
+    config = parse_config([*TINY, "--validation_fraction", "0.2"])
+    images, validation = train.load_images(config)
+    everything, none = train.load_images(parse_config(TINY))
+    rows = [[row.numpy().tobytes() for row in part[range(len(part))]["images"]] for part in (images, validation)]
+    assert none is None and len(rows[0]) + len(rows[1]) == len(everything) == 1437
+    assert set(rows[0]).isdisjoint(rows[1]) and 220 <= len(rows[1]) <= 350
+
+
+def test_a_data_set_that_has_grown_is_not_gone_on_with(photos, tmp_path):
+    run(tmp_path / "out", *photo_options(photos))
+    drop_checkpoints_after(tmp_path / "out", 1)
+    (photos / "07.jpg").unlink()
+    with pytest.raises(SystemExit, match="the data set has 19 images; the checkpoint was trained on 20"):
+        run(tmp_path / "out", *photo_options(photos))
+
+
+@pytest.fixture
+def accelerators():
+    """Accelerators of any precision: the library keeps one state for a process."""
+    yield lambda **options: (AcceleratorState._reset_state(True), Accelerator(cpu=True, **options))[1]
+    AcceleratorState._reset_state(True)
+
+
+def reports(accelerator, config, backend=None, steps=3):
+    """Losses and gradient norms of some steps from one start."""
+    torch.manual_seed(0)
+    unet, scheduler = train.build(config)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
+    model, optimizer = accelerator.prepare(torch.compile(unet, backend=backend) if backend else unet, optimizer)
+    images, _ = train.load_images(config)
+    parts = config.micro_batches(1)
+    batches = MicroBatches(images, config.batch_size, 0, 0, steps, micro_batches=parts)
+    return [
+        train.training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, batches.step())
+        for step in range(steps)
+    ]
+
+
+def test_a_compiled_network_is_trained_as_the_eager_one_with_accumulation(accelerators):
+    backend = CompileCounterWithBackend("aot_eager")
+    config = parse_config([*TINY, "--block_out_channels", "8", "8", "--micro_batch_size", "8"])
+    eager, compiled = (reports(accelerators(), config, b) for b in (None, backend))
+    assert backend.frame_count == 1  # one graph: nothing breaks it, and steps and parts do not compile again
+    for a, b in zip(eager, compiled):
+        torch.testing.assert_close(a.losses, b.losses, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_and_noised_images_are_float32_in_mixed_precision_and_so_is_the_loss(accelerators):
+    config, seen = parse_config([*TINY, "--mixed_precision", "bf16"]), {}
+
+    def keep(name):
+        return lambda module, inputs, output: seen.update({name: (inputs[0].dtype, output)})
+
+    accelerator = accelerators(mixed_precision="bf16")
+    unet, scheduler = train.build(config)
+    unet.register_forward_hook(keep("network"))
+    unet.conv_in.register_forward_hook(keep("convolution"))
+    model, optimizer = accelerator.prepare(unet, torch.optim.Adam(unet.parameters()))
+    images, _ = train.load_images(config)
+    report = train.training_step(
+        accelerator, model, optimizer, scheduler.diffusion, config, 0, [images[list(range(16))]]
+    )
+    assert seen["network"][0] == torch.float32  # x_t, made of noise in float32
+    assert seen["convolution"][1].dtype == torch.bfloat16  # and yet it is bf16 that is computed in
+    assert report.losses.dtype == torch.float32
+    assert train.draw(config, 0, range(16), torch.device("cpu")).noise.dtype == torch.float32
+
+
+def test_the_benchmark_of_training_runs_and_both_sides_train_alike(capsys):
+    import training as benchmark
+
+    benchmark.main(["--presets", "digits", "--rounds", "1", "--steps", "1", "--batch_size", "8"])
+    printed = capsys.readouterr().out
+    assert "losses of the same draws differ by" in printed and printed.count("images/s") == 2
+
+
 @pytest.fixture
 def photos(tmp_path):
     (tmp_path / "photos").mkdir()
@@ -213,7 +320,7 @@ def test_a_broken_image_stops_the_run_before_training_and_may_be_left_out(photos
     ("options", "message"),
     [
         (["--config", "nothing"], "'nothing' is neither a preset"),
-        (["--dataset", "./nowhere"], "neither 'digits', nor a folder"),
+        (["--dataset", "./nowhere"], "neither 'digits' nor 'photos', nor a folder"),
         (["--resolution", "7"], "cannot be halved"),
         (["--batch_size", "16", "--micro_batch_size", "5"], "must be a multiple of"),
         (["--block_out_channels", "6", "12"], "norm_num_groups"),

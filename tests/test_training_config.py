@@ -118,6 +118,13 @@ def test_an_unknown_flag_is_refused():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"total_images": 5}, "less than one batch"),
         ({"sample_steps": 1001}, "sample_steps must lie in 1..1000"),
+        ({"crop": "left"}, r"crop must be one of \['centre', 'pad'\], got 'left'"),
+        ({"background": "whitish"}, "background must be a colour such as 'white'.* got 'whitish'"),
+        ({"validation_fraction": 1.0}, r"validation_fraction must lie in \[0, 1\), got 1.0"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer must be at least 1, got 0"),
+        ({"stream_lanes": 3}, "stream_lanes = 3 must divide batch_size = 128"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"compile": "fast"}, "compile must be one of .*inductor.* got 'fast'"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
         ({"push_every_checkpoints": 0}, "push_every_checkpoints must be at least 1"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
@@ -175,12 +182,13 @@ def test_a_run_of_constant_rate_may_be_made_longer_and_one_whose_rate_depends_on
         dataclasses.replace(cosine, total_images=2000).check_same_run(dataclasses.asdict(cosine), Path("there"))
 
 
-OPTIONS = """output_dir overwrite dataset dataset_config split image_column label_column num_classes resolution channels
-random_flip skip_broken_images memory_limit_bytes num_workers block_out_channels down_block_types up_block_types
+OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision split image_column label_column num_classes
+resolution channels crop background random_flip skip_broken_images validation_fraction memory_limit_bytes num_workers
+streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
 prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
 input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 warmup_steps
-learning_rate_schedule max_grad_norm ema_halflife_images cpu_threads mixed_precision checkpoint_every_steps
+learning_rate_schedule max_grad_norm ema_halflife_images cpu_threads mixed_precision tf32 compile checkpoint_every_steps
 keep_checkpoints log_every_steps report_to sample_steps quality_samples push_to_hub hub_model_id hub_private
 push_every_checkpoints"""
 

@@ -20,13 +20,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from finish import ROOT, sample
 from huggingface_hub.constants import HF_HOME
+from load_images import leave_out_broken
 from PIL import Image
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.analytic import estimate_analytic_moments
 from ddpm_hf.checkpoints import write_whole
-from ddpm_hf.data import Images, dataset_files, open_dataset, to_signed
+from ddpm_hf.data import Images, NoSuchSplit, dataset_files, open_dataset, to_signed
 from ddpm_hf.features import compute_features, dataset_revision, figure_name, load_backbone, read_cached, write_cached
 from ddpm_hf.likelihood import BoundSums, VariationalBound
 from ddpm_hf.metrics import (
@@ -43,16 +44,20 @@ from ddpm_hf.plots import bound_by_timestep, closest_pairs, figure_bytes
 from ddpm_hf.seeds import addressed_generator
 from ddpm_hf.timesteps import spaced_timesteps
 
-RESIZE = "Pillow LANCZOS to cover, centre crop"
-
 
 @dataclass
 class EvaluateArguments:
     model: str = field(metadata={"help": "a folder, or a repository on the Hub"})
-    dataset: str = field(metadata={"help": "'digits', a folder of images, or a data set on the Hub"})
+    dataset: str = field(metadata={"help": "'digits', 'photos', a folder of images, or a data set on the Hub"})
     dataset_config: str | None = None
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "of a data set on the Hub: branch, tag, commit"}
+    )
     split: str = field(default="train", metadata={"help": "what the model was trained on; distances are to these"})
-    held_out_split: str = field(default="test", metadata={"help": "what it was not trained on"})
+    held_out_split: str = field(
+        default="test",
+        metadata={"help": "what it was not trained on; if there is none, the run's validation_fraction of `split`"},
+    )
     image_column: str | None = None
     features: str | None = field(
         default=None,
@@ -113,6 +118,30 @@ class Shares:
         if self.world == 1:
             return values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+
+
+def real_images(args, run: dict, size: tuple[int, int], channels: int) -> tuple[Images, Images, str]:
+    """Training images, held-out ones, and where these are from, brought to their size as in the run of `config.yaml`.
+
+    What the run held out by `validation_fraction` is no training image, and is the held-out split of a data set without.
+    """
+    crop, background = run.get("crop", "centre"), run.get("background", "white")
+
+    def images(split: str) -> Images:
+        dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
+        return Images(dataset, size, channels, args.image_column, None, crop, background, bits=8)
+
+    training, fraction = images(args.split), run.get("validation_fraction", 0.0)
+    validation = None
+    if fraction:
+        leave_out_broken(training, run.get("skip_broken_images", False))
+        validation = training.hold_out(fraction)
+    try:
+        return training, images(args.held_out_split), args.held_out_split
+    except NoSuchSplit as error:
+        if validation is None:
+            raise ValueError(f"{error} Nor did the run hold images out (validation_fraction).") from error
+        return training, validation, f"{fraction:g} of {args.split} by hash"
 
 
 def choose_variance(pipe: DDPMPipelineCustom, variance_type: str | None, images: Images, args, device) -> None:
@@ -180,6 +209,12 @@ def features_of(backbone, batches_of, total: int, args, shares: Shares) -> torch
     return shares.gather(compute_features(backbone, parts), total)
 
 
+def resizing(images: Images) -> str:
+    """How images came to their size, as protocols say it."""
+    how = "cover, centre crop" if images.format.crop == "centre" else f"fit, padded with {images.format.background}"
+    return f"Pillow LANCZOS to {how}"
+
+
 def real_features(backbone, images: Images, split: str, args, shares: Shares) -> torch.Tensor:
     key = {
         "dataset": args.dataset,
@@ -188,7 +223,7 @@ def real_features(backbone, images: Images, split: str, args, shares: Shares) ->
         "split": split,
         "resolution": list(images.size),
         "channels": images.channels,
-        "resize": RESIZE,
+        "resize": resizing(images),
         **backbone.protocol,
         "backbone_resize": backbone.protocol["resize"],
     }
@@ -239,11 +274,9 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     pipe.set_progress_bar_config(disable=not accelerator.is_main_process, desc="Sampling")
     config = pipe.unet.config
     size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
-    splits = {}
-    for split in (args.split, args.held_out_split):
-        dataset = open_dataset(args.dataset, args.dataset_config, split)
-        splits[split] = Images(dataset, tuple(size), config.in_channels, args.image_column)
-    training, held_out = splits[args.split], splits[args.held_out_split]
+    run = Path(args.model) / "config.yaml"
+    run = yaml.safe_load(run.read_text()) if run.is_file() else {}
+    training, held_out, held_out_split = real_images(args, run, tuple(size), config.in_channels)
     backbone = load_backbone(args.features, device)
     check_enough(args.num_samples, backbone.dim, "num_samples")
     check_enough(len(training), backbone.dim, f"split {args.split!r}")
@@ -261,24 +294,24 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
         bounds[f"held-out, {args.steps} steps"] = (chain, held_out, 1, "held-out bound")
     bounds = {name: measure_bound(pipe, c, i, s, p, args, shares) for name, (c, i, s, p) in bounds.items()}
 
-    run = Path(args.model) / "config.yaml"
     protocol = {
         "num_samples": args.num_samples,
         "split": args.split,
-        "held_out_split": args.held_out_split,
+        "held_out_split": held_out_split,
+        "dataset_revision": args.dataset_revision or dataset_revision(training.dataset),
         "samples": "the model's" if args.samples is None else Path(args.samples).name,
         "sampler": f"{type(pipe.scheduler).__name__}, {scheduler.variance_type}, {scheduler.timestep_spacing}",
         "steps": args.steps,
         "seed": args.seed,
-        "ema_halflife_images": yaml.safe_load(run.read_text()).get("ema_halflife_images") if run.is_file() else None,
+        "ema_halflife_images": run.get("ema_halflife_images"),
         "resolution": list(size),
-        "dataset_resize": RESIZE,
+        "dataset_resize": resizing(training),
     }
     if samples is None:
         samples = make_samples(pipe, args, shares)
     of_samples = features_of(backbone, lambda i: samples[i], len(samples), args, shares)
     of_training = real_features(backbone, training, args.split, args, shares)
-    of_held_out = real_features(backbone, held_out, args.held_out_split, args, shares)
+    of_held_out = real_features(backbone, held_out, held_out_split, args, shares)
     if config.in_channels == 1 and backbone.channels == 3:
         accelerator.print("The grey images are repeated to RGB for the backbone.")
         protocol["channels"] = "grey repeated to RGB"
@@ -287,7 +320,7 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     def pixels(images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1).float() / 255
 
-    real = [splits[s][range(len(splits[s]))]["images"] for s in (args.held_out_split, args.split)]
+    real = [images[range(len(images))]["images"] for images in (held_out, training)]
     near = {
         "pixels": memorisation(pixels(samples), *(pixels(images) for images in real)),
         "features": memorisation(of_samples, of_held_out, of_training),

@@ -20,15 +20,17 @@ import datasets
 import launch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from draws import Draws, draw
 from energy import EnergyMeter
 from finish import finish
+from load_images import load_images
 from pushing import Pusher
 from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_config
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
+from ddpm_hf.batches import MicroBatches, process_positions
 from ddpm_hf.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -39,17 +41,11 @@ from ddpm_hf.checkpoints import (
     save_checkpoint,
     write_whole,
 )
-from ddpm_hf.data import (
-    GlobalBatches,
-    Images,
-    ProcessBatches,
-    open_dataset,
-    process_positions,
-    to_signed,
-)
+from ddpm_hf.data import Images, to_signed
 from ddpm_hf.ema import EMA
 from ddpm_hf.guidance import mark_class_names, mark_null_class
 from ddpm_hf.losses import Loss
+from ddpm_hf.streaming import StreamedImages, StreamError
 from ddpm_hf.timestep_samplers import UniformTimesteps, make_timestep_sampler
 
 logger = logging.getLogger("train")
@@ -82,8 +78,8 @@ def training_step(
 ) -> StepReport:
     """One optimiser step (DDPM, algorithm 1) on this process's share of the global batch of `step`.
 
-    `micro_batches` yields dicts of "images", uint8 (B, C, H, W), and "labels" (B,) with a `label_column`, as many as
-    `config.micro_batches` says. `sampler` is the run's timestep sampler; None will do for one that has no state.
+    `micro_batches` yields dicts of "images", uint8 or uint16 (B, C, H, W), and "labels" (B,) with a `label_column`, as
+    many as `config.micro_batches` says. `sampler` is the run's timestep sampler; None will do for one without state.
     """
     draws = draw(
         config,
@@ -160,27 +156,6 @@ def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
     return unet
 
 
-def load_images(config: TrainingConfig) -> Images:
-    """The training images, every one of them read once. Raises ValueError that names the broken ones."""
-    dataset = open_dataset(config.dataset, config.dataset_config, config.split)
-    images = Images(dataset, config.resolution, config.channels, config.image_column, config.label_column)
-    if broken := images.broken():
-        names = "\n".join(f"  {images.describe(i)}" for i in broken[:20])
-        more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
-        if not config.skip_broken_images or len(broken) == len(images):
-            raise ValueError(
-                f"{len(broken)} of {len(images)} images cannot be read:\n{names}{more}\n"
-                "Repair or remove them, or leave them out with --skip_broken_images."
-            )
-        logger.warning("Leaving out %d images that cannot be read:\n%s%s", len(broken), names, more)
-        images.without(broken)
-    if config.label_column is not None:
-        images.check_labels(config.num_classes)
-    if images.num_bytes <= config.memory_limit_bytes:
-        images.keep_in_memory()
-    return images
-
-
 def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] | None:
     """The newest whole checkpoint of this configuration. A damaged one is reported and the one before it used."""
     for checkpoint in reversed(list_checkpoints(folder)):
@@ -192,6 +167,13 @@ def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] |
         config.check_same_run(state["config"], checkpoint)
         return tensors, state
     return None
+
+
+def check_same_data(images: Images | StreamedImages, restored: tuple[dict, dict] | None) -> None:
+    """ValueError if the checkpoint was made with another number of images: the order would be another."""
+    before = restored and restored[1].get("num_examples")
+    if before and before != images.num_examples:
+        raise ValueError(f"the data set has {images.num_examples} images; the checkpoint was trained on {before}.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -212,10 +194,12 @@ def main(arguments: list[str] | None = None) -> None:
                 datasets.disable_progress_bars()
             config.micro_batches(accelerator.num_processes)
             set_seed(config.seed)
+            torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = config.tf32
             pusher = Pusher(config, accelerator.is_main_process)
             unet, scheduler = build(config)
             with accelerator.main_process_first():
-                images = load_images(config)
+                images, validation = load_images(config, accelerator.device)
             if images.class_names is not None:
                 mark_class_names(unet, images.class_names)
             output_dir = Path(config.output_dir)
@@ -225,10 +209,14 @@ def main(arguments: list[str] | None = None) -> None:
                     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             accelerator.wait_for_everyone()
             restored = last_checkpoint(config, output_dir / "checkpoints")
+            check_same_data(images, restored)
             pusher.start()
         except ValueError as error:
             sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-        run(config, accelerator, unet, scheduler, images, restored, pusher)
+        try:
+            run(config, accelerator, unet, scheduler, images, validation, restored, pusher)
+        except StreamError as error:
+            sys.exit(f"train.py: error: {error}")
 
 
 def run(
@@ -236,7 +224,8 @@ def run(
     accelerator: Accelerator,
     unet: UNet2DModelCustom,
     scheduler: DDPMSchedulerCustom,
-    images: Images,
+    images: Images | StreamedImages,
+    validation: Images | None,
     restored: tuple[dict, dict] | None,
     pusher: Pusher,
 ) -> None:
@@ -252,7 +241,7 @@ def run(
     unet.to(accelerator.device, memory_format=torch.channels_last)
     ema = EMA(unet, config.ema_halflife_images)
     timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, accelerator.device)
-    first_step, history, seconds = 0, [], 0.0
+    first_step, history, seconds, stream = 0, [], 0.0, None
     if restored is not None:
         tensors, state = restored
         unet.load_state_dict(tensors["model"])
@@ -260,21 +249,23 @@ def run(
         load_optimizer_tensors(optimizer, unet, tensors["optimizer"])
         timestep_sampler.load_state_dict(tensors.get("timestep_sampler", {}))
         first_step, history, seconds = state["step"], state["history"], state["seconds"]
+        stream = state.get("stream")
         accelerator.print(f"Going on from step {first_step} of {config.num_steps} ({output_dir / 'checkpoints'}).")
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    model = torch.compile(unet, backend=config.compile) if config.compile else unet
+    model, optimizer = accelerator.prepare(model, optimizer)
 
-    batches = GlobalBatches(len(images), config.batch_size, config.seed)
-    sampler = ProcessBatches(
-        batches, first_step, config.num_steps, accelerator.process_index, accelerator.num_processes, parts
-    )
-    loader = iter(
-        torch.utils.data.DataLoader(
-            images,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=0 if images.in_memory else config.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    batches = MicroBatches(
+        images,
+        config.batch_size,
+        config.seed,
+        first_step,
+        config.num_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+        parts,
+        config.num_workers,
+        accelerator.device,
+        stream,
     )
     if accelerator.is_main_process:
         write_whole(output_dir / "config.yaml", config.to_yaml())
@@ -292,10 +283,8 @@ def run(
     model.train()
     loss_sum, loss_count, started = torch.zeros((), device=accelerator.device), 0, time.monotonic() - seconds
     for step in range(first_step, config.num_steps):
-        micro_batches = (next(loader) for _ in range(parts))
-        loss_sum += training_step(
-            accelerator, model, optimizer, diffusion, config, step, micro_batches, timestep_sampler
-        ).losses.mean()
+        report = training_step(accelerator, model, optimizer, diffusion, config, step, batches.step(), timestep_sampler)
+        loss_sum += report.losses.mean()
         loss_count += 1
         done = step + 1
         ema.update(unet, done * config.batch_size, config.batch_size)
@@ -311,6 +300,7 @@ def run(
             accelerator.log({"loss": loss, "learning_rate": config.learning_rate_at(step)}, step=done)
 
         if done % config.checkpoint_every_steps == 0 or done == config.num_steps:
+            stream = batches.gather_state(gather_object)
             if accelerator.is_main_process:
                 tensors = {
                     "model": unet.state_dict(),
@@ -322,6 +312,8 @@ def run(
                 state = {
                     "config": dataclasses.asdict(config),
                     "history": history,
+                    "num_examples": images.num_examples,
+                    "stream": stream,
                     "seconds": time.monotonic() - started,
                 }
                 pusher.checkpoint(
@@ -342,7 +334,8 @@ def run(
             "processes": accelerator.num_processes,
             "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
             "parameters": sum(p.numel() for p in unet.parameters()),
-            "train_examples": len(images),
+            "train_examples": images.num_examples,
+            "validation_examples": 0 if validation is None else len(validation),
             **meter.stop(),
         }
         ema.copy_to(unet)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from huggingface_hub.utils import validate_repo_id
 from transformers import HfArgumentParser
 
+from ddpm_hf.decoding import check_crop_and_background
 from ddpm_hf.losses import Objective
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -31,18 +33,40 @@ class TrainingConfig:
     overwrite: bool = field(default=False, metadata={"help": "delete the checkpoints in output_dir and start again"})
 
     # Data
-    dataset: str = field(default="", metadata={"help": "'digits', a folder of images, or a data set on the Hub"})
+    dataset: str = field(
+        default="", metadata={"help": "'digits', 'photos', a folder of images, or a data set on the Hub"}
+    )
     dataset_config: str | None = None
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "of a data set on the Hub: branch, tag, commit"}
+    )
     split: str = "train"
     image_column: str | None = None
     label_column: str | None = field(default=None, metadata={"help": "classes 0, 1, ...; makes the model conditional"})
     num_classes: int | None = field(default=None, metadata={"help": "how many classes label_column has"})
     resolution: list[int] = field(default_factory=lambda: [32], metadata={"help": "one number, or height and width"})
     channels: int = field(default=3, metadata={"help": "1 grey, 3 RGB, 4 RGBA"})
+    crop: str = field(
+        default="centre", metadata={"help": "fill the resolution and cut at the 'centre', or 'pad' to it"}
+    )
+    background: str = field(
+        default="white", metadata={"help": "colour under transparent images (channels 1 or 3) and around padded ones"}
+    )
     random_flip: bool = field(default=False, metadata={"help": "mirror each image with probability 1/2"})
     skip_broken_images: bool = field(default=False, metadata={"help": "leave unreadable images out, and say which"})
-    memory_limit_bytes: int = field(default=2**31, metadata={"help": "data sets up to this size stay decoded in RAM"})
-    num_workers: int = field(default=2, metadata={"help": "decoding processes for larger ones"})
+    validation_fraction: float = field(
+        default=0.0, metadata={"help": "share of the images, chosen by a hash of each, that is never trained on"}
+    )
+    memory_limit_bytes: int = field(
+        default=2**31, metadata={"help": "data sets up to this size stay decoded in the device's memory"}
+    )
+    num_workers: int = field(default=2, metadata={"help": "decoding processes for larger ones; threads for a stream"})
+    streaming: bool = field(default=False, metadata={"help": "read while training, and keep nothing on the disk"})
+    shuffle_buffer: int = field(default=4096, metadata={"help": "streaming: images of a process read ahead to shuffle"})
+    stream_lanes: int | None = field(
+        default=None,
+        metadata={"help": "streaming: parts shared out among processes, whose number must divide it; None: one each"},
+    )
 
     # Network (the names of UNet2DModel)
     block_out_channels: list[int] = _list(128, 256, 256, 256)
@@ -92,6 +116,10 @@ class TrainingConfig:
     ema_halflife_images: int = field(default=1_000_000, metadata={"help": "half-life of the weights' average"})
     cpu_threads: int | None = field(default=None, metadata={"help": "per process; None: all cores, shared out"})
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    tf32: bool = field(default=True, metadata={"help": "NVIDIA GPUs: float32 products with TF32's 10-bit mantissa"})
+    compile: str | None = field(
+        default=None, metadata={"help": "train the network compiled by this backend of torch.compile: 'inductor'"}
+    )
 
     # Records
     checkpoint_every_steps: int = 5000
@@ -114,8 +142,8 @@ class TrainingConfig:
             raise ValueError(f"resolution must be one number or height and width, got {self.resolution!r}.")
         if not self.dataset:
             raise ValueError(
-                "dataset must be given (the preset names none): --dataset with 'digits', a folder of images, or a data "
-                "set's name on the Hub."
+                "dataset must be given (the preset names none): --dataset with 'digits', 'photos', a folder of images, or a "
+                "data set's name on the Hub."
             )
         multiple = 2 ** (len(self.block_out_channels) - 1)
         if any(length % multiple for length in size):
@@ -133,6 +161,18 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.total_images < self.batch_size:
             raise ValueError(f"total_images = {self.total_images} is less than one batch of {self.batch_size}.")
+        check_crop_and_background(self.crop, self.background)
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in [0, 1), got {self.validation_fraction}.")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}.")
+        for name in ("shuffle_buffer", "stream_lanes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.stream_lanes is not None and self.batch_size % self.stream_lanes:
+            raise ValueError(f"stream_lanes = {self.stream_lanes} must divide batch_size = {self.batch_size}.")
+        if self.compile is not None and self.compile not in (known := torch.compiler.list_backends(None)):
+            raise ValueError(f"compile must be one of {known}, got {self.compile!r}.")
         if not 1 <= self.sample_steps <= self.num_train_timesteps:
             raise ValueError(f"sample_steps must lie in 1..{self.num_train_timesteps}, got {self.sample_steps}.")
         self._check_objective()
@@ -212,6 +252,7 @@ class TrainingConfig:
             "memory_limit_bytes",
             "num_workers",
             "cpu_threads",
+            "compile",
             "checkpoint_every_steps",
         }
         | {"keep_checkpoints", "log_every_steps", "report_to", "sample_steps", "quality_samples"}

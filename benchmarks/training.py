@@ -1,0 +1,220 @@
+"""Training against the logic of diffusers' train_unconditional.py: `python benchmarks/training.py [--presets digits photos]`
+
+Both train the network of a preset from the same weights, with AdamW of the same settings, on the same images, batch and
+precision. Stock's side is what diffusers' example does: `UNet2DModel`, `DDPMScheduler.add_noise`, `EMAModel`, a DataLoader
+that decodes and transforms each image whenever it comes (by default in the process itself), and a loop that reads the loss
+every step. This package's side is what training/train.py does: `training_step`, `MicroBatches`, `EMA`, the loss read every
+`log_every_steps`. First both take the same steps with the same images, timesteps and noise: their losses must be equal but
+for rounding. Then they are timed in turn, loading included.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import train
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from harness import describe_machine, interleaved_medians, print_ratios
+from PIL import Image
+from tqdm.auto import tqdm
+from training_config import TrainingConfig, load_preset
+from transformers import HfArgumentParser
+
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.batches import MicroBatches
+from ddpm_hf.data import Images, open_dataset, to_signed
+from ddpm_hf.decoding import PILLOW_MODES
+from ddpm_hf.ema import EMA
+
+ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}  # the example's defaults
+CHECKED_STEPS = 4
+ENDLESS = 10**9
+
+
+@dataclass
+class BenchmarkArguments:
+    presets: list[str] = field(default_factory=lambda: ["digits", "photos"])
+    batch_size: int | None = field(default=None, metadata={"help": "None: the preset's"})
+    steps: int = field(default=20, metadata={"help": "training steps a round"})
+    rounds: int = 7
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    num_workers: int = field(default=0, metadata={"help": "of stock's DataLoader; its example's default is 0"})
+    compile: str | None = field(default=None, metadata={"help": "backend of torch.compile, for both networks"})
+
+
+def transform(image: Image.Image, config: TrainingConfig) -> torch.Tensor:
+    """What the example asks of torchvision: Resize, CenterCrop, ToTensor, Normalize([0.5], [0.5])."""
+    image = image.convert(PILLOW_MODES[config.channels])
+    height, width = config.resolution
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    values = torch.from_numpy(np.array(image).reshape(height, width, config.channels))
+    return values.permute(2, 0, 1).contiguous().float().div(255).sub(0.5).div(0.5)
+
+
+class Stock:
+    """The example's loop, from its description."""
+
+    def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments):
+        self.config = config
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        pipe = DDPMPipelineCustom(unet, scheduler).to_diffusers()
+        # As the example builds it: weights laid out for channels-last images are a part of what is compared.
+        unet = copy.deepcopy(pipe.unet).to(memory_format=torch.contiguous_format).train()
+        self.scheduler = pipe.scheduler
+        self.ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
+        optimizer = torch.optim.AdamW(unet.parameters(), **ADAMW)
+        self.dataset = open_dataset(config.dataset, config.dataset_config, config.split)
+
+        def transform_images(examples: dict) -> dict:
+            return {"input": [transform(image, config) for image in examples["image"]]}
+
+        self.dataset.set_transform(transform_images)
+        loader = torch.utils.data.DataLoader(
+            self.dataset, batch_size=config.batch_size, shuffle=True, num_workers=args.num_workers, drop_last=True
+        )
+        rate = get_scheduler("constant", optimizer=optimizer)
+        if args.compile:
+            unet = torch.compile(unet, backend=args.compile)
+        self.model, self.optimizer, self.loader, self.rate = self.accelerator.prepare(unet, optimizer, loader, rate)
+        self.ema.to(self.accelerator.device)
+        self.step, self.batches = 0, self._batches()
+        self.bar = tqdm(disable=True)
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        while True:
+            for batch in self.loader:
+                yield batch["input"]
+
+    def images(self, indices: list[int]) -> torch.Tensor:
+        return torch.stack(self.dataset[indices]["input"]).to(self.accelerator.device)
+
+    def train(self, clean: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
+        """A step; `draws` replaces its timesteps and noise."""
+        noise = torch.randn(clean.shape, dtype=clean.dtype, device=clean.device)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), device=clean.device).long()
+        if draws is not None:
+            t, noise = draws
+        noisy = self.scheduler.add_noise(clean, noise, t)
+        with self.accelerator.accumulate(self.model):
+            output = self.model(noisy, t).sample
+            loss = F.mse_loss(output.float(), noise.float())
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.rate.step()
+            self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.ema.step(self.model.parameters())
+            self.bar.update(1)
+            self.step += 1
+        logs = {"loss": loss.detach().item(), "lr": self.rate.get_last_lr()[0], "ema_decay": self.ema.cur_decay_value}
+        self.bar.set_postfix(**logs)
+        self.accelerator.log(logs, step=self.step)
+        return logs["loss"]
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.train(next(self.batches))
+
+
+class Ours:
+    """The loop of training/train.py."""
+
+    def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments):
+        self.config, self.diffusion = config, scheduler.diffusion
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
+        device = self.accelerator.device
+        self.unet = unet.to(device, memory_format=torch.channels_last).train()
+        optimizer = torch.optim.AdamW(self.unet.parameters(), **ADAMW, fused=True)
+        self.ema = EMA(self.unet, config.ema_halflife_images)
+        model = torch.compile(self.unet, backend=args.compile) if args.compile else self.unet
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        source = open_dataset(config.dataset, config.dataset_config, config.split)
+        self.images = Images(source, config.resolution, config.channels)
+        self.images.keep_in_memory(device)
+        self.batches = MicroBatches(self.images, config.batch_size, config.seed, 0, ENDLESS, device=device)
+        self.step, self.loss_sum, self.bar = 0, torch.zeros((), device=device), tqdm(disable=True)
+
+    def train(self, micro_batches) -> train.StepReport:
+        report = train.training_step(
+            self.accelerator, self.model, self.optimizer, self.diffusion, self.config, self.step, micro_batches
+        )
+        self.step += 1
+        self.ema.update(self.unet, self.step * self.config.batch_size, self.config.batch_size)
+        return report
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.loss_sum += self.train(self.batches.step()).losses.mean()
+            self.bar.update(self.config.batch_size)
+            if self.step % self.config.log_every_steps == 0:
+                loss = (self.loss_sum / self.config.log_every_steps).item()
+                self.loss_sum = torch.zeros_like(self.loss_sum)
+                self.bar.set_postfix(loss=f"{loss:.4f}")
+                self.accelerator.log({"loss": loss}, step=self.step)
+
+
+def largest_difference(config: TrainingConfig, stock: Stock, ours: Ours) -> float:
+    """How far the losses of the first steps are apart, relatively, where both see the same images and draws."""
+    apart = 0.0
+    for step in range(CHECKED_STEPS):
+        indices = torch.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(ours.images)
+        batch = ours.images[indices.to(ours.accelerator.device)]
+        clean = stock.images(indices.tolist())
+        torch.testing.assert_close(to_signed(batch["images"]), clean, atol=1e-6, rtol=0)
+        draws = train.draw(config, step, range(config.batch_size), ours.accelerator.device)
+        theirs = stock.train(clean, (draws.t, draws.noise))
+        mine = ours.train([batch]).losses.mean().item()
+        apart = max(apart, abs(mine - theirs) / theirs)
+    return apart
+
+
+def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
+    """Median seconds of a round of each."""
+    changes = {"learning_rate": ADAMW["lr"], "warmup_steps": 0, "learning_rate_schedule": "constant"}
+    options = load_preset(preset) | changes | {"mixed_precision": args.mixed_precision}
+    config = TrainingConfig(**(options if args.batch_size is None else options | {"batch_size": args.batch_size}))
+    torch.manual_seed(0)
+    unet, scheduler = train.build(config)
+    stock, ours = (kind(config, copy.deepcopy(unet), scheduler, args) for kind in (Stock, Ours))
+    apart, allowed = largest_difference(config, stock, ours), 1e-4 if args.mixed_precision == "no" else 2e-2
+    if not apart < allowed:
+        raise SystemExit(f"{preset}: the losses differ by {apart:.1e} of their size: nothing to time")
+    print(f"{preset}: losses of the same draws differ by {apart:.1e} of their size at most")
+    candidates: dict[str, Callable] = {
+        "train_unconditional.py's logic": lambda: stock.run(args.steps),
+        "ddpm_hf": lambda: ours.run(args.steps),
+    }
+    medians = interleaved_medians(candidates, args.rounds, warmup=1)
+    title = f"{preset}: {args.steps} steps of {config.batch_size} images, {args.mixed_precision} mixed precision"
+    print_ratios(title, medians, "train_unconditional.py's logic")
+    for name, seconds in medians.items():
+        print(f"  {name:44s} {args.steps * config.batch_size / seconds:10.1f} images/s")
+    return medians
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    print(describe_machine())
+    for preset in args.presets:
+        compare(preset, args)
+
+
+if __name__ == "__main__":
+    main()
