@@ -117,7 +117,7 @@ def conditional_step(**changes):
     """A step of a class-conditional network: configuration, draws, what the network was given, report, labels."""
     config = dataclasses.replace(parse_config([*TINY, *MIXED]), timestep_sampler="uniform", **changes)
     unet, scheduler = train.build(config)
-    images = train.load_images(config)
+    images, _ = train.load_images(config)
     batch = images[list(range(16))]
     given = []
     unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs))

@@ -5,6 +5,7 @@ and says nothing (accelerate 1.15). `run` notices and starts all N here, which t
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,10 @@ def run(main: Callable[[], None]) -> None:
     local, rest = divmod(options.num_processes, machines)
     if rest:
         sys.exit(f"error: --num_processes {options.num_processes} does not divide among {machines} machines.")
+    if machines == 1 and options.main_process_port is None:
+        # The launcher's port would be the same for every run on this machine.
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            os.environ["MASTER_PORT"] = str(server.getsockname()[1])
     # Children end with this process, and this one with an error if one of them fails.
     arguments = (main, local, local * machines, rank)
     try:
