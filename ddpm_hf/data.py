@@ -213,7 +213,7 @@ class Images(torch.utils.data.Dataset):
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes 0, 1, ..., where the label column knows them."""
-        return class_names_of(self.dataset, self.label_column)
+        return label_names(self.dataset, self.label_column)
 
     def check_labels(self, num_classes: int) -> None:
         """ValueError unless every label is an integer in 0..num_classes−1, of as many classes as the column names."""
@@ -251,7 +251,7 @@ def _look_at(entry: dict, form: ImageFormat) -> dict[str, bool | float]:
     return {"broken": False, "deep": is_deep, "cut": reads_at_8_bits(data), "place": held_out_place(data)}
 
 
-def class_names_of(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None) -> list[str] | None:
+def label_names(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None) -> list[str] | None:
     """The names of the classes 0, 1, ... in a column of labels, where it knows them."""
     feature = dataset.features[column] if column is not None else None
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None

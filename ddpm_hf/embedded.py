@@ -55,3 +55,4 @@ def photos() -> datasets.DatasetDict:
 
 
 EMBEDDED = {"digits": digits, "photos": photos}
+SOURCES = {"digits": "scikit-learn/load_digits", "photos": "scikit-learn/load_sample_images"}

@@ -145,16 +145,3 @@ def bound_terms(
     decoder = -discretised_log_likelihood(x_0, mean, torch.as_tensor(log_variance))
     nats = torch.where((t == 0).reshape(-1, 1, 1, 1), decoder, kl)
     return nats.flatten(1).mean(1) / math.log(2)
-
-
-def denoising_loss(
-    unet: torch.nn.Module,
-    diffusion: GaussianDiffusion,
-    x_0: torch.Tensor,
-    t: torch.Tensor,
-    noise: torch.Tensor,
-    class_labels: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """L_simple of each example (DDPM, eq. 14), (B,); arguments as for `Objective.__call__`. A learned variance is
-    trained along (`Objective`)."""
-    return Objective()(unet, diffusion, x_0, t, noise, class_labels).objective

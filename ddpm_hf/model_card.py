@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import __version__
+from .embedded import SOURCES
 
 
 def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
@@ -24,8 +25,8 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
     config = yaml.safe_load(config_yaml)
     name = Path(config["output_dir"]).name
     quality = metrics.get("quality")
-    dataset = "scikit-learn/load_digits" if config["dataset"] == "digits" else config["dataset"]
-    on_hub = config["dataset"] != "digits" and not Path(config["dataset"]).exists()
+    dataset = SOURCES.get(config["dataset"], config["dataset"])
+    on_hub = config["dataset"] not in SOURCES and not Path(config["dataset"]).exists()
     results = []
     if quality:
         results.append(

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import torch
 
-from .data import Images, check_class_count, class_names_of, find_column, held_out_place
+from .data import Images, check_class_count, find_column, held_out_place, label_names
 from .decoding import UNREADABLE, ImageFormat, decode_image, read_entry, stack_images
 from .seeds import addressed_generator
 
@@ -77,7 +77,7 @@ class StreamedImages:
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes 0, 1, ..., where the label column knows them."""
-        return class_names_of(self.dataset, self.label_column)
+        return label_names(self.dataset, self.label_column)
 
     def check_labels(self, num_classes: int) -> None:
         """ValueError for another number of classes than the column names; labels are read while training only."""

@@ -41,6 +41,22 @@ TINY_UNET = {
     "norm_num_groups": 4,
 }
 
+TINY_TRAINING = {
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "batch_size": 16,
+    "quality_samples": 0,
+    "report_to": "none",
+    "cpu_threads": 1,
+}
+
+
+def flags(**options) -> list[str]:
+    """Options of a script as its command line has them."""
+    words = ([f"--{name}", *(value if isinstance(value, tuple) else (value,))] for name, value in options.items())
+    return [str(word) for option in words for word in option]
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

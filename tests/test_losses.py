@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion
 from ddpm_hf.gaussian import PREDICTION_TYPES
 from ddpm_hf.likelihood import variational_bound
-from ddpm_hf.losses import Objective, bound_terms, denoising_loss, prediction_target
+from ddpm_hf.losses import Objective, bound_terms, prediction_target
 
 each_target = pytest.mark.parametrize("target", PREDICTION_TYPES)
 
@@ -43,8 +43,8 @@ def test_a_network_that_gives_the_target_has_zero_loss_and_one_that_is_off_by_d_
     x_0, noise = torch.randn(2, 4, 3, 8, 8).unbind()
     t = torch.tensor([0, 10, 500, 999])
     goal = prediction_target(diffusion, x_0, t, noise)
-    assert denoising_loss(Constant(goal), diffusion, x_0, t, noise).abs().max() == 0
-    loss = denoising_loss(Constant(goal + 0.5), diffusion, x_0, t, noise)
+    assert Objective()(Constant(goal), diffusion, x_0, t, noise).objective.abs().max() == 0
+    loss = Objective()(Constant(goal + 0.5), diffusion, x_0, t, noise).objective
     torch.testing.assert_close(loss, torch.full((4,), 0.25))
 
 
@@ -62,7 +62,7 @@ def test_the_loss_of_a_bf16_network_is_taken_in_float32():
     diffusion = DDPMSchedulerCustom().diffusion
     x_0, noise = torch.randn(2, 2, 1, 4, 4).unbind()
     network = Constant(torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16))
-    loss = denoising_loss(network, diffusion, x_0, torch.tensor([5, 6]), noise)
+    loss = Objective()(network, diffusion, x_0, torch.tensor([5, 6]), noise).objective
     torch.testing.assert_close(loss, noise.square().flatten(1).mean(1))
 
 
@@ -245,4 +245,4 @@ def test_numbers_that_make_no_objective_are_named(options, message):
 def test_a_variance_that_could_be_negative_is_not_trained():
     x_0, t, noise = batch()
     with pytest.raises(ValueError, match="use 'learned_range'"):
-        denoising_loss(Small(2, 4, T).double(), GaussianDiffusion(BETAS, variance_type="learned"), x_0, t, noise)
+        Objective()(Small(2, 4, T).double(), GaussianDiffusion(BETAS, variance_type="learned"), x_0, t, noise)

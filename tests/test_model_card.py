@@ -58,6 +58,14 @@ def test_the_hub_finds_its_metadata(card):
     assert result.metric_value == pytest.approx(0.9286, abs=1e-4) and "500 samples" in result.metric_name
 
 
+def test_embedded_data_sets_are_named_after_their_source_and_not_as_data_sets_on_the_hub(tmp_path):
+    for preset, source in (("digits", "scikit-learn/load_digits"), ("photos", "scikit-learn/load_sample_images")):
+        config = TrainingConfig(**load_preset(preset))
+        write_metrics_and_card(tmp_path, config.to_yaml(), {"training": TRAINING})
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.datasets is None and f"trained on {source} with" in card.text
+
+
 def test_every_figure_of_the_quality_table_is_the_measured_one(card):
     text = card(quality=QUALITY).text
     for figure in ("81.2 % | 87.5 %", "6.1 %, 13.9 %", "0.710 | 0.700", "1.050 | 1.040", "4.3 % | 5.0 %", "p = 0.42"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from conftest import TINY_TRAINING, flags
 from hub import Fault, HubServer
 from hub.client import sample
 from PIL import Image
@@ -23,35 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN, PUBLISH = (str(ROOT / "training" / name) for name in ("train.py", "publish.py"))
 CLIENT = str(ROOT / "tests" / "hub" / "client.py")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-TINY = [
-    "--resolution",
-    "8",
-    "--block_out_channels",
-    "8",
-    "16",
-    "--layers_per_block",
-    "1",
-    "--attention_head_dim",
-    "8",
-    "--total_images",
-    "64",
-    "--batch_size",
-    "16",
-    "--checkpoint_every_steps",
-    "2",
-    "--log_every_steps",
-    "2",
-    "--sample_steps",
-    "2",
-    "--quality_samples",
-    "0",
-    "--report_to",
-    "none",
-    "--cpu_threads",
-    "1",
-    "--push_to_hub",
-    "--hub_model_id",
-]
+TINY = flags(
+    **TINY_TRAINING, resolution=8, total_images=64, checkpoint_every_steps=2, log_every_steps=2, sample_steps=2
+) + ["--push_to_hub", "--hub_model_id"]
 FINAL, STEP = "Publish a model trained with ddpm_hf", "Step 2 of a training with ddpm_hf"
 
 

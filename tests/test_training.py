@@ -16,6 +16,7 @@ import torch
 import train
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import TINY_TRAINING, flags
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_sample_image
@@ -27,35 +28,15 @@ from ddpm_hf.batches import MicroBatches
 from ddpm_hf.checkpoints import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    "--block_out_channels",
-    "8",
-    "16",
-    "--layers_per_block",
-    "1",
-    "--attention_head_dim",
-    "8",
-    "--total_images",
-    "192",
-    "--batch_size",
-    "16",
-    "--checkpoint_every_steps",
-    "4",
-    "--keep_checkpoints",
-    "10",
-    "--log_every_steps",
-    "4",
-    "--sample_steps",
-    "4",
-    "--quality_samples",
-    "0",
-    "--report_to",
-    "none",
-    "--cpu_threads",
-    "1",
-    "--seed",
-    "3",
-]
+TINY = flags(
+    **TINY_TRAINING,
+    total_images=192,
+    checkpoint_every_steps=4,
+    keep_checkpoints=10,
+    log_every_steps=4,
+    sample_steps=4,
+    seed=3,
+)
 
 
 def run(output_dir, *options):

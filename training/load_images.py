@@ -33,19 +33,17 @@ def load_images(
             validation_fraction=config.validation_fraction,
             skip_broken=config.skip_broken_images,
         )
-        if config.label_column is not None:
-            images.check_labels(config.num_classes)
-        validation = images.held_out() if config.validation_fraction else None
     else:
         images = Images(source, config.resolution, **form)
         leave_out_broken(images, config.skip_broken_images)
-        if config.label_column is not None:
-            images.check_labels(config.num_classes)
-        validation = images.hold_out(config.validation_fraction) if config.validation_fraction else None
-        if images.num_bytes <= config.memory_limit_bytes:
-            images.keep_in_memory(device)
-    if validation is not None and validation.num_bytes <= config.memory_limit_bytes:
-        validation.keep_in_memory(device)
+    if config.label_column is not None:
+        images.check_labels(config.num_classes)
+    validation = None
+    if config.validation_fraction:
+        validation = images.held_out() if config.streaming else images.hold_out(config.validation_fraction)
+    for part in (images, validation):
+        if isinstance(part, Images) and part.num_bytes <= config.memory_limit_bytes:
+            part.keep_in_memory(device)
     return images, validation
 
 
