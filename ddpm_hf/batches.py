@@ -1,6 +1,7 @@
 """Which examples make the batches of a run, and how they get to the device."""
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -67,6 +68,13 @@ def process_positions(batch_size: int, rank: int, num_processes: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
+def _ignore_signals(_worker: int) -> None:
+    """A signal sent to everyone, Ctrl-C for example, must not take the images of the step away that is to be finished.
+    Workers end with the process that they work for."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class MicroBatches:
     """This process's micro-batches of steps first_step .. num_steps−1, `micro_batches` of them a step: dicts of "images"
     (B, C, H, W) and, where there are labels, "labels" (B,).
@@ -114,6 +122,7 @@ class MicroBatches:
                     num_workers=num_workers,
                     prefetch_factor=4 if num_workers else None,
                     pin_memory=torch.device(device).type == "cuda",
+                    worker_init_fn=_ignore_signals,
                 )
             )
 

@@ -1,12 +1,17 @@
 """Training checkpoints: whole or absent, checked before they are used, and no pickle.
 
-A checkpoint is a folder `checkpoint-<step>` of safetensors files and `state.json`, which holds the step, the
-configuration and a SHA-256 of every other file. It is written under another name and renamed when it is on the disk.
+A checkpoint is a folder `checkpoint-<step>` of safetensors files, `state.json` with the step, the configuration and the
+versions it was made with, and `SHA256SUMS` over all of these, which `sha256sum -c` reads too. It is written under another
+name and renamed when it is on the disk.
 """
 
+import errno
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -14,51 +19,90 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from .sharding import copy_whole
 
 try:
     import fcntl
 except ImportError:  # Windows: two runs in one folder are not kept apart
     fcntl = None
 
-PREFIX, UNFINISHED = "checkpoint-", "unfinished-"
+PREFIX, UNFINISHED, SUMS = "checkpoint-", "unfinished-", "SHA256SUMS"
 
 
 def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict) -> Path:
-    """Write `root/checkpoint-<step>`: one safetensors file per entry of `tensors`, and `state` (JSON-able)."""
-    folder = root / f"{PREFIX}{step:08d}"
+    """Write `root/checkpoint-<step>`: one safetensors file per entry of `tensors`, and `state` (JSON-able).
+
+    Raises OSError if it cannot be written, a full disk for example; the checkpoints that are there stay as they are.
+    """
+    folder = checkpoint_folder(root, step)
     unfinished = root / f"{UNFINISHED}{folder.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    digests = {}
-    for name, group in tensors.items():
-        file = unfinished / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, file)
-        digests[file.name] = _sha256(file)
-        _sync(file)
-    file = unfinished / "state.json"
-    file.write_text(json.dumps({**state, "step": step, "sha256": digests}, indent=2) + "\n")
-    _sync(file)
-    _sync(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(unfinished, folder)
-    _sync(root)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in group.items()},
+                unfinished / f"{name}.safetensors",
+            )
+        state = {**state, "step": step, "versions": versions()}
+        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        files = sorted(unfinished.iterdir())
+        (unfinished / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
+        for path in (*files, unfinished / SUMS, unfinished):
+            _sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(unfinished, folder)
+        _sync(root)
+    except SafetensorError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        # It tells of a full disk in words alone.
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return folder
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return root / f"{PREFIX}{step:08d}"
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
     """The tensors by file, and the state. Raises ValueError for a damaged checkpoint, naming what is wrong."""
     try:
-        state = json.loads((folder / "state.json").read_text())
-        digests = state["sha256"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is damaged: its state.json cannot be read ({error}).") from error
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
+        lines = (folder / SUMS).read_text().splitlines()
+        digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged: its {SUMS} cannot be read ({error}).") from error
+    for name in {"state.json", *digests}:
+        if name not in digests or not (folder / name).is_file():
             raise ValueError(f"{folder} is damaged: {name} is missing.")
-        if _sha256(folder / name) != digest:
+        if _sha256(folder / name) != digests[name]:
             raise ValueError(f"{folder} is damaged: {name} does not have the checksum it was written with.")
-    return {name.removesuffix(".safetensors"): load_file(folder / name) for name in digests}, state
+    names = [name.removesuffix(".safetensors") for name in digests if name.endswith(".safetensors")]
+    return {name: load_file(folder / f"{name}.safetensors") for name in names}, read_state(folder)
+
+
+def read_state(folder: Path) -> dict:
+    """The state of a checkpoint, unchecked."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers of a run."""
+    packages = ("torch", "diffusers", "accelerate", "datasets", "numpy", "safetensors")
+    from . import __version__  # the package imports this module
+
+    return {
+        "ddpm_hf": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -96,7 +140,9 @@ def load_optimizer_tensors(
         parameter = parameters[name]
         if value.shape == parameter.shape:
             # In the parameter's own memory format: fused optimisers walk through memory, not through indices.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            copy_whole(placed, value)
+            value = placed
         entries.setdefault(order[parameter], {})[entry] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -104,9 +150,13 @@ def load_optimizer_tensors(
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file beside its place, then rename it there: a reader sees the old one or all of this one."""
     beside = file.with_name(f".{file.name}.unfinished")
-    beside.write_bytes(content.encode() if isinstance(content, str) else content)
-    _sync(beside)
-    os.replace(beside, file)
+    try:
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(beside)
+        os.replace(beside, file)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .sharding import copy_whole, local
+
 
 class EMA:
     """Average of a model's parameters, halving the weight of the past every `halflife_images` training images.
@@ -35,10 +37,18 @@ class EMA:
         return 0.5 ** (batch_size / halflife)
 
     @torch.no_grad()
-    def update(self, model: nn.Module, images_seen: int, batch_size: int) -> None:
-        """Move the average towards the model's parameters, after an optimiser step."""
-        parameters = [p.detach().float() for p in model.parameters()]
-        torch._foreach_lerp_(self._average, parameters, 1 - self.decay(images_seen, batch_size))
+    def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: torch.Tensor | None = None) -> None:
+        """Move the average towards the model's parameters, after an optimiser step.
+
+        `skipped`: 0-d on the parameters' device, 1 where the step was skipped; the average then stays, bit for bit.
+        """
+        average = [local(a) for a in self._average]
+        parameters = [local(p).detach().float() for p in model.parameters()]
+        weight = 1 - self.decay(images_seen, batch_size)
+        if skipped is not None:
+            # A list of tensors, since a number would have to come from the device first.
+            weight = [(1 - skipped) * weight] * len(average)
+        torch._foreach_lerp_(average, parameters, weight)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged parameters under the model's own names, float32."""
@@ -52,7 +62,7 @@ class EMA:
         for name, average in zip(self._names, self._average):
             if state[name].shape != average.shape:
                 raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(average.shape)}.")
-            average.copy_(state[name])
+            copy_whole(average, state[name])
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

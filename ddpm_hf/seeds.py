@@ -9,9 +9,21 @@ import torch
 
 def addressed_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
     """A random generator whose numbers depend on (seed, purpose, index) and the kind of device alone."""
-    entropy = [seed, int.from_bytes(purpose.encode(), "big"), index]
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator(device=device).manual_seed(int(state))
+    return torch.Generator(device=device).manual_seed(_seed_at(seed, purpose, index))
+
+
+def address_dropout(seed: int, step: int, position: int) -> None:
+    """Make what torch draws unasked from now on, which is dropout's masks, depend on (seed, step, position) alone.
+
+    `position`: of the first example, in the global batch, of those that go through the network together. Masks are
+    drawn for all of them at once, so that they depend on their number as well.
+    """
+    torch.manual_seed(_seed_at(seed, "dropout", step, position))
+
+
+def _seed_at(seed: int, purpose: str, *index: int) -> int:
+    entropy = [seed, int.from_bytes(purpose.encode(), "big"), *index]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:

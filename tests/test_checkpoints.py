@@ -1,8 +1,11 @@
 """Checkpoints are whole or absent, and a damaged one says so."""
 
+import hashlib
 import json
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,7 +36,44 @@ def test_what_was_saved_is_loaded(saved):
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(saved):
-    assert {file.suffix for file in saved[0].iterdir()} == {".safetensors", ".json"}
+    assert {file.suffix or file.name for file in saved[0].iterdir()} == {".safetensors", ".json", "SHA256SUMS"}
+
+
+def test_a_checkpoint_s_sums_are_those_of_sha256sum_over_every_other_file(saved):
+    folder, _ = saved
+    lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert lines == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.iterdir()
+        if file.name != "SHA256SUMS"
+    }
+
+
+def test_a_checkpoint_says_with_what_it_was_made(saved):
+    versions = load_checkpoint(saved[0])[1]["versions"]
+    assert (
+        versions["torch"] == torch.__version__ and {"ddpm_hf", "diffusers", "accelerate", "python"} <= versions.keys()
+    )
+
+
+def test_what_cannot_be_written_leaves_the_earlier_checkpoints_and_no_remains(saved, tmp_path):
+    with resource_limit(resource.RLIMIT_FSIZE, 100_000):
+        with pytest.raises(OSError):
+            save_checkpoint(tmp_path, 13, {"model": {"weight": torch.zeros(100_000)}}, {})
+        with pytest.raises(OSError):
+            write_whole(tmp_path / "samples.png", bytes(200_000))
+    assert list(tmp_path.iterdir()) == [saved[0]]
+    load_checkpoint(saved[0])
+
+
+@contextmanager
+def resource_limit(kind, value):
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 @pytest.mark.parametrize("damage", ["flip a byte", "cut short", "lose a file", "garble the state", "lose the state"])

@@ -64,7 +64,7 @@ def stopped(hub, tmp_path_factory):
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
     said = first.communicate()[0]
-    assert first.returncode == -signal.SIGTERM, said
+    assert first.returncode == 128 + signal.SIGTERM, said
     left = [folder.name for folder in (tmp / "run" / "unpublished").iterdir()]
     second = subprocess.run(command, env=environment(hub, tmp), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr

@@ -127,6 +127,7 @@ def test_an_unknown_flag_is_refused():
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"compile": "fast"}, "compile must be one of .*inductor.* got 'fast'"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        ({"max_nonfinite_steps": 0}, "max_nonfinite_steps must be at least 1"),
         ({"push_every_checkpoints": 0}, "push_every_checkpoints must be at least 1"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
         ({"hub_model_id": "user/two/three"}, "user/two/three"),
@@ -175,6 +176,17 @@ def test_options_that_change_the_weights_may_not_change_within_a_run():
         dataclasses.replace(config, seed=1).check_same_run(saved, Path("there"))
 
 
+def test_micro_batches_may_change_within_a_run_unless_dropout_draws_masks_for_them():
+    for dropout in (0.0, 0.1):
+        config = TrainingConfig(**TINY, dropout=dropout, batch_size=24)
+        parts = dataclasses.replace(config, micro_batch_size=4)
+        if dropout:
+            with pytest.raises(ValueError, match="micro_batch_size: None there, 4 asked for"):
+                parts.check_same_run(dataclasses.asdict(config), Path("there"))
+        else:
+            parts.check_same_run(dataclasses.asdict(config), Path("there"))
+
+
 def test_a_run_of_constant_rate_may_be_made_longer_and_one_whose_rate_depends_on_its_length_may_not():
     constant = TrainingConfig(**TINY)
     dataclasses.replace(constant, total_images=2000).check_same_run(dataclasses.asdict(constant), Path("there"))
@@ -189,7 +201,7 @@ streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_blo
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
 prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
 input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 warmup_steps
-learning_rate_schedule max_grad_norm ema_halflife_images cpu_threads mixed_precision tf32 compile checkpoint_every_steps
+learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images cpu_threads mixed_precision tf32 compile checkpoint_every_steps
 keep_checkpoints log_every_steps report_to sample_steps quality_samples push_to_hub hub_model_id hub_private
 push_every_checkpoints"""
 

@@ -2,12 +2,17 @@
 
 `accelerate launch --num_processes N` starts the N processes where there are GPUs. Where there are none it starts one
 and says nothing (accelerate 1.15). `run` notices and starts all N here, which then talk over gloo.
+
+Signals reach the processes that compute: this one hands SIGTERM and SIGINT on to those it starts, and is told with a
+SIGTERM (on Linux) when the launcher that started it ends, whatever ended that. `accelerate launch` hands nothing on.
 """
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,10 +21,13 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.commands.launch import launch_command_parser
 
 ALREADY_DISTRIBUTED = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+GRACE_SECONDS = 30.0  # from the end of one process to that of the others, if they do not end by themselves
 
 
 def run(main: Callable[[], None]) -> None:
     """Call `main` in as many processes as `accelerate launch` was asked for."""
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)
     options = launcher_options()
     if options is None or options.num_processes <= 1:
         use_cpu_threads()
@@ -35,10 +43,23 @@ def run(main: Callable[[], None]) -> None:
             os.environ["MASTER_PORT"] = str(server.getsockname()[1])
     # Children end with this process, and this one with an error if one of them fails.
     arguments = (main, local, local * machines, rank)
+    context = torch.multiprocessing.start_processes(_worker, arguments, local, join=False, start_method="spawn")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: _send(number, context.pids()))
     try:
-        torch.multiprocessing.start_processes(_worker, arguments, local, start_method="spawn")
+        while not context.join(grace_period=GRACE_SECONDS):
+            pass
     except torch.multiprocessing.ProcessExitedException as error:
-        sys.exit(error.exit_code)
+        if error.exit_code > 0:
+            sys.exit(error.exit_code)
+        print(f"error: process {error.error_index} of this run was ended by {error.signal_name}.", file=sys.stderr)
+        sys.exit(128 - error.exit_code)
+
+
+def _send(number: int, pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it may have ended
+            os.kill(pid, number)
 
 
 def _worker(local_rank: int, main: Callable[[], None], local: int, world: int, machine: int) -> None:
@@ -49,7 +70,10 @@ def _worker(local_rank: int, main: Callable[[], None], local: int, world: int, m
         "WORLD_SIZE": str(world),
     }
     use_cpu_threads()
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # torch's launcher takes it for success
 
 
 def use_cpu_threads(threads: int | None = None) -> None:

@@ -6,7 +6,6 @@ runs `training_step` until enough images were seen, and leaves a pipeline, figur
 
 import dataclasses
 import logging
-import os
 import platform
 import shutil
 import sys
@@ -20,31 +19,27 @@ import datasets
 import launch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from draws import Draws, draw
 from energy import EnergyMeter
 from finish import finish
 from load_images import load_images
+from nonfinite import SkippedSteps, nan_unless_finite, step_unless_skipped
 from pushing import Pusher
+from saving import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
+from stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, fail, lost_process, say_error
 from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_config
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
 from ddpm_hf.batches import MicroBatches, process_positions
-from ddpm_hf.checkpoints import (
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    lock_folder,
-    optimizer_tensors,
-    prune_checkpoints,
-    save_checkpoint,
-    write_whole,
-)
+from ddpm_hf.checkpoints import load_optimizer_tensors, lock_folder, write_whole
 from ddpm_hf.data import Images, to_signed
 from ddpm_hf.ema import EMA
 from ddpm_hf.guidance import mark_class_names, mark_null_class
 from ddpm_hf.losses import Loss
+from ddpm_hf.seeds import address_dropout
+from ddpm_hf.sharding import whole, whole_on_cpu
 from ddpm_hf.streaming import StreamedImages, StreamError
 from ddpm_hf.timestep_samplers import UniformTimesteps, make_timestep_sampler
 
@@ -57,13 +52,15 @@ class StepReport(NamedTuple):
     `t`, `losses` and `objective` (b,) are by example, in order of position; `grad_norm` is of the whole batch, before
     clipping. `losses` is L_simple in terms of the target, not weighted, whatever is minimised, so that runs of
     different objectives and timestep samplers can be compared, t by t. `objective` is what is minimised (`Objective`)
-    times the weight of importance sampling: its mean estimates the objective under uniform timesteps.
+    times the weight of importance sampling: its mean estimates the objective under uniform timesteps. `skipped` is 1, on
+    every process alike, where a loss or the gradient is not finite, and 0 otherwise.
     """
 
     t: torch.Tensor
     losses: torch.Tensor
     grad_norm: torch.Tensor
     objective: torch.Tensor
+    skipped: torch.Tensor
 
 
 def training_step(
@@ -80,14 +77,10 @@ def training_step(
 
     `micro_batches` yields dicts of "images", uint8 or uint16 (B, C, H, W), and "labels" (B,) with a `label_column`, as
     many as `config.micro_batches` says. `sampler` is the run's timestep sampler; None will do for one without state.
+    Where a loss or the gradient is not finite, weights and optimiser stay as they are.
     """
-    draws = draw(
-        config,
-        step,
-        process_positions(config.batch_size, accelerator.process_index, accelerator.num_processes),
-        accelerator.device,
-        sampler,
-    )
+    positions = process_positions(config.batch_size, accelerator.process_index, accelerator.num_processes)
+    draws = draw(config, step, positions, accelerator.device, sampler)
     parts, objective = config.micro_batches(accelerator.num_processes), config.objective
     size = len(draws.t) // parts
     losses = []
@@ -101,21 +94,24 @@ def training_step(
             labels = batch["labels"].to(accelerator.device, non_blocking=True)
             # The null class comes after the classes (`build`).
             labels = torch.where(part.drop_label, config.num_classes, labels)
+        if config.dropout:
+            address_dropout(config.seed, step, positions.start + i * size)
         # Gradients are exchanged once a step, with the last part.
         with accelerator.no_sync(model) if i < parts - 1 else nullcontext():
             loss = objective(model, diffusion, x_0, part.t, part.noise, labels, part.input_noise)
-            accelerator.backward((loss.objective * part.weight).mean() / parts)
+            accelerator.backward((loss.objective * part.weight).mean() / parts * nan_unless_finite(loss.objective))
         losses.append(Loss(loss.objective.detach(), loss.simple.detach()))
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    skipped = 1 - grad_norm.isfinite().float()
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
-    optimizer.step()
+    step_unless_skipped(optimizer, skipped)
     optimizer.zero_grad()
     loss = Loss(*map(torch.cat, zip(*losses)))
     if sampler is not None and sampler.uses_losses:
         # Processes have the positions in order of rank, so that this is the global batch in order of position.
         sampler.update(accelerator.gather(draws.t), accelerator.gather(loss.objective))
-    return StepReport(draws.t, loss.simple, grad_norm, loss.objective * draws.weight)
+    return StepReport(draws.t, loss.simple, grad_norm, loss.objective * draws.weight, skipped)
 
 
 def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
@@ -156,30 +152,11 @@ def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
     return unet
 
 
-def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] | None:
-    """The newest whole checkpoint of this configuration. A damaged one is reported and the one before it used."""
-    for checkpoint in reversed(list_checkpoints(folder)):
-        try:
-            tensors, state = load_checkpoint(checkpoint)
-        except ValueError as error:
-            logger.warning("%s Trying the one before it.", error)
-            continue
-        config.check_same_run(state["config"], checkpoint)
-        return tensors, state
-    return None
-
-
-def check_same_data(images: Images | StreamedImages, restored: tuple[dict, dict] | None) -> None:
-    """ValueError if the checkpoint was made with another number of images: the order would be another."""
-    before = restored and restored[1].get("num_examples")
-    if before and before != images.num_examples:
-        raise ValueError(f"the data set has {images.num_examples} images; the checkpoint was trained on {before}.")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prepare a run; whatever is wrong with it is said here, before anything is trained or written."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
         try:
             config = parse_config(arguments)
             accelerator = Accelerator(
@@ -187,7 +164,10 @@ def main(arguments: list[str] | None = None) -> None:
                 mixed_precision=config.mixed_precision,
                 log_with=None if config.report_to == "none" else config.report_to,
                 project_dir=config.output_dir,
+                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             )
+            if is_sharded(accelerator) and config.compile:
+                raise ValueError(f"compile = {config.compile!r} does not go together with FSDP.")
             if accelerator.device.type == "cpu":
                 launch.use_cpu_threads(config.cpu_threads)
             if not accelerator.is_main_process:
@@ -212,11 +192,15 @@ def main(arguments: list[str] | None = None) -> None:
             check_same_data(images, restored)
             pusher.start()
         except ValueError as error:
-            sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+            fail(str(error))
         try:
-            run(config, accelerator, unet, scheduler, images, validation, restored, pusher)
+            run(config, accelerator, unet, scheduler, images, validation, restored, pusher, signals)
         except StreamError as error:
             sys.exit(f"train.py: error: {error}")
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if (sentence := lost_process(error)) is None:
+                raise
+            fail(f"{sentence} The last checkpoint is as it was; the same command goes on from there.")
 
 
 def run(
@@ -228,9 +212,11 @@ def run(
     validation: Images | None,
     restored: tuple[dict, dict] | None,
     pusher: Pusher,
+    signals: StopSignals,
 ) -> None:
-    """Train from `restored`, or from the start, to the end."""
+    """Train from `restored`, or from the start, to the end. Raises SystemExit with a code of stopping.py before it."""
     output_dir, parts = Path(config.output_dir), config.micro_batches(accelerator.num_processes)
+    images_at_a_time = config.batch_size // accelerator.num_processes // parts
     diffusion = scheduler.diffusion
     optimizer = torch.optim.Adam(
         unet.parameters(),
@@ -238,21 +224,40 @@ def run(
         betas=(0.9, config.adam_beta2),
         fused=accelerator.device.type != "mps",
     )
-    unet.to(accelerator.device, memory_format=torch.channels_last)
+    # FSDP takes weights in torch's own order only.
+    memory_format = torch.contiguous_format if is_sharded(accelerator) else torch.channels_last
+    unet.to(accelerator.device, memory_format=memory_format)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if restored is not None:
+        unet.load_state_dict(restored[0]["model"])
+    model = torch.compile(unet, backend=config.compile) if config.compile else unet
+    model, optimizer = accelerator.prepare(model, optimizer)
+
     ema = EMA(unet, config.ema_halflife_images)
     timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, accelerator.device)
+    skipped = SkippedSteps(config, accelerator, images)
+    loss_sum, loss_count = torch.zeros(2, device=accelerator.device)
     first_step, history, seconds, stream = 0, [], 0.0, None
     if restored is not None:
         tensors, state = restored
-        unet.load_state_dict(tensors["model"])
         ema.load_state_dict(tensors["ema"])
-        load_optimizer_tensors(optimizer, unet, tensors["optimizer"])
+        load_optimizer_tensors(optimizer.optimizer, unet, tensors["optimizer"])
         timestep_sampler.load_state_dict(tensors.get("timestep_sampler", {}))
-        first_step, history, seconds = state["step"], state["history"], state["seconds"]
-        stream = state.get("stream")
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        first_step, history, seconds, stream = (
+            state["step"],
+            state["history"],
+            state["seconds"],
+            state["data"]["stream"],
+        )
+        skipped.total, skipped.in_a_row = state["nonfinite_steps"], state["nonfinite_steps_in_a_row"]
+        loss_sum += state["unlogged"][0]
+        loss_count += state["unlogged"][1]
+        if accelerator.is_main_process:
+            warn_of_changes(config, state, images_at_a_time)
         accelerator.print(f"Going on from step {first_step} of {config.num_steps} ({output_dir / 'checkpoints'}).")
-    model = torch.compile(unet, backend=config.compile) if config.compile else unet
-    model, optimizer = accelerator.prepare(model, optimizer)
 
     batches = MicroBatches(
         images,
@@ -281,49 +286,68 @@ def run(
 
     meter = EnergyMeter(accelerator.is_main_process and first_step == 0)
     model.train()
-    loss_sum, loss_count, started = torch.zeros((), device=accelerator.device), 0, time.monotonic() - seconds
-    for step in range(first_step, config.num_steps):
-        report = training_step(accelerator, model, optimizer, diffusion, config, step, batches.step(), timestep_sampler)
-        loss_sum += report.losses.mean()
-        loss_count += 1
-        done = step + 1
-        ema.update(unet, done * config.batch_size, config.batch_size)
-        bar.update(config.batch_size)
+    started, exit_code = time.monotonic() - seconds, 0
+    with signals.deferred(accelerator.num_processes):
+        for step in range(first_step, config.num_steps):
+            report = training_step(
+                accelerator, model, optimizer, diffusion, config, step, batches.step(), timestep_sampler
+            )
+            done = step + 1
+            ema.update(unet, done * config.batch_size, config.batch_size, report.skipped)
+            skipped.add(step, report.t, report.objective, report.skipped)
+            loss_sum += torch.where(report.skipped > 0, 0, report.losses.mean())
+            loss_count += 1 - report.skipped
+            bar.update(config.batch_size)
 
-        if done % config.log_every_steps == 0 or done == config.num_steps:
-            loss = accelerator.reduce(loss_sum / loss_count, "mean").item()
-            if not loss < float("inf"):
-                sys.exit(f"train.py: error: the loss is {loss} at step {done}; the last checkpoint is as it was.")
-            loss_sum, loss_count = torch.zeros_like(loss_sum), 0
-            history.append((done, loss))
-            bar.set_postfix(loss=f"{loss:.4f}")
-            accelerator.log({"loss": loss, "learning_rate": config.learning_rate_at(step)}, step=done)
+            stop = signals.asked()
+            logs = done % config.log_every_steps == 0 or done == config.num_steps
+            saves = done % config.checkpoint_every_steps == 0 or done == config.num_steps or stop
+            if (logs or saves) and skipped.read():
+                say_error(
+                    f"{skipped.in_a_row} steps in a row had no finite loss and gradient; the checkpoints are as they were."
+                )
+                exit_code = EXIT_NONFINITE
+                break
 
-        if done % config.checkpoint_every_steps == 0 or done == config.num_steps:
-            stream = batches.gather_state(gather_object)
-            if accelerator.is_main_process:
-                tensors = {
-                    "model": unet.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizer": optimizer_tensors(optimizer.optimizer, unet),
-                }
-                if sampler_state := timestep_sampler.state_dict():
-                    tensors["timestep_sampler"] = sampler_state
+            if logs:
+                loss = accelerator.reduce(loss_sum / loss_count, "mean").item()
+                loss_sum, loss_count = torch.zeros(2, device=accelerator.device)
+                if loss == loss:  # not where every step was skipped
+                    history.append((done, loss))
+                    bar.set_postfix(loss=f"{loss:.4f}")
+                    accelerator.log({"loss": loss, "learning_rate": config.learning_rate_at(step)}, step=done)
+
+            if saves:
+                stream = batches.gather_state(gather_object)
                 state = {
-                    "config": dataclasses.asdict(config),
+                    "data": data_position(done, config.batch_size, images.num_examples, stream),
+                    "images_at_a_time": images_at_a_time,
                     "history": history,
-                    "num_examples": images.num_examples,
-                    "stream": stream,
+                    "unlogged": [accelerator.reduce(loss_sum, "mean").item(), loss_count.item()],
+                    "nonfinite_steps": skipped.total,
+                    "nonfinite_steps_in_a_row": skipped.in_a_row,
                     "seconds": time.monotonic() - started,
                 }
-                pusher.checkpoint(
-                    done, unet, scheduler, save_checkpoint(output_dir / "checkpoints", done, tensors, state)
+                saved = save(config, accelerator, done, unet, ema, optimizer.optimizer, timestep_sampler, state)
+                if saved is not None:
+                    pusher.checkpoint(done, unet, scheduler, saved)
+                elif stop or done == config.num_steps:
+                    say_error("the run ends without its last checkpoint; make room and give the same command.")
+                    exit_code = EXIT_NOT_SAVED
+
+            if stop:
+                accelerator.print(
+                    f"\nStopped after step {done} of {config.num_steps}: the same command goes on from there."
                 )
-                prune_checkpoints(output_dir / "checkpoints", config.keep_checkpoints)
-            accelerator.wait_for_everyone()
+                exit_code = exit_code or 128 + stop
+                break
+    if signals.received:
+        exit_code = exit_code or 128 + signals.received
     bar.close()
 
-    if accelerator.is_main_process:
+    # With FSDP every process is needed for this, also at the end of one that a signal ended after the last step.
+    averaged = whole_on_cpu(ema.state_dict(), keep=accelerator.is_main_process)
+    if accelerator.is_main_process and not exit_code:
         seconds = time.monotonic() - started if first_step < config.num_steps else seconds
         training = {
             "images_seen": config.num_steps * config.batch_size,
@@ -338,7 +362,11 @@ def run(
             "validation_examples": 0 if validation is None else len(validation),
             **meter.stop(),
         }
-        ema.copy_to(unet)
+        if is_sharded(accelerator):
+            unet = build_unet(config).to(accelerator.device)
+            if images.class_names is not None:
+                mark_class_names(unet, images.class_names)
+        unet.load_state_dict(averaged)
         finish(config, unet, scheduler, history, training)
         pusher.finish()
     # Before the process group ends: a DDP model that is its last owner waits, with Python's lock, for threads of gloo's
@@ -346,6 +374,8 @@ def run(
     del model, optimizer
     accelerator.free_memory()
     accelerator.end_training()
+    if exit_code:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

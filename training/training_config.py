@@ -113,6 +113,10 @@ class TrainingConfig:
         default="constant", metadata={"help": "after warm-up: stay, or fall to 0 at the end of the run"}
     )
     max_grad_norm: float = 1.0
+    max_nonfinite_steps: int = field(
+        default=10, metadata={"help": "steps in a row without finite loss and gradient that end the run"}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "compute every block twice, for less memory"})
     ema_halflife_images: int = field(default=1_000_000, metadata={"help": "half-life of the weights' average"})
     cpu_threads: int | None = field(default=None, metadata={"help": "per process; None: all cores, shared out"})
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -156,7 +160,7 @@ class TrainingConfig:
         if self.hub_model_id is not None:
             validate_repo_id(self.hub_model_id)
         at_least_1 = ("total_images", "batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps")
-        for name in (*at_least_1, "push_every_checkpoints"):
+        for name in (*at_least_1, "max_nonfinite_steps", "push_every_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.total_images < self.batch_size:
@@ -252,6 +256,8 @@ class TrainingConfig:
             "memory_limit_bytes",
             "num_workers",
             "cpu_threads",
+            "max_nonfinite_steps",
+            "gradient_checkpointing",
             "compile",
             "checkpoint_every_steps",
         }
@@ -262,9 +268,10 @@ class TrainingConfig:
     def check_same_run(self, saved: dict, where: Path) -> None:
         """Raises ValueError, naming the options, if a checkpoint's configuration makes another run than this one.
 
-        A run of constant rate may be made longer.
+        A run of constant rate may be made longer. One with dropout keeps its micro-batches, for which masks are drawn.
         """
         free = self.MAY_CHANGE | ({"total_images"} if self.learning_rate_schedule == "constant" else set())
+        free -= {"micro_batch_size"} if self.dropout else set()
         mine = dataclasses.asdict(self)
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} asked for" for k in sorted(differing))
