@@ -187,13 +187,7 @@ def rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int | None
     Raises ValueError where there is no snapshot, for a length out of range, for one that these snapshots cannot
     rebuild (an error of the profile above 20 %), and for damaged snapshots.
     """
-    gamma, plan = gamma_of(sigma), plan_rebuild(snapshots, sigma, images_seen)
-    if plan.profile_error > MAX_PROFILE_ERROR:
-        raise ValueError(
-            f"the length σ_rel = {sigma:g} (γ = {gamma:.2f}) is out of the range of these {len(snapshots)} snapshots: the "
-            f"nearest profile is off by {plan.profile_error:.0%}, at most {MAX_PROFILE_ERROR:.0%} is accepted. Lengths "
-            f"near {' and '.join(f'{s:g}' for s in snapshots[0].sigmas)} need the fewest snapshots."
-        )
+    (plan,) = check_lengths(snapshots, [sigma], images_seen)
     sums: dict[str, torch.Tensor] = {}
     for snapshot, weights in plan.weights.items():
         tensors = read_snapshot(snapshot)
@@ -229,6 +223,21 @@ def plan_rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int |
     for (snapshot, length), weight in zip(keys, x.tolist()):
         weights.setdefault(snapshot, {})[length] = weight
     return Plan(weights, error, time)
+
+
+def check_lengths(
+    snapshots: Sequence[Snapshot], lengths: Sequence[float], images_seen: int | None = None
+) -> list[Plan]:
+    """The plan of each length. Raises ValueError, as `rebuild` does, if one of them cannot be rebuilt."""
+    plans = [plan_rebuild(snapshots, sigma, images_seen) for sigma in lengths]
+    for sigma, plan in zip(lengths, plans):
+        if plan.profile_error > MAX_PROFILE_ERROR:
+            raise ValueError(
+                f"the length σ_rel = {sigma:g} is out of the range of these {len(plan.weights)} snapshots: the nearest "
+                f"profile is off by {plan.profile_error:.0%}, at most {MAX_PROFILE_ERROR:.0%} is accepted. Lengths near "
+                f"{' and '.join(f'{s:g}' for s in snapshots[0].sigmas)} need the fewest snapshots."
+            )
+    return plans
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from finish import finish
-from tqdm.auto import tqdm
+from held_out import held_out_images
+from records import Records
 from training_config import TrainingConfig, parse_config
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
@@ -46,6 +46,7 @@ from ddpm_hf.data import (
 )
 from ddpm_hf.ema import EMA
 from ddpm_hf.losses import TIMESTEP_SAMPLERS, denoising_loss
+from ddpm_hf.posthoc_ema import PowerEMA
 from ddpm_hf.seeds import addressed_generator
 
 logger = logging.getLogger("train")
@@ -206,17 +207,17 @@ def main(arguments: list[str] | None = None) -> None:
             set_seed(config.seed)
             unet, scheduler = build(config)
             with accelerator.main_process_first():
-                images = load_images(config)
+                images, held_out = load_images(config), held_out_images(config)
             output_dir = Path(config.output_dir)
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and not config.dry_run:
                 stack.enter_context(lock_folder(output_dir))
                 if config.overwrite:
                     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             accelerator.wait_for_everyone()
-            restored = last_checkpoint(config, output_dir / "checkpoints")
+            restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
         except ValueError as error:
             sys.exit(f"train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-        run(config, accelerator, unet, scheduler, images, restored)
+        run(config, accelerator, unet, scheduler, images, held_out, restored)
 
 
 def run(
@@ -225,9 +226,10 @@ def run(
     unet: UNet2DModelCustom,
     scheduler: DDPMSchedulerCustom,
     images: Images,
+    held_out: Images | None,
     restored: tuple[dict, dict] | None,
 ) -> None:
-    """Train from `restored`, or from the start, to the end."""
+    """Train from `restored`, or from the start, to the end; a dry run stops after a few steps and writes nothing."""
     output_dir, parts = Path(config.output_dir), config.micro_batches(accelerator.num_processes)
     diffusion = scheduler.diffusion
     optimizer = torch.optim.Adam(
@@ -237,14 +239,17 @@ def run(
         fused=accelerator.device.type != "mps",
     )
     unet.to(accelerator.device, memory_format=torch.channels_last)
-    ema = EMA(unet, config.ema_halflife_images)
-    first_step, history, seconds = 0, [], 0.0
+    averages = {"ema": EMA(unet, config.ema_halflife_images, decay=config.ema_decay, warmup=config.ema_warmup)}
+    if config.ema_snapshot_every_images:
+        averages["power_ema"] = PowerEMA(unet)
+    first_step, watched = 0, None
     if restored is not None:
         tensors, state = restored
         unet.load_state_dict(tensors["model"])
-        ema.load_state_dict(tensors["ema"])
+        for name, average in averages.items():
+            average.load_state_dict(tensors[name])
         load_optimizer_tensors(optimizer, unet, tensors["optimizer"])
-        first_step, history, seconds = state["step"], state["history"], state["seconds"]
+        first_step, watched = state["step"], state["records"]
         accelerator.print(f"Going on from step {first_step} of {config.num_steps} ({output_dir / 'checkpoints'}).")
     model, optimizer = accelerator.prepare(unet, optimizer)
 
@@ -261,60 +266,43 @@ def run(
             pin_memory=accelerator.device.type == "cuda",
         )
     )
-    if accelerator.is_main_process:
-        write_whole(output_dir / "config.yaml", config.to_yaml())
-    accelerator.init_trackers("logs", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-    bar = tqdm(
-        total=config.num_steps * config.batch_size,
-        initial=first_step * config.batch_size,
-        unit="img",
-        unit_scale=True,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
+    records = Records(
+        config, accelerator, unet, scheduler, averages, held_out, first_step, watched, train_examples=len(images)
     )
+    if records.is_writer:
+        write_whole(output_dir / "config.yaml", config.to_yaml())
 
     model.train()
-    loss_sum, loss_count, started = torch.zeros((), device=accelerator.device), 0, time.monotonic() - seconds
-    for step in range(first_step, config.num_steps):
+    for step in range(first_step, records.last_step):
         micro_batches = (next(loader) for _ in range(parts))
-        loss_sum += training_step(accelerator, model, optimizer, diffusion, config, step, micro_batches).losses.mean()
-        loss_count += 1
+        report = training_step(accelerator, model, optimizer, diffusion, config, step, micro_batches)
         done = step + 1
-        ema.update(unet, done * config.batch_size, config.batch_size)
-        bar.update(config.batch_size)
+        for average in averages.values():
+            average.update(unet, done * config.batch_size, config.batch_size)
+        if nonfinite := records.after_step(done, report):
+            sys.exit(
+                f"train.py: error: {nonfinite} losses up to step {done} are not finite; the last checkpoint is as it was."
+            )
 
-        if done % config.log_every_steps == 0 or done == config.num_steps:
-            loss = accelerator.reduce(loss_sum / loss_count, "mean").item()
-            if not loss < float("inf"):
-                sys.exit(f"train.py: error: the loss is {loss} at step {done}; the last checkpoint is as it was.")
-            loss_sum, loss_count = torch.zeros_like(loss_sum), 0
-            history.append((done, loss))
-            bar.set_postfix(loss=f"{loss:.4f}")
-            accelerator.log({"loss": loss, "learning_rate": config.learning_rate_at(step)}, step=done)
-
-        if done % config.checkpoint_every_steps == 0 or done == config.num_steps:
+        if not config.dry_run and (done % config.checkpoint_every_steps == 0 or done == config.num_steps):
+            state = {"config": dataclasses.asdict(config), "records": records.state()}
             if accelerator.is_main_process:
                 tensors = {
                     "model": unet.state_dict(),
-                    "ema": ema.state_dict(),
+                    **{name: average.state_dict() for name, average in averages.items()},
                     "optimizer": optimizer_tensors(optimizer.optimizer, unet),
-                }
-                state = {
-                    "config": dataclasses.asdict(config),
-                    "history": history,
-                    "seconds": time.monotonic() - started,
                 }
                 save_checkpoint(output_dir / "checkpoints", done, tensors, state)
                 prune_checkpoints(output_dir / "checkpoints", config.keep_checkpoints)
             accelerator.wait_for_everyone()
-    bar.close()
+    records.close()
 
-    if accelerator.is_main_process:
-        seconds = time.monotonic() - started if first_step < config.num_steps else seconds
+    if records.is_writer:
+        seconds = records.seconds if first_step < config.num_steps else watched["seconds"]
         training = {
             "images_seen": config.num_steps * config.batch_size,
             "steps": config.num_steps,
-            "final_loss": history[-1][1],
+            **records.final_losses(),
             "seconds": round(seconds, 1),
             "images_per_second": round(config.num_steps * config.batch_size / seconds, 1),
             "processes": accelerator.num_processes,
@@ -322,8 +310,8 @@ def run(
             "parameters": sum(p.numel() for p in unet.parameters()),
             "train_examples": len(images),
         }
-        ema.copy_to(unet)
-        finish(config, unet, scheduler, history, training)
+        averages["ema"].copy_to(unet)
+        finish(config, unet, scheduler, records.rows, training)
     accelerator.end_training()
 
 

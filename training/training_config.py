@@ -31,6 +31,9 @@ class TrainingConfig:
     dataset: str = field(default="", metadata={"help": "'digits', a folder of images, or a data set on the Hub"})
     dataset_config: str | None = None
     split: str = "train"
+    validation_split: str | None = field(
+        default=None, metadata={"help": "held-out images to measure the loss of; None: 'test', if the data set has it"}
+    )
     image_column: str | None = None
     resolution: list[int] = field(default_factory=lambda: [32], metadata={"help": "one number, or height and width"})
     channels: int = field(default=3, metadata={"help": "1 grey, 3 RGB, 4 RGBA"})
@@ -67,14 +70,27 @@ class TrainingConfig:
         default="constant", metadata={"help": "after warm-up: stay, or fall to 0 at the end of the run"}
     )
     max_grad_norm: float = 1.0
-    ema_halflife_images: int = field(default=1_000_000, metadata={"help": "half-life of the weights' average"})
+    ema_halflife_images: int | None = field(
+        default=None, metadata={"help": "half-life of the weights' average; None: 1,000,000; 0: by ema_decay"}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "in its place, the factor kept at every step, as the paper's 0.9999"}
+    )
+    ema_warmup: bool = field(default=True, metadata={"help": "let the average's length grow with the run at first"})
+    ema_snapshot_every_images: int = field(
+        default=0, metadata={"help": "follow and keep averages for training/ema.py, which chooses a length; 0: do not"}
+    )
     cpu_threads: int | None = field(default=None, metadata={"help": "per process; None: all cores, shared out"})
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
 
     # Records
+    dry_run: bool = field(default=False, metadata={"help": "print what the run would be, time a few steps, and stop"})
     checkpoint_every_steps: int = 5000
     keep_checkpoints: int = 2
     log_every_steps: int = 50
+    validate_every_steps: int = field(default=1000, metadata={"help": "the loss of held-out images; 0: never"})
+    validation_images: int = field(default=256, metadata={"help": "as many of them, drawn once, at most"})
+    sample_every_steps: int = field(default=0, metadata={"help": "samples and their denoising as pictures; 0: never"})
     report_to: Literal["none", "tensorboard", "wandb"] = "tensorboard"
     sample_steps: int = field(default=250, metadata={"help": "sampling steps of the figures and of the quality check"})
     quality_samples: int = field(default=0, metadata={"help": "digits only: samples to judge at the end; 0: none"})
@@ -95,10 +111,39 @@ class TrainingConfig:
         for name in ("total_images", "batch_size", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("ema_snapshot_every_images", "validate_every_steps", "sample_every_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 1, or 0 for never, got {getattr(self, name)}.")
+        if self.validation_images < 1:
+            raise ValueError(
+                f"validation_images must be at least 1, got {self.validation_images}; --validate_every_steps 0 validates never."
+            )
+        if self.validation_split is not None and self.validation_split == self.split:
+            raise ValueError(f"validation_split must be another split than split, which is {self.split!r}.")
+        self._resolve_ema()
         if self.total_images < self.batch_size:
             raise ValueError(f"total_images = {self.total_images} is less than one batch of {self.batch_size}.")
         if not 1 <= self.sample_steps <= self.num_train_timesteps:
             raise ValueError(f"sample_steps must lie in 1..{self.num_train_timesteps}, got {self.sample_steps}.")
+
+    def _resolve_ema(self) -> None:
+        """Either a half-life or a decay, checked."""
+        halflife, decay = self.ema_halflife_images, self.ema_decay
+        if halflife is not None and halflife < 0:
+            raise ValueError(f"ema_halflife_images must be at least 1, or 0 for none, got {halflife}.")
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {decay!r}.")
+        if halflife and decay is not None:
+            raise ValueError(
+                f"ema_halflife_images = {halflife} and ema_decay = {decay} exclude each other; "
+                "--ema_halflife_images 0 takes back a preset's half-life."
+            )
+        if halflife == 0 and decay is None:
+            raise ValueError("ema_halflife_images = 0 needs an ema_decay.")
+        if decay is not None:
+            object.__setattr__(self, "ema_halflife_images", None)
+        elif halflife is None:
+            object.__setattr__(self, "ema_halflife_images", 1_000_000)
 
     @property
     def num_steps(self) -> int:
@@ -136,6 +181,7 @@ class TrainingConfig:
             "checkpoint_every_steps",
         }
         | {"keep_checkpoints", "log_every_steps", "report_to", "sample_steps", "quality_samples"}
+        | {"validation_split", "validate_every_steps", "validation_images", "sample_every_steps", "dry_run"}
     )
 
     def check_same_run(self, saved: dict, where: Path) -> None:
