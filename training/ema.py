@@ -21,7 +21,7 @@ from typing import Literal
 import launch
 import torch
 from accelerate import Accelerator
-from evaluate import EvaluateArguments, Shares, features_of, get_samples, measure_bound, real_features
+from evaluate import EvaluateArguments, Shares, features_of, make_samples, measure_bound, real_features
 from finish import show, write_metrics_and_card
 from held_out import HeldOutLoss, held_out_images
 from records import SNAPSHOTS
@@ -103,7 +103,7 @@ def make_figure(args: EMAArguments, config: TrainingConfig, pipe: DDPMPipelineCu
         reference = moments(real_features(backbone, training, config.split, options, shares), "the training split")
 
         def distance(pipe: DDPMPipelineCustom) -> tuple[float, None]:
-            samples = get_samples(pipe, options, size, channels, shares)
+            samples = make_samples(pipe, options, shares)
             features = features_of(backbone, lambda i: samples[i], len(samples), options, shares)
             return frechet_distance(moments(features), reference), None
 
@@ -177,7 +177,7 @@ def write(folder: Path, config: TrainingConfig, ema: dict, pipe: DDPMPipelineCus
     """
     metrics = json.loads((folder / "metrics.json").read_text())
     pictures, quality = show(pipe, config)
-    metrics = {key: metrics[key] for key in metrics.keys() - {"quality", "evaluation"}} | quality | {"ema": ema}
+    metrics = {"training": metrics["training"], **quality, "ema": ema}
     beside = folder / UNFINISHED
     shutil.rmtree(beside, ignore_errors=True)
     pipe.save_pretrained(beside)
