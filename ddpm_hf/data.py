@@ -190,11 +190,16 @@ class Images(torch.utils.data.Dataset):
         chosen = [place < fraction for place in self._look()["place"]]
         if not 0 < sum(chosen) < len(self):
             raise ValueError(f"validation_fraction = {fraction!r} holds out {sum(chosen)} of {len(self)} images.")
-        held_out = object.__new__(type(self))
-        held_out.__dict__ |= self.__dict__
-        held_out._keep([i for i, is_chosen in enumerate(chosen) if is_chosen])
+        held_out = self.subset([i for i, is_chosen in enumerate(chosen) if is_chosen])
         self._keep([i for i, is_chosen in enumerate(chosen) if not is_chosen])
         return held_out
+
+    def subset(self, indices: Sequence[int]) -> "Images":
+        """The images of these indices, in this order."""
+        chosen = object.__new__(type(self))
+        chosen.__dict__ |= self.__dict__
+        chosen._keep(list(indices))
+        return chosen
 
     def _keep(self, indices: list[int]) -> None:
         self.dataset = self.dataset.select(indices)

@@ -12,7 +12,7 @@ import torch
 
 from .gaussian import GaussianDiffusion, gaussian_kl
 
-Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Model = Callable[..., torch.Tensor]
 Clip = Callable[[torch.Tensor], torch.Tensor]
 LEVELS = 256
 
@@ -75,6 +75,7 @@ class BoundSums:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         offsets: torch.Tensor | None = None,
         clip: Clip | None = None,
+        labels: torch.Tensor | None = None,
     ) -> None:
         """Add a batch of images.
 
@@ -86,6 +87,8 @@ class BoundSums:
             generator: of the noise, on any device: one, or one per image, which makes its numbers its own.
             offsets: (B,) int64 in 0..stride−1, on the CPU; 0 unless given.
             clip: maps the predicted x_0, as sampling does.
+            labels: (B,) on the model's device: it is then called as `model(x_t, t, labels)`, and the bound is that on
+                −log p_θ(x_0 | label).
 
         Raises ValueError for arguments that do not fit, and for a model whose output is not finite.
         """
@@ -100,7 +103,8 @@ class BoundSums:
             t = t[rows]
             x = x_0 if len(rows) == len(x_0) else x_0[rows.to(x_0.device)]
             noise = _noise(x, generator if not isinstance(generator, Sequence) else [generator[i] for i in rows])
-            measured.append(_measure(diffusion, model, x, t, noise, clip))
+            condition = () if labels is None else (labels[rows.to(labels.device)],)
+            measured.append(_measure(diffusion, model, x, t, noise, clip, condition))
             t_parts.append(t)
             rows_parts.append(rows)
         t, rows, measured = torch.cat(t_parts), torch.cat(rows_parts), torch.cat(measured, 1).cpu().double()
@@ -188,11 +192,11 @@ def variational_bound(
     return sums.result(diffusion)
 
 
-def _measure(diffusion, model, x_0, t, noise, clip) -> torch.Tensor:
+def _measure(diffusion, model, x_0, t, noise, clip, condition) -> torch.Tensor:
     """(3, B): the term in bits/dim and the squared errors of ε and x_0, at timesteps t (B,) of which all or none are 0."""
     is_decoder, t = bool(t[0] == 0), t.to(x_0.device)
     x_t = diffusion.q_sample(x_0, t, noise)
-    output = model(x_t, diffusion.timesteps.to(t.device)[t]).to(x_0.dtype)
+    output = model(x_t, diffusion.timesteps.to(t.device)[t], *condition).to(x_0.dtype)
     mean, log_variance, predicted = diffusion.p_mean_variance(output, x_t, t, clip)
     epsilon = diffusion.predict_epsilon(output[:, : x_0.shape[1]], x_t, t)
     if is_decoder:

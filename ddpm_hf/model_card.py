@@ -19,7 +19,7 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
     Args:
         template: a Jinja template (model_cards/template.md).
         config_yaml: the resolved training configuration.
-        metrics: "training", and "quality", "evaluation" and "steps_and_variances" where they were measured, as
+        metrics: "training", and "quality", "evaluation", "steps_and_variances" and "ema" where they were measured, as
             `metrics.json` holds them.
     """
     config = yaml.safe_load(config_yaml)
@@ -61,8 +61,23 @@ def make_card(template: Path, config_yaml: str, metrics: dict) -> ModelCard:
         quality=quality,
         evaluation=metrics.get("evaluation"),
         table=metrics.get("steps_and_variances"),
+        average=average_of_weights(config, metrics),
+        ema=metrics.get("ema"),
         versions={"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     )
+
+
+def average_of_weights(config: dict, metrics: dict) -> str:
+    """How the published weights are averaged, to go after that word: by training/ema.py, or as the run was told."""
+    chosen = metrics.get("ema")
+    if chosen and chosen["length"] is not None:
+        return (
+            f"by a power function of length σ_rel = {chosen['length']:g} over {chosen['images_seen']:,} images "
+            f"(`training/ema.py`, which took the best of {len(chosen['curve'])} lengths by {chosen['criterion']})"
+        )
+    if config.get("ema_decay") is not None:
+        return f"with a decay of {config['ema_decay']:g} a step"
+    return f"over a half-life of {config['ema_halflife_images']:,} images"
 
 
 def evaluation_results(evaluation: dict | None) -> list[EvalResult]:

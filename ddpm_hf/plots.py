@@ -119,8 +119,14 @@ def denoising_strip(
     return _cells(cells, rows, len(kept), 0.8, [titles[k] for k in kept])
 
 
-def loss_curve(images_seen: Sequence[float], losses: Sequence[float], smoothing: float = 0.6) -> Figure:
-    """Training loss against images seen, as logged and smoothed, on a logarithmic axis."""
+def loss_curve(
+    images_seen: Sequence[float],
+    losses: Sequence[float],
+    smoothing: float = 0.6,
+    held_out: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> Figure:
+    """Training loss against images seen, as logged and smoothed, on a logarithmic axis; beside it, under their names,
+    losses of held-out images (images seen, losses)."""
     figure = Figure(figsize=(6, 3.5), dpi=130, layout="constrained")
     axis = figure.subplots()
     smooth, weight, curve = 0.0, 0.0, []
@@ -129,7 +135,22 @@ def loss_curve(images_seen: Sequence[float], losses: Sequence[float], smoothing:
         curve.append(smooth / weight)
     axis.plot(images_seen, losses, color="0.75", linewidth=0.8, label="as logged")
     axis.plot(images_seen, curve, color="C0", label="smoothed")
+    for i, (name, (seen, values)) in enumerate((held_out or {}).items(), start=1):
+        axis.plot(seen, values, color=f"C{i}", marker=".", label=name)
     axis.set(xlabel="images seen", ylabel="loss", yscale="log")
+    axis.legend(frameon=False)
+    return figure
+
+
+def length_curve(
+    lengths: Sequence[float], values: Sequence[float], name: str, errors: Sequence[float] | None = None, best: int = 0
+) -> Figure:
+    """A figure of averaged weights against the average's length σ_rel, the best one marked."""
+    figure = Figure(figsize=(6, 3.5), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    axis.errorbar(lengths, values, yerr=errors, marker=".", capsize=2)
+    axis.plot([lengths[best]], [values[best]], "o", color="C3", label=f"best: {lengths[best]:g}")
+    axis.set(xlabel=r"length of the average, $\sigma_{rel}$", ylabel=name)
     axis.legend(frameon=False)
     return figure
 

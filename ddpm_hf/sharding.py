@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -33,3 +34,10 @@ def copy_whole(destination: torch.Tensor, value: torch.Tensor) -> None:
         value = value.to(destination.device, destination.dtype)
         value = distribute_tensor(value, destination.device_mesh, destination.placements)
     destination.copy_(value)
+
+
+def spread_again(model: torch.nn.Module) -> None:
+    """Spread the weights that a call without a backward pass has left whole, as FSDP2 does with the outermost module's."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -25,7 +25,7 @@ def test_a_constant_model_is_its_own_average():
 @pytest.mark.parametrize("batch_size", [1, 10, 50])
 def test_the_weight_of_the_past_halves_every_half_life_whatever_the_batch_size(batch_size):
     model = line(0.0)
-    ema = EMA(model, halflife_images=100, rampup_ratio=None)
+    ema = EMA(model, halflife_images=100, warmup=False)
     for parameter in model.parameters():
         parameter.data.fill_(1.0)
     for images_seen in range(batch_size, 301, batch_size):
@@ -35,14 +35,14 @@ def test_the_weight_of_the_past_halves_every_half_life_whatever_the_batch_size(b
 
 
 def test_early_in_a_run_the_half_life_is_a_share_of_the_images_seen():
-    ema = EMA(line(), halflife_images=1000, rampup_ratio=0.05)
+    ema = EMA(line(), halflife_images=1000)
     assert ema.decay(images_seen=200, batch_size=10) == pytest.approx(0.5 ** (10 / 10))
     assert ema.decay(images_seen=10**6, batch_size=10) == pytest.approx(0.5 ** (10 / 1000))
 
 
 def test_the_average_of_a_bf16_model_does_not_stand_still():
     model = line(1.0, torch.bfloat16)
-    ema = EMA(model, halflife_images=1000, rampup_ratio=None)
+    ema = EMA(model, halflife_images=1000, warmup=False)
     for parameter in model.parameters():
         parameter.data.fill_(2.0)
     for step in range(5000):
@@ -80,7 +80,45 @@ def test_another_model_s_average_is_refused():
         ema.load_state_dict({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)})
 
 
-@pytest.mark.parametrize("arguments", [{"halflife_images": 0}, {"halflife_images": 5, "rampup_ratio": -1}])
-def test_lengths_that_are_not_positive_are_refused(arguments):
-    with pytest.raises(ValueError, match="must be positive"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"halflife_images": 0}, "halflife_images must be positive"),
+        ({"decay": 1.0}, "decay must lie between 0 and 1, got 1.0"),
+        ({"decay": 0.0}, "decay must lie between 0 and 1"),
+        ({}, "either halflife_images or decay"),
+        ({"halflife_images": 5, "decay": 0.9}, "either halflife_images or decay"),
+    ],
+)
+def test_lengths_that_make_no_average_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         EMA(line(), **arguments)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_a_fixed_decay_counts_steps_whatever_their_size(batch_size):
+    torch.manual_seed(0)
+    values, model = torch.randn(30).tolist(), line(0.5)
+    ema = EMA(model, decay=0.9, warmup=False)
+    for step, value in enumerate(values, start=1):
+        for parameter in model.parameters():
+            parameter.data.fill_(value)
+        ema.update(model, step * batch_size, batch_size)
+    expected = 0.9**30 * 0.5 + sum(0.1 * 0.9 ** (29 - i) * value for i, value in enumerate(values))
+    for average in ema.state_dict().values():
+        torch.testing.assert_close(average, torch.full_like(average, expected))
+
+
+def test_the_warm_up_of_a_fixed_decay_ends_at_that_decay():
+    ema = EMA(line(), decay=0.99)
+    assert [ema.decay(8 * (step + 1), 8) for step in (0, 8, 10**6)] == pytest.approx([1 / 10, 9 / 18, 0.99])
+
+
+def test_a_model_that_held_its_average_for_a_while_is_what_it_was():
+    model = line(0.1, torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    ema = EMA(line(0.75), 10)
+    with pytest.raises(KeyError), ema.in_place_of(model):
+        assert all((p == 0.75).all() for p in model.parameters())
+        raise KeyError
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))

@@ -61,7 +61,10 @@ def test_an_evaluation_writes_every_figure_with_its_protocol_and_the_cards_resul
         protocol = figure["protocol"]
         assert protocol["num_samples"] == 20 and protocol["steps"] == 5 and protocol["seed"] == 0
         assert protocol["backbone"] == "dinov2" and len(protocol["backbone_revision"]) == 16
-        assert protocol["reference"] == "train split, 60 images" and protocol["ema_halflife_images"] == 8000
+        assert (
+            protocol["reference"] == "train split, 60 images"
+            and protocol["weights"] == "averaged over a half-life of 8,000 images"
+        )
         assert protocol["channels"] == "grey repeated to RGB" and "fixed_small" in protocol["sampler"]
     assert "repeated to RGB" in printed and set(evaluation["memorisation"]) == {"pixels", "features"}
     assert all((model / name).is_file() for name in ("bound.png", "closest_pixels.png", "closest_features.png"))
@@ -74,6 +77,17 @@ def test_an_evaluation_writes_every_figure_with_its_protocol_and_the_cards_resul
     evaluate.main(options)
     assert files == {file: file.stat().st_mtime_ns for file in (model.parent / "cache").iterdir()} and len(files) == 2
     assert measured(model) == evaluation
+
+
+def test_a_class_conditional_model_is_measured_given_the_labels(model, options, make_pipeline, capsys):
+    make_pipeline(in_channels=1, out_channels=1, num_class_embeds=10).save_pretrained(model)
+    with pytest.raises(SystemExit, match="evaluate.py: error: the model is class-conditional: label_column must say"):
+        evaluate.main(options)
+    with pytest.raises(SystemExit, match="label_column must be one of .*, got 'digit'"):
+        evaluate.main([*options, "--label_column", "digit"])
+    evaluate.main([*options, "--label_column", "label", "--variance_type", "analytic"])
+    evaluation = measured(model)
+    assert evaluation["protocol"]["labels"] == "label" and len(evaluation["bits_per_dim"]) == 3
 
 
 def test_samples_of_a_folder_give_the_figures_of_the_model_that_made_them(model, options, tmp_path):

@@ -366,3 +366,20 @@ def test_an_output_that_is_not_finite_is_named_by_its_timestep():
 
     with pytest.raises(ValueError, match="at 3 of 10 timesteps, the first of them 7"):
         variational_bound(CHAIN, model, [torch.ones(2, 1, 2, 2)])
+
+
+def test_labels_go_with_their_images_to_whichever_timesteps_these_are_looked_at():
+    chain, x_0 = gaussian_chain("fixed_small", 0.09, T=20), pictures(6, 1, 4, 4)
+    offsets, labels = torch.tensor([0, 1, 2, 2, 1, 0]), torch.arange(6)
+
+    def sums(model, *rows, **told):
+        whole = BoundSums(len(chain), 3)
+        for r in rows:
+            noise = [torch.Generator().manual_seed(i) for i in r]
+            whole.add(chain, model, x_0[r], noise, offsets[r], **{k: v[r] for k, v in told.items()})
+        return whole.values
+
+    # One at a time a network can know its label from outside.
+    apart = sum(sums(lambda x, t, i=i: x * i, [i]) for i in range(6))
+    together = sums(lambda x, t, told: x * told[:, None, None, None], [0, 1, 2, 3], [4, 5], labels=labels)
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)

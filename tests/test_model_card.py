@@ -188,3 +188,14 @@ def test_the_plain_card_s_snippets_run(tmp_path, tiny_pipeline):
         names = {}
         exec(snippet, names)
         assert len(names["images"]) == 16
+
+
+def test_the_card_says_how_the_weights_are_averaged(card, tmp_path):
+    assert "averaged over a half-life of 8,000 images" in " ".join(card().text.split())
+    chosen = {"length": 0.1, "images_seen": 200_000, "criterion": "loss of 256 held-out images", "curve": [{}, {}]}
+    text = card(ema=chosen).text
+    assert "power function of length σ_rel = 0.1 over 200,000 images" in text and "best of 2 lengths by loss of" in text
+    assert "(ema.png)" in text and "half-life of 8,000" not in text.split("```yaml")[0]
+    config = TrainingConfig(**(load_preset("digits") | {"ema_halflife_images": 0, "ema_decay": 0.9999}))
+    write_metrics_and_card(tmp_path, config.to_yaml(), {"training": TRAINING})
+    assert "averaged with a decay of 0.9999 a step" in (tmp_path / "README.md").read_text()

@@ -16,6 +16,7 @@ from ddpm_hf.plots import (
     denoising_strip,
     figure_bytes,
     image_grid,
+    length_curve,
     loss_curve,
     noising_strip,
     png_bytes,
@@ -78,6 +79,19 @@ def test_the_loss_curve_shows_the_losses_and_a_smooth_line_through_them():
     logged, smooth = (line.get_ydata() for line in figure.axes[0].lines)
     assert list(logged) == losses
     np.testing.assert_allclose(smooth, losses)  # no start-up bias
+
+
+def test_losses_of_held_out_images_lie_beside_those_of_training():
+    figure = loss_curve(range(5), [1.0] * 5, held_out={"held out": ([2, 4], [1.2, 1.1])})
+    line = figure.axes[0].lines[-1]
+    assert (list(line.get_xdata()), list(line.get_ydata()), line.get_label()) == ([2, 4], [1.2, 1.1], "held out")
+
+
+def test_the_curve_of_lengths_marks_the_best():
+    axis = length_curve([0.05, 0.1, 0.2], [3.0, 1.0, 2.0], "loss", [0.1, 0.1, 0.1], best=1).axes[0]
+    best = axis.lines[-1]
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([0.1], [1.0]) and axis.get_ylabel() == "loss"
+    assert list(axis.containers[0][0].get_ydata()) == [3.0, 1.0, 2.0]
 
 
 def test_schedule_curves_are_the_tables():

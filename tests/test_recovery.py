@@ -18,13 +18,24 @@ import train
 from accelerate import Accelerator
 from nonfinite import SkippedSteps
 from stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals
-from test_training import ROOT, TINY, assert_bit_identical, assert_same_run, checkpoint, photo_options, photos, tensors
+from test_training import (
+    ROOT,
+    TINY,
+    assert_bit_identical,
+    assert_same_run,
+    checkpoint,
+    photo_options,
+    photos,
+    rows,
+    tensors,
+)
 from training_config import parse_config
 
 from ddpm_hf.batches import GlobalBatches
 from ddpm_hf.checkpoints import list_checkpoints, load_checkpoint, read_state
 from ddpm_hf.data import digits
 from ddpm_hf.ema import EMA
+from ddpm_hf.posthoc_ema import list_snapshots
 from ddpm_hf.seeds import address_dropout
 
 __all__ = ["photos"]  # a fixture
@@ -92,8 +103,8 @@ def keep_until(folder, step):
             path.rmdir()
 
 
-def history(folder, step):
-    return read_state(folder / "checkpoints" / f"checkpoint-{step:08d}")["history"]
+def losses(folder):
+    return [(row["step"], row["loss"]) for row in rows(folder)]
 
 
 def test_a_run_killed_at_twenty_random_moments_ends_with_the_weights_of_an_undisturbed_one(trainer, tmp_path):
@@ -133,8 +144,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_weights_of_an_undis
     codes, output = trainer.run(killed, *options, *EVERY_STEP)
     assert codes == [0], output
     assert_bit_identical(checkpoint(killed, 120), checkpoint(tmp_path / "straight", 120))
-    assert history(killed, 120) == history(tmp_path / "straight", 120)
-    assert len(history(killed, 120)) == 18
+    assert rows(killed) == rows(tmp_path / "straight") and len(rows(killed)) == 18
 
 
 @pytest.mark.parametrize(("number", "processes", "told"), [(signal.SIGTERM, 1, 0), (signal.SIGINT, 2, 1)])
@@ -242,7 +252,10 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_process_and_reported(trai
     )
     state = read_state(list_checkpoints(folder / "checkpoints")[-1])
     assert (state["nonfinite_steps"], state["nonfinite_steps_in_a_row"]) == (1, 0)
-    assert all(0 < loss < 2 for _, loss in state["history"])
+    assert (
+        all(0 < loss < 2 for _, loss in losses(folder))
+        and sum(row.get("skipped_steps", 0) for row in rows(folder)) == 1
+    )
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run_with_a_code_and_whole_checkpoints(trainer, tmp_path):
@@ -334,7 +347,7 @@ def copied(run, folder, step):
 def test_one_and_two_processes_make_the_same_run_with_dropout_too(with_dropout):
     root, _ = with_dropout
     assert_same_run(checkpoint(root / "1", 12), checkpoint(root / "2", 12))
-    one, two = (history(root / name, 12) for name in ("1", "2"))
+    one, two = (losses(root / name) for name in ("1", "2"))
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two], rel=1e-5)
 
 
@@ -370,18 +383,24 @@ def test_fsdp_on_two_processes_makes_the_same_run_and_the_same_files_and_either_
 ):
     # Without dropout: masks follow the order of images in memory, which FSDP changes.
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    assert trainer.run(whole)[0] == [0]
-    codes, output = trainer.run(sharded, processes=2, environment=FSDP)
+    watched = ["--validation_fraction", "0.2", "--sample_every_steps", "12", "--ema_snapshot_every_images", "96"]
+    assert trainer.run(whole, *watched)[0] == [0]
+    codes, output = trainer.run(sharded, *watched, processes=2, environment=FSDP)
     assert codes == [0, 0], output
     expected, found = checkpoint(whole, 12), checkpoint(sharded, 12)
     assert_same_run(found, expected)
     assert {key: value.shape for key, value in tensors(found).items()} == {
         key: value.shape for key, value in tensors(expected).items()
     }
+    logs = [
+        [row["validation_loss_ema"] for row in rows(run) if "validation_loss_ema" in row] for run in (whole, sharded)
+    ]
+    assert logs[0] and logs[0] == pytest.approx(logs[1], rel=1e-5)
     for run in (whole, sharded):
+        assert (run / "samples" / "step-00000012.png").exists() and len(list_snapshots(run / "ema_snapshots")) == 2
         keep_until(run, 8)
-    assert trainer.run(sharded)[0] == [0]
-    assert trainer.run(whole, processes=2, environment=FSDP)[0] == [0, 0]
+    assert trainer.run(sharded, *watched)[0] == [0]
+    assert trainer.run(whole, *watched, processes=2, environment=FSDP)[0] == [0, 0]
     for run in (whole, sharded):
         assert_same_run(checkpoint(run, 12), expected)
 

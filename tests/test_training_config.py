@@ -143,11 +143,27 @@ def test_an_unknown_flag_is_refused():
         ({"num_classes": 10}, "num_classes = 10 is for label_column only"),
         ({"label_column": "label"}, "num_classes must say how many classes label_column = 'label' has, got None"),
         ({"label_column": "label", "num_classes": 2, "label_dropout": 1.0}, r"label_dropout must lie in \[0, 1\)"),
+        ({"ema_decay": 1.0}, "ema_decay must lie between 0 and 1, got 1.0"),
+        ({"ema_decay": 0.99, "ema_halflife_images": 10}, "exclude each other; --ema_halflife_images 0 takes back"),
+        ({"ema_halflife_images": 0}, "ema_halflife_images = 0 needs an ema_decay"),
+        ({"ema_snapshot_every_images": -1}, "ema_snapshot_every_images must be at least 1, or 0 for never"),
+        ({"validate_every_steps": -1}, "validate_every_steps must be at least 1, or 0 for never"),
+        ({"validation_images": 0}, "validation_images must be at least 1"),
+        ({"validation_split": "train"}, "validation_split must be another split"),
+        ({"sample_every_steps": -1}, "sample_every_steps must be at least 1, or 0 for never"),
     ],
 )
 def test_what_makes_no_run_is_refused_with_a_reason(options, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**(TINY | options))
+
+
+def test_the_average_has_a_half_life_or_a_decay():
+    assert TrainingConfig(**TINY).ema_halflife_images == 1_000_000
+    config = parse_config(["--ema_decay", "0.9999", "--ema_halflife_images", "0", "--no_ema_warmup"])
+    assert (config.ema_halflife_images, config.ema_decay, config.ema_warmup) == (None, 0.9999, False)
+    with pytest.raises(ValueError, match="exclude each other"):
+        parse_config(["--ema_decay", "0.9999"])  # over the preset's half-life
 
 
 def test_a_batch_that_does_not_divide_among_processes_and_parts_is_refused():
@@ -195,15 +211,16 @@ def test_a_run_of_constant_rate_may_be_made_longer_and_one_whose_rate_depends_on
         dataclasses.replace(cosine, total_images=2000).check_same_run(dataclasses.asdict(cosine), Path("there"))
 
 
-OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision split image_column label_column num_classes
-resolution channels crop background random_flip skip_broken_images validation_fraction memory_limit_bytes num_workers
-streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
+OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision split validation_split image_column
+label_column num_classes resolution channels crop background random_flip skip_broken_images validation_fraction
+memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
 prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
 input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 warmup_steps
-learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images cpu_threads mixed_precision tf32 compile checkpoint_every_steps
-keep_checkpoints log_every_steps report_to sample_steps quality_samples push_to_hub hub_model_id hub_private
-push_every_checkpoints"""
+learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images ema_decay ema_warmup
+ema_snapshot_every_images cpu_threads mixed_precision tf32 compile dry_run checkpoint_every_steps keep_checkpoints
+log_every_steps validate_every_steps validation_images sample_every_steps report_to sample_steps quality_samples
+push_to_hub hub_model_id hub_private push_every_checkpoints"""
 
 
 def test_the_list_of_options_changes_only_on_purpose():

@@ -8,8 +8,9 @@ model card's results. Every process computes a share, and the figures are the sa
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import launch
@@ -39,7 +40,7 @@ from ddpm_hf.metrics import (
     moments,
     precision_recall,
 )
-from ddpm_hf.model_card import make_card, update_results
+from ddpm_hf.model_card import average_of_weights, make_card, update_results
 from ddpm_hf.plots import bound_by_timestep, closest_pairs, figure_bytes
 from ddpm_hf.seeds import addressed_generator
 from ddpm_hf.timesteps import spaced_timesteps
@@ -59,6 +60,9 @@ class EvaluateArguments:
         metadata={"help": "what it was not trained on; if there is none, the run's validation_fraction of `split`"},
     )
     image_column: str | None = None
+    label_column: str | None = field(
+        default=None, metadata={"help": "the classes that a class-conditional model is told; None: the run's"}
+    )
     features: str | None = field(
         default=None,
         metadata={
@@ -120,28 +124,42 @@ class Shares:
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
 
-def real_images(args, run: dict, size: tuple[int, int], channels: int) -> tuple[Images, Images, str]:
-    """Training images, held-out ones, and where these are from, brought to their size as in the run of `config.yaml`.
+def split_images(args, run: dict, config: Mapping, split: str) -> Images:
+    """The images of a split, brought to the size of a network of this `config` as in the run of `config.yaml`, with the labels
+    that a class-conditional one is told. Raises ValueError where it is not known which they are."""
+    labels = None
+    if config["num_class_embeds"] is not None:
+        labels = args.label_column or run.get("label_column")
+        if labels is None:
+            raise ValueError("the model is class-conditional: label_column must say which column holds the classes.")
+    size = config["sample_size"]
+    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    form = {"crop": run.get("crop", "centre"), "background": run.get("background", "white"), "bits": 8}
+    dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
+    images = Images(dataset, size, config["in_channels"], args.image_column, labels, **form)
+    if labels is not None:
+        images.check_labels(run.get("num_classes") or config["num_class_embeds"])
+    return images
 
-    What the run held out by `validation_fraction` is no training image, and is the held-out split of a data set without.
-    """
-    crop, background = run.get("crop", "centre"), run.get("background", "white")
 
-    def images(split: str) -> Images:
-        dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
-        return Images(dataset, size, channels, args.image_column, None, crop, background, bits=8)
+def training_images(args, run: dict, config: Mapping) -> tuple[Images, Images | None]:
+    """Training images, and those of the same split that the run held out by `validation_fraction`."""
+    training, fraction = split_images(args, run, config, args.split), run.get("validation_fraction", 0.0)
+    if not fraction:
+        return training, None
+    leave_out_broken(training, run.get("skip_broken_images", False))
+    return training, training.hold_out(fraction)
 
-    training, fraction = images(args.split), run.get("validation_fraction", 0.0)
-    validation = None
-    if fraction:
-        leave_out_broken(training, run.get("skip_broken_images", False))
-        validation = training.hold_out(fraction)
+
+def real_images(args, run: dict, config: Mapping) -> tuple[Images, Images, str]:
+    """Training images, held-out ones, and where these are from: those of the held-out split, or what the run held out."""
+    training, validation = training_images(args, run, config)
     try:
-        return training, images(args.held_out_split), args.held_out_split
+        return training, split_images(args, run, config, args.held_out_split), args.held_out_split
     except NoSuchSplit as error:
         if validation is None:
             raise ValueError(f"{error} Nor did the run hold images out (validation_fraction).") from error
-        return training, validation, f"{fraction:g} of {args.split} by hash"
+        return training, validation, f"{run['validation_fraction']:g} of {args.split} by hash"
 
 
 def choose_variance(pipe: DDPMPipelineCustom, variance_type: str | None, images: Images, args, device) -> None:
@@ -151,15 +169,17 @@ def choose_variance(pipe: DDPMPipelineCustom, variance_type: str | None, images:
     changes = {"variance_type": variance_type, "analytic_moments": None}
     if variance_type == "analytic":
         order = torch.randperm(len(images), generator=addressed_generator("cpu", args.seed, "moments", 0)).tolist()
-        batch = to_signed(images[order[: args.analytic_images]]["images"]).to(device)
+        batch = {name: values.to(device) for name, values in images[order[: args.analytic_images]].items()}
+        model = partial(predict, pipe, labels=batch.get("labels"))
         generator = addressed_generator(device, args.seed, "moments", 1)
         diffusion = pipe.scheduler.diffusion
-        changes["analytic_moments"] = estimate_analytic_moments(diffusion, as_model(pipe), [batch], generator).tolist()
+        x_0 = to_signed(batch["images"])
+        changes["analytic_moments"] = estimate_analytic_moments(diffusion, model, [x_0], generator).tolist()
     pipe.scheduler = DDPMSchedulerCustom.from_config(pipe.scheduler.config, **changes)
 
 
-def as_model(pipe: DDPMPipelineCustom):
-    return lambda x_t, t: pipe.unet(x_t, t).sample
+def predict(pipe: DDPMPipelineCustom, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None):
+    return pipe.unet(x_t, t, labels).sample
 
 
 def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, args, shares: Shares) -> VariationalBound:
@@ -174,9 +194,11 @@ def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, ar
     sums, mine = BoundSums(len(diffusion), stride), shares.mine(len(chosen))
     for start in range(0, len(mine), args.batch_size):
         positions = mine[start : start + args.batch_size]
-        x_0 = to_signed(images[[chosen[p] for p in positions]]["images"]).to(device)
+        batch = {name: values.to(device) for name, values in images[[chosen[p] for p in positions]].items()}
+        x_0 = to_signed(batch["images"])
         generators = [addressed_generator("cpu", args.seed, purpose, 1 + p) for p in positions]
-        sums.add(diffusion, as_model(pipe), x_0, generators, torch.tensor(positions) % stride, clip)
+        offsets = torch.tensor(positions) % stride
+        sums.add(diffusion, partial(predict, pipe), x_0, generators, offsets, clip, batch.get("labels"))
     sums.values.copy_(shares.add(sums.values))
     return sums.result(diffusion)
 
@@ -273,14 +295,14 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     pipe.unet.eval()
     pipe.set_progress_bar_config(disable=not accelerator.is_main_process, desc="Sampling")
     config = pipe.unet.config
-    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
     run = Path(args.model) / "config.yaml"
     run = yaml.safe_load(run.read_text()) if run.is_file() else {}
-    training, held_out, held_out_split = real_images(args, run, tuple(size), config.in_channels)
+    training, held_out, held_out_split = real_images(args, run, config)
+    size = training.size
     backbone = load_backbone(args.features, device)
     check_enough(args.num_samples, backbone.dim, "num_samples")
     check_enough(len(training), backbone.dim, f"split {args.split!r}")
-    samples = None if args.samples is None else read_samples(args, tuple(size), config.in_channels)
+    samples = None if args.samples is None else read_samples(args, size, config.in_channels)
     choose_variance(pipe, args.variance_type, training, args, device)
 
     diffusion, scheduler = pipe.scheduler.diffusion, pipe.scheduler.config
@@ -303,7 +325,8 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
         "sampler": f"{type(pipe.scheduler).__name__}, {scheduler.variance_type}, {scheduler.timestep_spacing}",
         "steps": args.steps,
         "seed": args.seed,
-        "ema_halflife_images": run.get("ema_halflife_images"),
+        "labels": training.label_column,
+        "weights": f"averaged {average_of_weights(run, read_metrics(Path(args.model)))}" if run else None,
         "resolution": list(size),
         "dataset_resize": resizing(training),
     }
@@ -340,14 +363,18 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     return {"evaluation": evaluation, "pictures": pictures}
 
 
+def read_metrics(folder: Path) -> dict:
+    file = folder / "metrics.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def write(folder: Path, evaluation: dict, pictures: dict[str, bytes]) -> None:
     """metrics.json, the pictures and the card's results; a run's own card is made anew from all its metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         write_whole(folder / name, content)
-    file = folder / "metrics.json"
-    metrics = (json.loads(file.read_text()) if file.is_file() else {}) | {"evaluation": evaluation}
-    write_whole(file, json.dumps(metrics, indent=2) + "\n")
+    metrics = read_metrics(folder) | {"evaluation": evaluation}
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if "training" in metrics and (folder / "config.yaml").is_file():
         card = make_card(ROOT / "model_cards" / "template.md", (folder / "config.yaml").read_text(), metrics)
         write_whole(folder / "README.md", str(card))

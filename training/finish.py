@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from training_config import TrainingConfig
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
@@ -25,7 +26,7 @@ def finish(
     config: TrainingConfig,
     unet: UNet2DModelCustom,
     scheduler: DDPMSchedulerCustom,
-    history: list[tuple[int, float]],
+    log: list[dict],
     training: dict,
 ) -> None:
     """Write everything into `config.output_dir` and say what is there and what can be done with it."""
@@ -33,20 +34,12 @@ def finish(
     pipe = DDPMPipelineCustom(unet, scheduler)
     pipe.save_pretrained(output_dir)
 
-    pipe.set_progress_bar_config(desc="Sampling", unit="step")
-    samples = sample(pipe, range(max(GRID, config.quality_samples)), config.sample_steps, config.seed)
-    write_whole(output_dir / "samples.png", figure_bytes(image_grid(samples[:GRID])))
-    labels = cycled_classes(unet, range(STRIP))
-    strip = denoising_strip(pipe, STRIP, num_inference_steps=config.sample_steps, seed=config.seed, class_labels=labels)
-    write_whole(output_dir / "denoising.png", figure_bytes(strip))
-    images_seen, losses = zip(*[(step * config.batch_size, loss) for step, loss in history])
-    write_whole(output_dir / "loss.png", figure_bytes(loss_curve(images_seen, losses)))
-
-    metrics = {"training": training}
+    pictures, quality = show(pipe, config)
+    for name, content in (pictures | {"loss.png": figure_bytes(curves(log))}).items():
+        write_whole(output_dir / name, content)
+    metrics = {"training": training} | quality
     if names := class_names_of(unet):
         metrics["training"]["class_names"] = names
-    if config.dataset == "digits" and config.quality_samples:
-        metrics["quality"] = judge_digits(samples[: config.quality_samples], config.sample_steps, config.seed)
     write_metrics_and_card(output_dir, config.to_yaml(), metrics)
 
     print(
@@ -59,6 +52,35 @@ def finish(
         )
         + f"  publish:   python training/publish.py --model {output_dir} --repo_id <user>/<name>"
     )
+
+
+def show(pipe: DDPMPipelineCustom, config: TrainingConfig) -> tuple[dict[str, bytes], dict]:
+    """samples.png and denoising.png of a model, and "quality" where the run is one that measures it."""
+    pipe.set_progress_bar_config(desc="Sampling", unit="step")
+    samples = sample(pipe, range(max(GRID, config.quality_samples)), config.sample_steps, config.seed)
+    strip = strip_of(pipe, config)
+    pictures = {"samples.png": figure_bytes(image_grid(samples[:GRID])), "denoising.png": figure_bytes(strip)}
+    if config.dataset != "digits" or not config.quality_samples:
+        return pictures, {}
+    return pictures, {"quality": judge_digits(samples[: config.quality_samples], config.sample_steps, config.seed)}
+
+
+def strip_of(pipe: DDPMPipelineCustom, config: TrainingConfig) -> Figure:
+    """How images come out of noise; of a class-conditional model, images of its first classes."""
+    labels = cycled_classes(pipe.unet, range(STRIP))
+    return denoising_strip(pipe, STRIP, num_inference_steps=config.sample_steps, seed=config.seed, class_labels=labels)
+
+
+def curves(log: Sequence[dict]) -> Figure:
+    """The losses of training and of held-out images by the rows of a log."""
+
+    def column(name: str) -> tuple[list[int], list[float]]:
+        points = [(row["images"], row[name]) for row in log if row.get(name) is not None]
+        return tuple(map(list, zip(*points))) if points else ([], [])
+
+    names = {"held-out images": "validation_loss", "held-out images, averaged weights": "validation_loss_ema"}
+    held_out = {label: points for label, name in names.items() if (points := column(name))[0]}
+    return loss_curve(*column("loss"), held_out=held_out)
 
 
 def sample(pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int) -> np.ndarray:

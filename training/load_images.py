@@ -22,7 +22,7 @@ def load_images(
     source = open_dataset(
         config.dataset, config.dataset_config, config.split, config.dataset_revision, config.streaming
     )
-    form = {name: getattr(config, name) for name in ("channels", "image_column", "label_column", "crop", "background")}
+    form = image_form(config)
     if config.streaming:
         images = StreamedImages(
             source,
@@ -47,7 +47,12 @@ def load_images(
     return images, validation
 
 
-def leave_out_broken(images: Images, is_allowed: bool) -> None:
+def image_form(config: TrainingConfig) -> dict:
+    """How images become tensors, as `Images` takes it."""
+    return {name: getattr(config, name) for name in ("channels", "image_column", "label_column", "crop", "background")}
+
+
+def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> None:
     """Leave out images that cannot be read, if that is allowed and leaves some; ValueError, naming them, otherwise."""
     if shallow := images.read_at_8_bits():
         logger.warning(
@@ -61,8 +66,8 @@ def leave_out_broken(images: Images, is_allowed: bool) -> None:
     more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
     if not is_allowed or len(broken) == len(images):
         raise ValueError(
-            f"{len(broken)} of {len(images)} images cannot be read:\n{names}{more}\n"
+            f"{len(broken)} of {len(images)} {what} cannot be read:\n{names}{more}\n"
             "Repair or remove them, or leave them out with --skip_broken_images."
         )
-    logger.warning("Leaving out %d images that cannot be read:\n%s%s", len(broken), names, more)
+    logger.warning("Leaving out %d %s that cannot be read:\n%s%s", len(broken), what, names, more)
     images.without(broken)

@@ -86,7 +86,7 @@ class Pusher:
     def __init__(self, config: TrainingConfig, is_main_process: bool = True, retries: Retries = Retries()):  # noqa: B008
         """Checks that the repository can be written to, and makes it. Raises ValueError if it cannot."""
         self.config, self.retries = config, retries
-        self.is_on = config.push_to_hub and is_main_process
+        self.is_on = config.push_to_hub and is_main_process and not config.dry_run
         if self.is_on:
             disable_progress_bars()  # they would be drawn over the training's
             self.folder = Path(config.output_dir)

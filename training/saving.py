@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from ddpm_hf.checkpoints import (
 )
 from ddpm_hf.data import Images
 from ddpm_hf.ema import EMA
+from ddpm_hf.posthoc_ema import PowerEMA
 from ddpm_hf.sharding import whole_on_cpu
 from ddpm_hf.streaming import StreamedImages
 from ddpm_hf.timestep_samplers import UniformTimesteps
@@ -46,7 +48,7 @@ def save(
     accelerator: Accelerator,
     step: int,
     model: torch.nn.Module,
-    ema: EMA,
+    averages: Mapping[str, EMA | PowerEMA],
     optimizer: torch.optim.Optimizer,
     timestep_sampler: UniformTimesteps,
     state: dict,
@@ -59,7 +61,7 @@ def save(
     main, root = accelerator.is_main_process, Path(config.output_dir) / "checkpoints"
     tensors = {
         "model": whole_on_cpu(model.state_dict(), keep=main),
-        "ema": whole_on_cpu(ema.state_dict(), keep=main),
+        **{name: whole_on_cpu(average.state_dict(), keep=main) for name, average in averages.items()},
         "optimizer": whole_on_cpu(optimizer_tensors(optimizer, model), keep=main),
     }
     if sampler_state := timestep_sampler.state_dict():

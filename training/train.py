@@ -4,12 +4,10 @@ Reads top to bottom: `main` prepares data, network and optimiser, goes on from t
 runs `training_step` until enough images were seen, and leaves a pipeline, figures and a model card in `output_dir`.
 """
 
-import dataclasses
 import logging
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -20,15 +18,17 @@ import launch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from build import build, build_unet
 from draws import Draws, draw
 from energy import EnergyMeter
 from finish import finish
+from held_out import held_out_images
 from load_images import load_images
 from nonfinite import SkippedSteps, nan_unless_finite, step_unless_skipped
 from pushing import Pusher
+from records import Records
 from saving import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
 from stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, fail, lost_process, say_error
-from tqdm.auto import tqdm
 from training_config import TrainingConfig, parse_config
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
@@ -36,8 +36,9 @@ from ddpm_hf.batches import MicroBatches, process_positions
 from ddpm_hf.checkpoints import load_optimizer_tensors, lock_folder, write_whole
 from ddpm_hf.data import Images, to_signed
 from ddpm_hf.ema import EMA
-from ddpm_hf.guidance import mark_class_names, mark_null_class
+from ddpm_hf.guidance import mark_class_names
 from ddpm_hf.losses import Loss
+from ddpm_hf.posthoc_ema import PowerEMA
 from ddpm_hf.seeds import address_dropout
 from ddpm_hf.sharding import whole, whole_on_cpu
 from ddpm_hf.streaming import StreamedImages, StreamError
@@ -114,44 +115,6 @@ def training_step(
     return StepReport(draws.t, loss.simple, grad_norm, loss.objective * draws.weight, skipped)
 
 
-def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
-    """The network and the scheduler that a configuration describes."""
-    scheduler = DDPMSchedulerCustom(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        variance_type=config.variance_type,
-    )
-    return build_unet(config), scheduler
-
-
-def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
-    """The network, with DDPM's initialisation. With labels to be left out its last class is the null class."""
-    names = (
-        "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-        "norm_num_groups", "dropout", "resnet_time_scale_shift",
-    )  # fmt: skip
-    height, width = config.resolution
-    unet = UNet2DModelCustom(
-        sample_size=height if height == width else (height, width),
-        in_channels=config.channels,
-        out_channels=config.channels * (2 if config.variance_type == "learned_range" else 1),
-        # Details in which the original code differs from diffusers' defaults.
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        zero_init_output=True,
-        # diffusers leaves this norm out with "scale_shift", unless told; no paper's network does.
-        attn_norm_num_groups=config.norm_num_groups if config.resnet_time_scale_shift == "scale_shift" else None,
-        num_class_embeds=config.num_class_embeds,
-        **{name: getattr(config, name) for name in names},
-    )
-    if config.label_dropout:
-        mark_null_class(unet)
-    return unet
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Prepare a run; whatever is wrong with it is said here, before anything is trained or written."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -180,21 +143,22 @@ def main(arguments: list[str] | None = None) -> None:
             unet, scheduler = build(config)
             with accelerator.main_process_first():
                 images, validation = load_images(config, accelerator.device)
+                held_out = held_out_images(config, validation, accelerator.device)
             if images.class_names is not None:
                 mark_class_names(unet, images.class_names)
             output_dir = Path(config.output_dir)
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and not config.dry_run:
                 stack.enter_context(lock_folder(output_dir))
                 if config.overwrite:
                     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
             accelerator.wait_for_everyone()
-            restored = last_checkpoint(config, output_dir / "checkpoints")
+            restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
             check_same_data(images, restored)
             pusher.start()
         except ValueError as error:
             fail(str(error))
         try:
-            run(config, accelerator, unet, scheduler, images, validation, restored, pusher, signals)
+            run(config, accelerator, unet, scheduler, images, validation, held_out, restored, pusher, signals)
         except StreamError as error:
             sys.exit(f"train.py: error: {error}")
         except (RuntimeError, ConnectionError, EOFError) as error:
@@ -210,11 +174,15 @@ def run(
     scheduler: DDPMSchedulerCustom,
     images: Images | StreamedImages,
     validation: Images | None,
+    held_out: Images | None,
     restored: tuple[dict, dict] | None,
     pusher: Pusher,
     signals: StopSignals,
 ) -> None:
-    """Train from `restored`, or from the start, to the end. Raises SystemExit with a code of stopping.py before it."""
+    """Train from `restored`, or from the start, to the end; a dry run stops after a few steps and writes nothing.
+
+    Raises SystemExit with a code of stopping.py where it ends before.
+    """
     output_dir, parts = Path(config.output_dir), config.micro_batches(accelerator.num_processes)
     images_at_a_time = config.batch_size // accelerator.num_processes // parts
     diffusion = scheduler.diffusion
@@ -234,27 +202,22 @@ def run(
     model = torch.compile(unet, backend=config.compile) if config.compile else unet
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    ema = EMA(unet, config.ema_halflife_images)
+    averages = {"ema": EMA(unet, config.ema_halflife_images, decay=config.ema_decay, warmup=config.ema_warmup)}
+    if config.ema_snapshot_every_images:
+        averages["power_ema"] = PowerEMA(unet)
     timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, accelerator.device)
     skipped = SkippedSteps(config, accelerator, images)
-    loss_sum, loss_count = torch.zeros(2, device=accelerator.device)
-    first_step, history, seconds, stream = 0, [], 0.0, None
+    first_step, stream, recorded = 0, None, None
     if restored is not None:
         tensors, state = restored
-        ema.load_state_dict(tensors["ema"])
+        for name, average in averages.items():
+            average.load_state_dict(tensors[name])
         load_optimizer_tensors(optimizer.optimizer, unet, tensors["optimizer"])
         timestep_sampler.load_state_dict(tensors.get("timestep_sampler", {}))
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
-        first_step, history, seconds, stream = (
-            state["step"],
-            state["history"],
-            state["seconds"],
-            state["data"]["stream"],
-        )
+        first_step, stream, recorded = state["step"], state["data"]["stream"], state["records"]
         skipped.total, skipped.in_a_row = state["nonfinite_steps"], state["nonfinite_steps_in_a_row"]
-        loss_sum += state["unlogged"][0]
-        loss_count += state["unlogged"][1]
         if accelerator.is_main_process:
             warn_of_changes(config, state, images_at_a_time)
         accelerator.print(f"Going on from step {first_step} of {config.num_steps} ({output_dir / 'checkpoints'}).")
@@ -272,63 +235,45 @@ def run(
         accelerator.device,
         stream,
     )
-    if accelerator.is_main_process:
-        write_whole(output_dir / "config.yaml", config.to_yaml())
-    accelerator.init_trackers("logs", config={k: str(v) for k, v in dataclasses.asdict(config).items()})
-    bar = tqdm(
-        total=config.num_steps * config.batch_size,
-        initial=first_step * config.batch_size,
-        unit="img",
-        unit_scale=True,
-        desc="Training",
-        disable=not accelerator.is_local_main_process,
+    records = Records(
+        config, accelerator, unet, scheduler, averages, held_out, first_step, recorded, images.num_examples
     )
+    if records.is_writer:
+        write_whole(output_dir / "config.yaml", config.to_yaml())
 
-    meter = EnergyMeter(accelerator.is_main_process and first_step == 0)
+    meter = EnergyMeter(records.is_writer and first_step == 0)
     model.train()
-    started, exit_code = time.monotonic() - seconds, 0
+    exit_code = 0
     with signals.deferred(accelerator.num_processes):
-        for step in range(first_step, config.num_steps):
+        for step in range(first_step, records.last_step):
             report = training_step(
                 accelerator, model, optimizer, diffusion, config, step, batches.step(), timestep_sampler
             )
             done = step + 1
-            ema.update(unet, done * config.batch_size, config.batch_size, report.skipped)
+            for average in averages.values():
+                average.update(unet, done * config.batch_size, config.batch_size, report.skipped)
             skipped.add(step, report.t, report.objective, report.skipped)
-            loss_sum += torch.where(report.skipped > 0, 0, report.losses.mean())
-            loss_count += 1 - report.skipped
-            bar.update(config.batch_size)
 
             stop = signals.asked()
-            logs = done % config.log_every_steps == 0 or done == config.num_steps
             saves = done % config.checkpoint_every_steps == 0 or done == config.num_steps or stop
-            if (logs or saves) and skipped.read():
+            if (saves or records.is_logged(done)) and skipped.read():
                 say_error(
                     f"{skipped.in_a_row} steps in a row had no finite loss and gradient; the checkpoints are as they were."
                 )
                 exit_code = EXIT_NONFINITE
                 break
+            records.after_step(done, report)
 
-            if logs:
-                loss = accelerator.reduce(loss_sum / loss_count, "mean").item()
-                loss_sum, loss_count = torch.zeros(2, device=accelerator.device)
-                if loss == loss:  # not where every step was skipped
-                    history.append((done, loss))
-                    bar.set_postfix(loss=f"{loss:.4f}")
-                    accelerator.log({"loss": loss, "learning_rate": config.learning_rate_at(step)}, step=done)
-
-            if saves:
+            if saves and not config.dry_run:
                 stream = batches.gather_state(gather_object)
                 state = {
                     "data": data_position(done, config.batch_size, images.num_examples, stream),
                     "images_at_a_time": images_at_a_time,
-                    "history": history,
-                    "unlogged": [accelerator.reduce(loss_sum, "mean").item(), loss_count.item()],
+                    "records": records.state(),
                     "nonfinite_steps": skipped.total,
                     "nonfinite_steps_in_a_row": skipped.in_a_row,
-                    "seconds": time.monotonic() - started,
                 }
-                saved = save(config, accelerator, done, unet, ema, optimizer.optimizer, timestep_sampler, state)
+                saved = save(config, accelerator, done, unet, averages, optimizer.optimizer, timestep_sampler, state)
                 if saved is not None:
                     pusher.checkpoint(done, unet, scheduler, saved)
                 elif stop or done == config.num_steps:
@@ -343,16 +288,16 @@ def run(
                 break
     if signals.received:
         exit_code = exit_code or 128 + signals.received
-    bar.close()
+    records.close()
 
     # With FSDP every process is needed for this, also at the end of one that a signal ended after the last step.
-    averaged = whole_on_cpu(ema.state_dict(), keep=accelerator.is_main_process)
-    if accelerator.is_main_process and not exit_code:
-        seconds = time.monotonic() - started if first_step < config.num_steps else seconds
+    averaged = whole_on_cpu(averages["ema"].state_dict(), keep=accelerator.is_main_process)
+    if records.is_writer and not exit_code:
+        seconds = records.seconds if first_step < config.num_steps else recorded["seconds"]
         training = {
             "images_seen": config.num_steps * config.batch_size,
             "steps": config.num_steps,
-            "final_loss": history[-1][1],
+            **records.final_losses(),
             "seconds": round(seconds, 1),
             "images_per_second": round(config.num_steps * config.batch_size / seconds, 1),
             "processes": accelerator.num_processes,
@@ -367,7 +312,7 @@ def run(
             if images.class_names is not None:
                 mark_class_names(unet, images.class_names)
         unet.load_state_dict(averaged)
-        finish(config, unet, scheduler, history, training)
+        finish(config, unet, scheduler, records.rows, training)
         pusher.finish()
     # Before the process group ends: a DDP model that is its last owner waits, with Python's lock, for threads of gloo's
     # that may be waiting for that lock (torch 2.13).

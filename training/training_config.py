@@ -41,6 +41,9 @@ class TrainingConfig:
         default=None, metadata={"help": "of a data set on the Hub: branch, tag, commit"}
     )
     split: str = "train"
+    validation_split: str | None = field(
+        default=None, metadata={"help": "held-out images to measure the loss of; None: 'test', if the data set has it"}
+    )
     image_column: str | None = None
     label_column: str | None = field(default=None, metadata={"help": "classes 0, 1, ...; makes the model conditional"})
     num_classes: int | None = field(default=None, metadata={"help": "how many classes label_column has"})
@@ -117,7 +120,16 @@ class TrainingConfig:
         default=10, metadata={"help": "steps in a row without finite loss and gradient that end the run"}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "compute every block twice, for less memory"})
-    ema_halflife_images: int = field(default=1_000_000, metadata={"help": "half-life of the weights' average"})
+    ema_halflife_images: int | None = field(
+        default=None, metadata={"help": "half-life of the weights' average; None: 1,000,000; 0: by ema_decay"}
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "in its place, the factor kept at every step, as the paper's 0.9999"}
+    )
+    ema_warmup: bool = field(default=True, metadata={"help": "let the average's length grow with the run at first"})
+    ema_snapshot_every_images: int = field(
+        default=0, metadata={"help": "follow and keep averages for training/ema.py, which chooses a length; 0: do not"}
+    )
     cpu_threads: int | None = field(default=None, metadata={"help": "per process; None: all cores, shared out"})
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     tf32: bool = field(default=True, metadata={"help": "NVIDIA GPUs: float32 products with TF32's 10-bit mantissa"})
@@ -126,9 +138,13 @@ class TrainingConfig:
     )
 
     # Records
+    dry_run: bool = field(default=False, metadata={"help": "print what the run would be, time a few steps, and stop"})
     checkpoint_every_steps: int = 5000
     keep_checkpoints: int = 2
     log_every_steps: int = 50
+    validate_every_steps: int = field(default=1000, metadata={"help": "the loss of held-out images; 0: never"})
+    validation_images: int = field(default=256, metadata={"help": "as many of them, drawn once, at most"})
+    sample_every_steps: int = field(default=0, metadata={"help": "samples and their denoising as pictures; 0: never"})
     report_to: Literal["none", "tensorboard", "wandb"] = "tensorboard"
     sample_steps: int = field(default=250, metadata={"help": "sampling steps of the figures and of the quality check"})
     quality_samples: int = field(default=0, metadata={"help": "digits only: samples to judge at the end; 0: none"})
@@ -163,6 +179,18 @@ class TrainingConfig:
         for name in (*at_least_1, "max_nonfinite_steps", "push_every_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("ema_snapshot_every_images", "validate_every_steps", "sample_every_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 1, or 0 for never, got {getattr(self, name)}.")
+        if self.validation_images < 1:
+            raise ValueError(
+                f"validation_images must be at least 1, got {self.validation_images}; --validate_every_steps 0 validates never."
+            )
+        if self.validation_split is not None and self.validation_split == self.split:
+            raise ValueError(f"validation_split must be another split than split, which is {self.split!r}.")
+        if self.validation_split is not None and self.validation_fraction:
+            raise ValueError("validation_split and validation_fraction exclude each other: both say what is held out.")
+        self._resolve_ema()
         if self.total_images < self.batch_size:
             raise ValueError(f"total_images = {self.total_images} is less than one batch of {self.batch_size}.")
         check_crop_and_background(self.crop, self.background)
@@ -223,6 +251,25 @@ class TrainingConfig:
         """Rows of the network's table of classes: the classes, and the null class where labels are left out."""
         return None if self.label_column is None else self.num_classes + (self.label_dropout > 0)
 
+    def _resolve_ema(self) -> None:
+        """Either a half-life or a decay, checked."""
+        halflife, decay = self.ema_halflife_images, self.ema_decay
+        if halflife is not None and halflife < 0:
+            raise ValueError(f"ema_halflife_images must be at least 1, or 0 for none, got {halflife}.")
+        if decay is not None and not 0 < decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {decay!r}.")
+        if halflife and decay is not None:
+            raise ValueError(
+                f"ema_halflife_images = {halflife} and ema_decay = {decay} exclude each other; "
+                "--ema_halflife_images 0 takes back a preset's half-life."
+            )
+        if halflife == 0 and decay is None:
+            raise ValueError("ema_halflife_images = 0 needs an ema_decay.")
+        if decay is not None:
+            object.__setattr__(self, "ema_halflife_images", None)
+        elif halflife is None:
+            object.__setattr__(self, "ema_halflife_images", 1_000_000)
+
     @property
     def num_steps(self) -> int:
         """Optimiser steps of the run."""
@@ -263,6 +310,7 @@ class TrainingConfig:
         }
         | {"keep_checkpoints", "log_every_steps", "report_to", "sample_steps", "quality_samples"}
         | {"push_to_hub", "hub_model_id", "hub_private", "push_every_checkpoints"}
+        | {"validation_split", "validate_every_steps", "validation_images", "sample_every_steps", "dry_run"}
     )
 
     def check_same_run(self, saved: dict, where: Path) -> None:
