@@ -1,7 +1,9 @@
 """Which examples make the batches of a run, and how they get to the device."""
 
+import atexit
 import json
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -75,6 +77,11 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _shut_down(batches: weakref.ref) -> None:
+    if (loader := batches()) is not None:
+        loader._shutdown_workers()
+
+
 class MicroBatches:
     """This process's micro-batches of steps first_step .. num_steps−1, `micro_batches` of them a step: dicts of "images"
     (B, C, H, W) and, where there are labels, "labels" (B,).
@@ -125,6 +132,9 @@ class MicroBatches:
                     worker_init_fn=_ignore_signals,
                 )
             )
+            # Before the end of Python, which sends workers the SIGTERM that they ignore, and waits for them.
+            if num_workers:
+                atexit.register(_shut_down, weakref.ref(self._batches))
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self
