@@ -5,7 +5,6 @@ both side by side with the thresholds that the shipped preset is held to, and br
 model card up to date. Exits with 1 if a threshold is missed.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "training"))
 
-from finish import judge_digits, sample, write_metrics_and_card
+from finish import judge_digits, read_metrics, sample, write_metrics_and_card
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     pipe = DDPMPipelineCustom.from_pretrained(folder)
     samples = sample(pipe, range(args.num_samples), args.steps, args.seed)
     quality = judge_digits(samples, args.steps, args.seed)
-    metrics = json.loads((folder / "metrics.json").read_text()) | {"quality": quality}
+    metrics = read_metrics(folder) | {"quality": quality}
     write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
 
     closer, p_value = quality["closer_than_5_percent_of_held_out"], quality["closer_p_value"]

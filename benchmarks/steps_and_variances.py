@@ -6,7 +6,6 @@ evaluation wrote, in a folder of its own under --output_dir, and the table into 
 training/train.py made.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 import evaluate
 from accelerate import Accelerator
-from finish import write_metrics_and_card
+from finish import read_metrics, write_metrics_and_card
 from transformers import HfArgumentParser
 
 VARIANCES = ("fixed_small", "fixed_large", "analytic")
@@ -64,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     run = Path(args.model)
     if (run / "config.yaml").is_file() and (run / "metrics.json").is_file():
-        metrics = json.loads((run / "metrics.json").read_text()) | {"steps_and_variances": table}
+        metrics = read_metrics(run) | {"steps_and_variances": table}
         write_metrics_and_card(run, (run / "config.yaml").read_text(), metrics)
     print(f"{table['distance']}, seed {args.seed}; bits/dim of {table['bound_images']} held-out images")
     print(f"{'steps':>6s}  {'variance':12s} {'bits/dim':>18s} {'FD':>10s} {'precision':>10s} {'recall':>8s}")

@@ -8,10 +8,8 @@ process computes a share, and the figures are the same for any number of them.
 """
 
 import dataclasses
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,9 +20,9 @@ import launch
 import torch
 from accelerate import Accelerator
 from evaluate import EvaluateArguments, Shares, features_of, make_samples, measure_bound, real_features, training_images
-from finish import show, write_metrics_and_card
+from finish import read_metrics, show, write_metrics_and_card
 from held_out import HeldOutLoss, held_out_images
-from load_images import load_images
+from load_images import open_images
 from records import SNAPSHOTS
 from training_config import TrainingConfig, load_preset
 from transformers import HfArgumentParser
@@ -108,7 +106,7 @@ def make_figure(args: EMAArguments, config: TrainingConfig, pipe: DDPMPipelineCu
 
         return Figure(figure_name("FD", backbone, args.num_samples), distance)
     wanted = dataclasses.replace(config, validation_images=args.held_out_images, validate_every_steps=1)
-    validation = load_images(config)[1] if config.validation_fraction else None
+    validation = open_images(config)[1] if config.validation_fraction else None
     held_out = held_out_images(wanted, validation, shares.accelerator.device)
     if held_out is None:
         raise ValueError(
@@ -175,9 +173,8 @@ def write(folder: Path, config: TrainingConfig, ema: dict, pipe: DDPMPipelineCus
 
     Figures that were measured of the weights before are taken out.
     """
-    metrics = json.loads((folder / "metrics.json").read_text())
     pictures, quality = show(pipe, config)
-    metrics = {"training": metrics["training"], **quality, "ema": ema}
+    metrics = {"training": read_metrics(folder)["training"], **quality, "ema": ema}
     beside = folder / UNFINISHED
     shutil.rmtree(beside, ignore_errors=True)
     pipe.save_pretrained(beside)
@@ -228,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             accelerator.wait_for_everyone()
             ema, pipe = sweep(args, config, accelerator)
         except (ValueError, OSError) as error:
-            sys.exit(f"ema.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+            launch.fail("ema.py", error)
         if accelerator.is_main_process:
             if args.measure_only:
                 print("Nothing was written.")

@@ -5,9 +5,6 @@ vision backbone, and how near samples lie to training images, each with its prot
 model card's results. Every process computes a share, and the figures are the same for any number of them.
 """
 
-import json
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from finish import ROOT, sample
+from finish import read_metrics, sample, write_metrics, write_metrics_and_card
 from huggingface_hub.constants import HF_HOME
 from load_images import leave_out_broken
 from PIL import Image
@@ -40,7 +37,7 @@ from ddpm_hf.metrics import (
     moments,
     precision_recall,
 )
-from ddpm_hf.model_card import average_of_weights, make_card, update_results
+from ddpm_hf.model_card import average_of_weights, update_results
 from ddpm_hf.plots import bound_by_timestep, closest_pairs, figure_bytes
 from ddpm_hf.seeds import addressed_generator
 from ddpm_hf.timesteps import spaced_timesteps
@@ -363,22 +360,17 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     return {"evaluation": evaluation, "pictures": pictures}
 
 
-def read_metrics(folder: Path) -> dict:
-    file = folder / "metrics.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
 def write(folder: Path, evaluation: dict, pictures: dict[str, bytes]) -> None:
     """metrics.json, the pictures and the card's results; a run's own card is made anew from all its metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         write_whole(folder / name, content)
     metrics = read_metrics(folder) | {"evaluation": evaluation}
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     if "training" in metrics and (folder / "config.yaml").is_file():
-        card = make_card(ROOT / "model_cards" / "template.md", (folder / "config.yaml").read_text(), metrics)
-        write_whole(folder / "README.md", str(card))
-    elif (folder / "README.md").is_file():
+        write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
+        return
+    write_metrics(folder, metrics)
+    if (folder / "README.md").is_file():
         write_whole(folder / "README.md", update_results((folder / "README.md").read_text(), folder.name, evaluation))
 
 
@@ -410,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         results = evaluate(args, accelerator)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        launch.fail("evaluate.py", error)
     if accelerator.is_main_process:
         folder = Path(args.output_dir or args.model)
         write(folder, **results)

@@ -100,8 +100,18 @@ def judge_digits(samples: np.ndarray, steps: int, seed: int) -> dict:
     return {**DigitsJudge(digits())(samples).as_dict(), "sample_steps": steps, "seed": seed}
 
 
+def read_metrics(folder: Path) -> dict:
+    """What metrics.json of a folder holds; {} where there is none."""
+    file = folder / "metrics.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_metrics(folder: Path, metrics: dict) -> None:
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
 def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> None:
     """metrics.json, and the model card made from it."""
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_metrics(folder, metrics)
     card = make_card(ROOT / "model_cards" / "template.md", config_yaml, metrics)
     write_whole(folder / "README.md", str(card))

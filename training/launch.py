@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch
@@ -54,6 +55,11 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(error.exit_code)
         print(f"error: process {error.error_index} of this run was ended by {error.signal_name}.", file=sys.stderr)
         sys.exit(128 - error.exit_code)
+
+
+def fail(script: str, message: object) -> NoReturn:
+    """End the process with code 1 and a sentence, which the first process of a run says."""
+    sys.exit(f"{script}: error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def _send(number: int, pids: list[int]) -> None:

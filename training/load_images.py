@@ -14,10 +14,18 @@ logger = logging.getLogger("train")
 def load_images(
     config: TrainingConfig, device: torch.device | str = "cpu"
 ) -> tuple[Images | StreamedImages, Images | None]:
+    """What `open_images` gives; a set of at most `memory_limit_bytes` is decoded into the memory of `device`."""
+    images, validation = open_images(config)
+    for part in (images, validation):
+        if isinstance(part, Images) and part.num_bytes <= config.memory_limit_bytes:
+            part.keep_in_memory(device)
+    return images, validation
+
+
+def open_images(config: TrainingConfig) -> tuple[Images | StreamedImages, Images | None]:
     """Training images, and validation images where there are any.
 
-    Every image but those of a stream is read once. Raises ValueError that names the broken ones. A set of at most
-    `memory_limit_bytes` is decoded into the memory of `device`.
+    Every image but those of a stream is read once. Raises ValueError that names the broken ones.
     """
     source = open_dataset(
         config.dataset, config.dataset_config, config.split, config.dataset_revision, config.streaming
@@ -41,9 +49,6 @@ def load_images(
     validation = None
     if config.validation_fraction:
         validation = images.held_out() if config.streaming else images.hold_out(config.validation_fraction)
-    for part in (images, validation):
-        if isinstance(part, Images) and part.num_bytes <= config.memory_limit_bytes:
-            part.keep_in_memory(device)
     return images, validation
 
 

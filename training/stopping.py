@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 import torch
 
@@ -106,8 +105,3 @@ def say_error(message: str) -> None:
     """A sentence that the first process of a run says."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train.py: error: {message}", file=sys.stderr, flush=True)
-
-
-def fail(message: str) -> NoReturn:
-    """End the process with code 1 and a sentence, which the first process of a run says."""
-    sys.exit(f"train.py: error: {message}" if os.environ.get("RANK", "0") == "0" else 1)

@@ -28,7 +28,7 @@ from nonfinite import SkippedSteps, nan_unless_finite, step_unless_skipped
 from pushing import Pusher
 from records import Records
 from saving import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
-from stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, fail, lost_process, say_error
+from stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, say_error
 from training_config import TrainingConfig, parse_config
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_same_data(images, restored)
             pusher.start()
         except ValueError as error:
-            fail(str(error))
+            launch.fail("train.py", error)
         try:
             run(config, accelerator, unet, scheduler, images, validation, held_out, restored, pusher, signals)
         except StreamError as error:
@@ -164,7 +164,9 @@ def main(arguments: list[str] | None = None) -> None:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if (sentence := lost_process(error)) is None:
                 raise
-            fail(f"{sentence} The last checkpoint is as it was; the same command goes on from there.")
+            launch.fail(
+                "train.py", f"{sentence} The last checkpoint is as it was; the same command goes on from there."
+            )
 
 
 def run(
