@@ -4,11 +4,12 @@ Both train the network of a preset from the same weights, with AdamW of the same
 precision. Stock's side is what diffusers' example does: `UNet2DModel`, `DDPMScheduler.add_noise`, `EMAModel`, a DataLoader
 that decodes and transforms each image whenever it comes (by default in the process itself), and a loop that reads the loss
 every step. This package's side is what training/train.py does: `training_step`, `MicroBatches`, `EMA`, the loss read every
-`log_every_steps`. First both take the same steps with the same images, timesteps and noise: their losses must be equal but
-for rounding. Then they are timed in turn, loading included.
+`log_every_steps`. First all take the same steps with the same images, timesteps and noise: this package's losses must be
+stock's but for rounding. Then they are timed in turn, loading included.
 """
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from ddpm_hf.ema import EMA
 
 ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}  # the example's defaults
 CHECKED_STEPS = 4
+STOCK = "train_unconditional.py's logic"
 ENDLESS = 10**9
 
 
@@ -49,7 +51,7 @@ class BenchmarkArguments:
     rounds: int = 7
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     num_workers: int = field(default=0, metadata={"help": "of stock's DataLoader; its example's default is 0"})
-    compile: str | None = field(default=None, metadata={"help": "backend of torch.compile, for both networks"})
+    compile: str | None = field(default=None, metadata={"help": "backend of torch.compile; time both compiled as well"})
 
 
 def transform(image: Image.Image, config: TrainingConfig) -> torch.Tensor:
@@ -68,7 +70,7 @@ def transform(image: Image.Image, config: TrainingConfig) -> torch.Tensor:
 class Stock:
     """The example's loop, from its description."""
 
-    def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments):
+    def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None):
         self.config = config
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         pipe = DDPMPipelineCustom(unet, scheduler).to_diffusers()
@@ -78,6 +80,7 @@ class Stock:
         self.ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
         optimizer = torch.optim.AdamW(unet.parameters(), **ADAMW)
         self.dataset = open_dataset(config.dataset, config.dataset_config, config.split)
+        self.size = len(self.dataset)
 
         def transform_images(examples: dict) -> dict:
             return {"input": [transform(image, config) for image in examples["image"]]}
@@ -87,8 +90,8 @@ class Stock:
             self.dataset, batch_size=config.batch_size, shuffle=True, num_workers=args.num_workers, drop_last=True
         )
         rate = get_scheduler("constant", optimizer=optimizer)
-        if args.compile:
-            unet = torch.compile(unet, backend=args.compile)
+        if backend:
+            unet = torch.compile(unet, backend=backend)
         self.model, self.optimizer, self.loader, self.rate = self.accelerator.prepare(unet, optimizer, loader, rate)
         self.ema.to(self.accelerator.device)
         self.step, self.batches = 0, self._batches()
@@ -135,18 +138,19 @@ class Stock:
 class Ours:
     """The loop of training/train.py."""
 
-    def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments):
+    def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None):
         self.config, self.diffusion = config, scheduler.diffusion
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         device = self.accelerator.device
         self.unet = unet.to(device, memory_format=torch.channels_last).train()
         optimizer = torch.optim.AdamW(self.unet.parameters(), **ADAMW, fused=True)
         self.ema = EMA(self.unet, config.ema_halflife_images)
-        model = torch.compile(self.unet, backend=args.compile) if args.compile else self.unet
+        model = torch.compile(self.unet, backend=backend) if backend else self.unet
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         source = open_dataset(config.dataset, config.dataset_config, config.split)
         self.images = Images(source, config.resolution, config.channels)
         self.images.keep_in_memory(device)
+        self.size = len(self.images)
         self.batches = MicroBatches(self.images, config.batch_size, config.seed, 0, ENDLESS, device=device)
         self.step, self.loss_sum, self.bar = 0, torch.zeros((), device=device), tqdm(disable=True)
 
@@ -169,19 +173,23 @@ class Ours:
                 self.accelerator.log({"loss": loss}, step=self.step)
 
 
-def largest_difference(config: TrainingConfig, stock: Stock, ours: Ours) -> float:
-    """How far the losses of the first steps are apart, relatively, where both see the same images and draws."""
-    apart = 0.0
+def first_losses(config: TrainingConfig, trainers: dict[str, Stock | Ours]) -> dict[str, list[float]]:
+    """Losses of the first steps, where all see the same images and draws; `trainers` has one of each kind at least."""
+    losses = {name: [] for name in trainers}
     for step in range(CHECKED_STEPS):
-        indices = torch.arange(step * config.batch_size, (step + 1) * config.batch_size) % len(ours.images)
-        batch = ours.images[indices.to(ours.accelerator.device)]
-        clean = stock.images(indices.tolist())
-        torch.testing.assert_close(to_signed(batch["images"]), clean, atol=1e-6, rtol=0)
-        draws = train.draw(config, step, range(config.batch_size), ours.accelerator.device)
-        theirs = stock.train(clean, (draws.t, draws.noise))
-        mine = ours.train([batch]).losses.mean().item()
-        apart = max(apart, abs(mine - theirs) / theirs)
-    return apart
+        for name, trainer in trainers.items():
+            device, batch_size = trainer.accelerator.device, config.batch_size
+            indices = torch.arange(step * batch_size, (step + 1) * batch_size) % trainer.size
+            if isinstance(trainer, Ours):
+                batch = trainer.images[indices.to(device)]
+                losses[name].append(trainer.train([batch]).losses.mean().item())
+                ours = to_signed(batch["images"])
+            else:
+                draws = train.draw(config, step, range(batch_size), device)
+                stock = trainer.images(indices.tolist())
+                losses[name].append(trainer.train(stock, (draws.t, draws.noise)))
+        torch.testing.assert_close(ours, stock, atol=1e-6, rtol=0)
+    return losses
 
 
 def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
@@ -191,18 +199,23 @@ def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
     config = TrainingConfig(**(options if args.batch_size is None else options | {"batch_size": args.batch_size}))
     torch.manual_seed(0)
     unet, scheduler = train.build(config)
-    stock, ours = (kind(config, copy.deepcopy(unet), scheduler, args) for kind in (Stock, Ours))
-    apart, allowed = largest_difference(config, stock, ours), 1e-4 if args.mixed_precision == "no" else 2e-2
-    if not apart < allowed:
-        raise SystemExit(f"{preset}: the losses differ by {apart:.1e} of their size: nothing to time")
-    print(f"{preset}: losses of the same draws differ by {apart:.1e} of their size at most")
+    trainers = {}
+    for backend in (None, args.compile) if args.compile else (None,):
+        for kind, name in ((Stock, STOCK), (Ours, "ddpm_hf")):
+            name = f"{name}, compiled" if backend else name
+            trainers[name] = kind(config, copy.deepcopy(unet), scheduler, args, backend)
+    losses, allowed = first_losses(config, trainers), 1e-4 if args.mixed_precision == "no" else 2e-2
+    for name, trainer in trainers.items():
+        apart = max(abs(loss - expected) / expected for loss, expected in zip(losses[name], losses[STOCK], strict=True))
+        if isinstance(trainer, Ours) and not apart < allowed:
+            raise SystemExit(f"{preset}: {name}'s losses are off by {apart:.1e} of their size: nothing to time")
+        print(f"{preset}: {name}: losses of the same draws are off by {apart:.1e} of their size at most")
     candidates: dict[str, Callable] = {
-        "train_unconditional.py's logic": lambda: stock.run(args.steps),
-        "ddpm_hf": lambda: ours.run(args.steps),
+        name: functools.partial(trainer.run, args.steps) for name, trainer in trainers.items()
     }
     medians = interleaved_medians(candidates, args.rounds, warmup=1)
     title = f"{preset}: {args.steps} steps of {config.batch_size} images, {args.mixed_precision} mixed precision"
-    print_ratios(title, medians, "train_unconditional.py's logic")
+    print_ratios(title, medians, STOCK)
     for name, seconds in medians.items():
         print(f"  {name:44s} {args.steps * config.batch_size / seconds:10.1f} images/s")
     return medians
