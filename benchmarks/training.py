@@ -209,7 +209,7 @@ def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
         apart = max(abs(loss - expected) / expected for loss, expected in zip(losses[name], losses[STOCK], strict=True))
         if isinstance(trainer, Ours) and not apart < allowed:
             raise SystemExit(f"{preset}: {name}'s losses are off by {apart:.1e} of their size: nothing to time")
-        print(f"{preset}: {name}: losses of the same draws are off by {apart:.1e} of their size at most")
+        print(f"{preset}: {name}: losses of the same draws differ by {apart:.1e} of stock's at most")
     candidates: dict[str, Callable] = {
         name: functools.partial(trainer.run, args.steps) for name, trainer in trainers.items()
     }
