@@ -4,12 +4,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from diffusers import DDPMPipeline
 from finish import write_metrics_and_card
 from huggingface_hub import ModelCard
 from training_config import TrainingConfig, load_preset
 
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.hub import published_files
 from ddpm_hf.model_card import card_for_repository, merge_cards, plain_card
 
 CONFIG = TrainingConfig(**load_preset("digits"))
@@ -199,3 +204,23 @@ def test_the_card_says_how_the_weights_are_averaged(card, tmp_path):
     config = TrainingConfig(**(load_preset("digits") | {"ema_halflife_images": 0, "ema_decay": 0.9999}))
     write_metrics_and_card(tmp_path, config.to_yaml(), {"training": TRAINING})
     assert "averaged with a decay of 0.9999 a step" in (tmp_path / "README.md").read_text()
+
+
+def test_the_shipped_model_is_small_and_whole_and_makes_the_images_that_stock_makes_of_it():
+    folder = Path(__file__).resolve().parent.parent / "model_cards" / "digits"
+    files = published_files(folder)
+    assert {"README.md", "config.yaml", "metrics.json", "samples.png", "denoising.png", "loss.png"} <= set(files)
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 3e6
+    assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".ckpt")]
+    rows = yaml.safe_load((folder / "README.md").read_text().split("---")[1])["model-index"][0]["results"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    measured = {figure["value"] for figure in metrics["evaluation"]["figures"]}
+    shown = [m["value"] for row in rows for m in row["metrics"] if m["type"].startswith("FD")]
+    assert shown and all(min(abs(value - m) for m in measured) < 1e-4 for value in shown)
+    ours, stock = (kind.from_pretrained(folder) for kind in (DDPMPipelineCustom, DDPMPipeline))
+    images = []
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe(2, generator, num_inference_steps=5, output_type="np").images)
+    np.testing.assert_allclose(images[0], images[1], atol=1e-4)
