@@ -20,7 +20,7 @@ PARAMETERS = {
     "cifar10-conditional": 35.8,
     "cifar10-improved": 52.5,
     "custom": 26.6,
-    "digits": 1.0,
+    "digits": 0.7,
     "digits-conditional": 1.0,
     "lsun-bedroom-256": 113.7,
     "lsun-cat-256": 113.7,
