@@ -11,7 +11,7 @@ stock's but for rounding. Then they are timed in turn, loading included.
 import copy
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -80,7 +80,6 @@ class Stock:
         self.ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
         optimizer = torch.optim.AdamW(unet.parameters(), **ADAMW)
         self.dataset = open_dataset(config.dataset, config.dataset_config, config.split)
-        self.size = len(self.dataset)
 
         def transform_images(examples: dict) -> dict:
             return {"input": [transform(image, config) for image in examples["image"]]}
@@ -102,8 +101,13 @@ class Stock:
             for batch in self.loader:
                 yield batch["input"]
 
-    def images(self, indices: list[int]) -> torch.Tensor:
+    def images_of(self, indices: list[int]) -> torch.Tensor:
         return torch.stack(self.dataset[indices]["input"]).to(self.accelerator.device)
+
+    def loss_of(self, indices: list[int]) -> float:
+        """A step with these images, and the timesteps and noise that training/train.py draws."""
+        draws = train.draw(self.config, self.step, range(len(indices)), self.accelerator.device)
+        return self.train(self.images_of(indices), (draws.t, draws.noise))
 
     def train(self, clean: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
         """A step; `draws` replaces its timesteps and noise."""
@@ -150,9 +154,15 @@ class Ours:
         source = open_dataset(config.dataset, config.dataset_config, config.split)
         self.images = Images(source, config.resolution, config.channels)
         self.images.keep_in_memory(device)
-        self.size = len(self.images)
         self.batches = MicroBatches(self.images, config.batch_size, config.seed, 0, ENDLESS, device=device)
         self.step, self.loss_sum, self.bar = 0, torch.zeros((), device=device), tqdm(disable=True)
+
+    def images_of(self, indices: list[int]) -> torch.Tensor:
+        return to_signed(self.images[indices]["images"])
+
+    def loss_of(self, indices: list[int]) -> float:
+        """A step with these images."""
+        return self.train([self.images[indices]]).losses.mean().item()
 
     def train(self, micro_batches) -> train.StepReport:
         report = train.training_step(
@@ -173,25 +183,6 @@ class Ours:
                 self.accelerator.log({"loss": loss}, step=self.step)
 
 
-def first_losses(config: TrainingConfig, trainers: dict[str, Stock | Ours]) -> dict[str, list[float]]:
-    """Losses of the first steps, where all see the same images and draws; `trainers` has one of each kind at least."""
-    losses = {name: [] for name in trainers}
-    for step in range(CHECKED_STEPS):
-        for name, trainer in trainers.items():
-            device, batch_size = trainer.accelerator.device, config.batch_size
-            indices = torch.arange(step * batch_size, (step + 1) * batch_size) % trainer.size
-            if isinstance(trainer, Ours):
-                batch = trainer.images[indices.to(device)]
-                losses[name].append(trainer.train([batch]).losses.mean().item())
-                ours = to_signed(batch["images"])
-            else:
-                draws = train.draw(config, step, range(batch_size), device)
-                stock = trainer.images(indices.tolist())
-                losses[name].append(trainer.train(stock, (draws.t, draws.noise)))
-        torch.testing.assert_close(ours, stock, atol=1e-6, rtol=0)
-    return losses
-
-
 def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
     """Median seconds of a round of each."""
     changes = {"learning_rate": ADAMW["lr"], "warmup_steps": 0, "learning_rate_schedule": "constant"}
@@ -204,15 +195,18 @@ def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
         for kind, name in ((Stock, STOCK), (Ours, "ddpm_hf")):
             name = f"{name}, compiled" if backend else name
             trainers[name] = kind(config, copy.deepcopy(unet), scheduler, args, backend)
-    losses, allowed = first_losses(config, trainers), 1e-4 if args.mixed_precision == "no" else 2e-2
+    size, allowed = len(trainers["ddpm_hf"].images), 1e-4 if args.mixed_precision == "no" else 2e-2
+    batches = torch.arange(CHECKED_STEPS * config.batch_size).remainder(size).view(CHECKED_STEPS, -1).tolist()
+    for indices in batches:
+        ours, theirs = (trainers[name].images_of(indices) for name in ("ddpm_hf", STOCK))
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    losses = {name: [trainer.loss_of(indices) for indices in batches] for name, trainer in trainers.items()}
     for name, trainer in trainers.items():
         apart = max(abs(loss - expected) / expected for loss, expected in zip(losses[name], losses[STOCK], strict=True))
         if isinstance(trainer, Ours) and not apart < allowed:
             raise SystemExit(f"{preset}: {name}'s losses are off by {apart:.1e} of their size: nothing to time")
         print(f"{preset}: {name}: losses of the same draws differ by {apart:.1e} of stock's at most")
-    candidates: dict[str, Callable] = {
-        name: functools.partial(trainer.run, args.steps) for name, trainer in trainers.items()
-    }
+    candidates = {name: functools.partial(trainer.run, args.steps) for name, trainer in trainers.items()}
     medians = interleaved_medians(candidates, args.rounds, warmup=1)
     title = f"{preset}: {args.steps} steps of {config.batch_size} images, {args.mixed_precision} mixed precision"
     print_ratios(title, medians, STOCK)

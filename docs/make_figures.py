@@ -1,18 +1,14 @@
-"""Draw the figures of docs/derivation.md and README.md: `python docs/make_figures.py --model outputs/digits`
+"""Draw the figures of docs/derivation.md: `python docs/make_figures.py`
 
-The schedules come from the package's tables, the noising strip from a photograph that scikit-learn ships, and the
-denoising strip and the samples from a trained model.
+The schedules come from the package's tables, the noising strip from a photograph that scikit-learn ships.
 """
 
-import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
-from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.plots import figure_bytes, noising_strip, schedule_curves
@@ -20,17 +16,8 @@ from ddpm_hf.plots import figure_bytes, noising_strip, schedule_curves
 IMAGES = Path(__file__).parent / "images"
 
 
-@dataclass
-class FigureArguments:
-    model: str = field(default="outputs/digits", metadata={"help": "the output folder of training/train.py"})
-
-
 def main() -> None:
-    (args,) = HfArgumentParser(FigureArguments).parse_args_into_dataclasses()
     IMAGES.mkdir(exist_ok=True)
-    for name in ("samples.png", "denoising.png"):
-        shutil.copyfile(Path(args.model) / name, IMAGES / name)
-
     linear = DDPMSchedulerCustom().diffusion
     (IMAGES / "linear.png").write_bytes(figure_bytes(schedule_curves({"linear": linear})))
     names = ["linear", "squaredcos_cap_v2", "sigmoid", "laplace"]

@@ -1,4 +1,4 @@
-"""The pictures of docs/pipeline.md: `python docs/make_pipeline_figures.py --model outputs/digits`
+"""The pictures of docs/pipeline.md: `python docs/make_pipeline_figures.py`
 
 Each is a grid made with a trained model of the digits; the images put in are digits that it was not trained on.
 """
@@ -24,7 +24,7 @@ COLUMNS, STEPS = 10, 100
 
 @dataclass
 class FigureArguments:
-    model: str = field(default="outputs/digits", metadata={"help": "the output folder of training/train.py"})
+    model: str = field(default="model_cards/digits", metadata={"help": "a model of the digits"})
 
 
 def main() -> None:
