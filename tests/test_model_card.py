@@ -224,3 +224,9 @@ def test_the_shipped_model_is_small_and_whole_and_makes_the_images_that_stock_ma
         generator = torch.Generator().manual_seed(0)
         images.append(pipe(2, generator, num_inference_steps=5, output_type="np").images)
     np.testing.assert_allclose(images[0], images[1], atol=1e-4)
+
+
+def test_the_shipped_card_shows_every_picture_beside_it_and_no_other():
+    folder = Path("model_cards/digits")
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (folder / "README.md").read_text())
+    assert sorted(shown) == sorted(file.name for file in folder.glob("*.png"))
