@@ -227,6 +227,6 @@ def test_the_shipped_model_is_small_and_whole_and_makes_the_images_that_stock_ma
 
 
 def test_the_shipped_card_shows_every_picture_beside_it_and_no_other():
-    folder = Path("model_cards/digits")
+    folder = Path(__file__).resolve().parent.parent / "model_cards" / "digits"
     shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (folder / "README.md").read_text())
     assert sorted(shown) == sorted(file.name for file in folder.glob("*.png"))
