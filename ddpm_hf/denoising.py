@@ -43,7 +43,8 @@ class eval_mode:
 
     def __enter__(self) -> None:
         self.training = [m for m in self.module.modules() if m.training]
-        self.module.eval()
+        for module in self.training:
+            module.training = False
 
     def __exit__(self, *_) -> None:
         for module in self.training:

@@ -61,6 +61,7 @@ class Denoiser:
     null_class: int | None = None
 
     def __post_init__(self):
+        self.dtype = self.unet.dtype  # asked once: diffusers walks all of the modules for it
         self.is_guided = self.class_labels is not None and self.guidance_scale != 1
         if self.is_guided:
             null = torch.full_like(self.class_labels, self.null_class)
@@ -69,7 +70,7 @@ class Denoiser:
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W), as the scheduler scaled it; t: what the scheduler calls its timestep."""
         options = {} if self.class_labels is None else {"class_labels": self.class_labels}
-        x = x.to(self.unet.dtype)
+        x = x.to(self.dtype)
         if not self.is_guided:
             # Samples stay float32 whatever the model computes in: bf16 would lose the noise at small t.
             return self.unet(x, t, **options).sample.float()

@@ -22,6 +22,7 @@ from .layers import (
     FourierProjection,
     MidStage,
     ResnetBlock,
+    SiLU,
     SinusoidalProjection,
     Upsample,
     UpStage,
@@ -169,6 +170,7 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
             self.up_blocks.append(UpStage(resnets, attentions, sampler))
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_act = SiLU()
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         if zero_init_output:
             self.zero_init_output()
@@ -206,7 +208,7 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
         self._check_inputs(sample, t, class_labels)
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        temb = self.temb_act(self.embed(t, class_labels))
+        temb = self.temb_act(self.embed(t, class_labels, sample.dtype))
 
         x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -217,20 +219,23 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
             x = self.mid_block(x, temb)
         for up in self.up_blocks:
             x = up(x, [skips.pop() for _ in up.resnets], temb)
-        x = self.conv_out(nn.functional.silu(self.conv_norm_out(x))).contiguous()
+        x = self.conv_out(self.conv_act(self.conv_norm_out(x))).contiguous()
 
         if self.config.time_embedding_type == "fourier":
             x = x / t.reshape(-1, 1, 1, 1)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 
-    def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        """Embedding (n, D) of timesteps t (n,), n being 1 when the batch shares one, plus that of the labels (B,)."""
-        emb = self.time_embedding(self.time_proj(t).to(self.dtype))
+    def embed(self, t: torch.Tensor, class_labels: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """Embedding (n, D) of timesteps t (n,), n being 1 when the batch shares one, plus that of the labels (B,).
+
+        `dtype` is the network's: asking diffusers for it walks all of the modules.
+        """
+        emb = self.time_embedding(self.time_proj(t).to(dtype))
         if self.class_embedding is None:
             return emb
         if self.config.class_embed_type == "timestep":
-            class_labels = self.time_proj(class_labels).to(self.dtype)
-        return emb + self.class_embedding(class_labels).to(self.dtype)
+            class_labels = self.time_proj(class_labels).to(dtype)
+        return emb + self.class_embedding(class_labels).to(dtype)
 
     def _check_inputs(self, sample: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> None:
         """ValueError for what does not fit the network. Looks at values only where that stalls no device or graph."""
