@@ -8,25 +8,58 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+# What Accelerate calls mixed precisions, and the numbers that convolutions are then computed in.
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def interleaved_medians(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each candidate over `rounds` rounds."""
+
+    def call(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
     for _ in range(warmup):
         for function in candidates.values():
-            function()
+            call(function)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     order = random.Random(0)
     names = list(candidates)
     for _ in range(rounds):
         order.shuffle(names)
         for name in names:
-            start = time.perf_counter()
-            candidates[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(call(candidates[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some matrix products (on a GPU) or of some convolutions of a U-Net (on a CPU)."""
+    candidates, operations = {}, {}
+    if device.type == "cpu":
+        for B, C, H in ((16, 128, 16), (128, 64, 8), (4, 256, 16)):
+            x, w = (torch.randn(shape, dtype=dtype) for shape in ((B, C, H, H), (C, C, 3, 3)))
+            x, w = (y.contiguous(memory_format=torch.channels_last) for y in (x, w))
+            candidates[f"{B}×{C}×{H}×{H}"] = lambda x=x, w=w: F.conv2d(x, w, padding=1)
+            operations[f"{B}×{C}×{H}×{H}"] = 2 * 9 * B * C * C * H * H
+    else:
+        for n in (4096, 8192):
+            a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+            candidates[f"{n}"], operations[f"{n}"] = lambda a=a, b=b: a @ b, 2 * n**3
+    medians = interleaved_medians(candidates, 30)
+    return max(operations[name] / seconds for name, seconds in medians.items())
+
+
+def flops(function: Callable[[], object]) -> int:
+    """Operations of what `function` computes, its backward passes included."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def print_ratios(title: str, medians: dict[str, float], baseline: str) -> None:

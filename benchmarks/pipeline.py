@@ -1,66 +1,76 @@
 """`DDPMPipelineCustom` against `diffusers.DDPMPipeline`: `python benchmarks/pipeline.py`
 
-Images per second at equal steps, of one network with one set of weights (a small one of 32×32 RGB, or `--model`). The
-images of both are compared first. `--compile` adds the compiled step.
+Images per second at equal steps, of one network with one set of weights (one of `unet.py`'s, or `--model`). The
+images of both are compared first. `--compile` adds stock's compiled network and this package's compiled step;
+`--mode reduce-overhead` replays both as CUDA graphs. On a GPU:
+`python benchmarks/pipeline.py --network cifar10 --batch_size 512 --mixed_precision bf16 --compile --mode reduce-overhead`
 """
 
 import copy
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from harness import describe_machine, interleaved_medians, print_ratios
+from diffusers import DDPMPipeline
+from harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from transformers import HfArgumentParser
+from unet import NETWORKS
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 
 
 @dataclass
 class BenchmarkArguments:
-    model: str | None = field(default=None, metadata={"help": "a saved pipeline; None: a small network of 32×32 RGB"})
+    model: str | None = field(default=None, metadata={"help": "a saved pipeline; None: random weights"})
+    network: Literal[tuple(NETWORKS)] = "grey"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     batch_size: int = 16
     steps: int = 10
     rounds: int = 5
     compile: bool = False
+    mode: str | None = field(default=None, metadata={"help": "of torch.compile"})
 
 
-def small_pipeline() -> DDPMPipelineCustom:
+def random_pipeline(network: str) -> DDPMPipelineCustom:
     torch.manual_seed(0)
-    unet = UNet2DModelCustom(
-        sample_size=32,
-        block_out_channels=(64, 128, 128),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )
-    return DDPMPipelineCustom(unet.eval(), DDPMSchedulerCustom())
+    return DDPMPipelineCustom(UNet2DModelCustom(**NETWORKS[network]).eval(), DDPMSchedulerCustom())
 
 
 def main() -> None:
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     (args,) = parser.parse_args_into_dataclasses()
-    ours = small_pipeline() if args.model is None else DDPMPipelineCustom.from_pretrained(args.model)
-    ours.to("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), PRECISIONS[args.mixed_precision]
+    ours = random_pipeline(args.network) if args.model is None else DDPMPipelineCustom.from_pretrained(args.model)
+    ours.to(device)
     stock = ours.to_diffusers()
     # As it would have loaded them: weights laid out for channels-last images are a part of what is compared.
     stock.unet = copy.deepcopy(stock.unet).to(memory_format=torch.contiguous_format).eval()
     pipes = {"diffusers": stock, "ddpm_hf": ours}
     if args.compile:
+        compiled = copy.deepcopy(stock.unet)
+        compiled.compile(mode=args.mode)
+        pipes["diffusers, compiled"] = DDPMPipeline(compiled, copy.deepcopy(stock.scheduler))
         pipes["ddpm_hf, compiled"] = DDPMPipelineCustom(ours.unet, ours.scheduler)
-        pipes["ddpm_hf, compiled"].compile()
+        pipes["ddpm_hf, compiled"].compile(mode=args.mode)
 
-    def images(name: str):
-        generator = torch.Generator().manual_seed(0)
-        return pipes[name](args.batch_size, generator, args.steps, output_type="np").images
+    def images(name: str) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return pipes[name](args.batch_size, generator, args.steps, output_type="pt").images
 
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    difference = max(abs(images(name) - images("diffusers")).max() for name in pipes)
-    if not difference < 0.01:
+    expected, allowed = images("diffusers"), 0.01 if dtype == torch.float32 else 0.1
+    difference = max((images(name) - expected).abs().max().item() for name in pipes)
+    if not difference < allowed:
         raise SystemExit(f"the images differ by {difference:g}: nothing to time")
     print(f"{describe_machine()}; {args.batch_size} images, {args.steps} steps, largest difference {difference:.1e}")
     medians = interleaved_medians({name: lambda name=name: images(name) for name in pipes}, args.rounds, warmup=1)
     print_ratios("a batch", medians, "diffusers")
+    peak, work = peak_rate(device, dtype), flops(lambda: images("diffusers"))
+    print(f"  at best {peak / 1e12:.2f} TFLOP/s")
     for name, seconds in medians.items():
-        print(f"  {name:44s} {args.batch_size / seconds:10.2f} images/s")
+        print(f"  {name:44s} {args.batch_size / seconds:10.2f} images/s   {work / seconds / peak:4.0%} of the best")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from harness import describe_machine, interleaved_medians
-from torch.utils.flop_counter import FlopCounterMode
+from harness import describe_machine, flops, interleaved_medians, peak_rate
 
 from ddpm_hf import UNet2DModelCustom
 
@@ -44,22 +43,6 @@ NETWORKS = {
 }
 FORWARD = {"tiny": (1, 16, 64), "grey": (16,), "cifar10": (1, 4)}
 TRAINING = {"tiny": 64, "grey": 16, "cifar10": 4}
-
-
-def peak_convolution_rate() -> float:
-    """FLOP/s of the best of some convolutions that a U-Net is made of."""
-    rates = []
-    for B, C, H in ((16, 128, 16), (128, 64, 8), (4, 256, 16)):
-        x, w = (torch.randn(s).contiguous(memory_format=torch.channels_last) for s in ((B, C, H, H), (C, C, 3, 3)))
-        seconds = interleaved_medians({"": lambda x=x, w=w: F.conv2d(x, w, padding=1)}, 30)[""]
-        rates.append(2 * 9 * B * C * C * H * H / seconds)
-    return max(rates)
-
-
-def flops(function) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 
 def networks(name: str) -> tuple[UNet2DModel, UNet2DModelCustom]:
@@ -163,7 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.networks) - set(NETWORKS):
         parser.error(f"unknown networks {sorted(unknown)}; there are {list(NETWORKS)}")
-    peak = peak_convolution_rate()
+    peak = peak_rate(torch.device("cpu"), torch.float32)
     print(f"{describe_machine()}; best convolution {peak / 1e9:.0f} GFLOP/s")
     for name in args.networks or NETWORKS:
         for size in FORWARD[name]:
