@@ -186,6 +186,18 @@ def test_outputs_and_gradients_are_stocks(pair, changes, dtype, rounding):
 
 
 @each_configuration
+def test_without_gradients_the_numbers_are_the_same_and_the_inputs_as_they_were(pair, changes):
+    """Values that only a gradient needs are written over then."""
+    mine, stock = pair(**changes)
+    given = inputs(stock)
+    expected = mine(**given).sample
+    with torch.no_grad():
+        kept = {name: value.clone() for name, value in given.items()}
+        torch.testing.assert_close(mine(**given).sample, expected, rtol=0, atol=0)
+        torch.testing.assert_close(given, kept, rtol=0, atol=0)
+
+
+@each_configuration
 def test_a_save_loads_in_stock_without_a_warning_and_gives_the_same_output(make_unet, tmp_path, diffusers_log, changes):
     mine = make_unet(**changes)
     mine.save_pretrained(tmp_path)
