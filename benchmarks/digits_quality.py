@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (folder / "metrics.json").is_file():
         sys.exit(f"digits_quality.py: error: {folder} holds no metrics.json: is it the output of training/train.py?")
     pipe = DDPMPipelineCustom.from_pretrained(folder)
-    samples = sample(pipe, range(args.num_samples), args.steps, args.seed)
+    samples = sample(pipe, range(args.num_samples), args.steps, args.seed, batch_size=250)
     quality = judge_digits(samples, args.steps, args.seed)
     metrics = read_metrics(folder) | {"quality": quality}
     write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)

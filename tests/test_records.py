@@ -127,7 +127,7 @@ def test_the_held_out_loss_is_that_of_the_saved_weights_raw_and_averaged(watched
 def test_held_out_images_are_looked_at_over_the_whole_chain_at_draws_that_never_change(watched):
     config = parse_config(["--config", str(watched[0] / "config.yaml"), "--validation_images", "100"])
     unet, scheduler = train.build(config)
-    loss = HeldOutLoss(held_out_images(config), scheduler.diffusion, 0, Accelerator())
+    loss = HeldOutLoss(held_out_images(config), scheduler.diffusion, 0, Accelerator(), 16)
     assert loss.timesteps.tolist() == list(range(5, 1000, 10))
     unet.train()
     first = loss(unet)
@@ -243,7 +243,7 @@ def test_the_held_out_loss_of_a_class_conditional_network_is_told_the_labels(tmp
     _, validation = train.load_images(config)
     images = held_out_images(config, validation)
     assert len(images) == 32 < len(validation)
-    loss = HeldOutLoss(images, scheduler.diffusion, 0, Accelerator())
+    loss = HeldOutLoss(images, scheduler.diffusion, 0, Accelerator(), 16)
     told = loss(unet)
     images._labels = (images._labels + 1) % 10
     assert loss(unet) != told

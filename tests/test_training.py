@@ -23,7 +23,7 @@ from sklearn.datasets import load_sample_image
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_config import parse_config
 
-from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.batches import MicroBatches
 from ddpm_hf.checkpoints import list_checkpoints
 
@@ -267,6 +267,19 @@ def test_the_benchmark_of_training_runs_and_both_sides_train_alike(capsys):
     benchmark.main(["--presets", "digits", "--rounds", "1", "--steps", "1", "--batch_size", "8"])
     printed = capsys.readouterr().out
     assert "losses of the same draws differ by" in printed and printed.count("images/s") == 2
+
+
+def test_a_run_never_computes_more_images_at_once_than_it_is_told_to(tmp_path, monkeypatch):
+    """Not for its pictures either: at the end of a long run is no time to find that they do not fit."""
+    forward, sizes = UNet2DModelCustom.forward, []
+
+    def recorded(self, sample, *args, **kwargs):
+        sizes.append(len(sample))
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DModelCustom, "forward", recorded)
+    run(tmp_path, "--micro_batch_size", "8", "--sample_every_steps", "6", "--validate_every_steps", "6")
+    assert max(sizes) == 8
 
 
 @pytest.fixture

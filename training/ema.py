@@ -115,7 +115,7 @@ def make_figure(args: EMAArguments, config: TrainingConfig, pipe: DDPMPipelineCu
         )
     diffusion = pipe.scheduler.diffusion
     if args.criterion == "loss":
-        loss = HeldOutLoss(held_out, diffusion, args.seed, shares.accelerator)
+        loss = HeldOutLoss(held_out, diffusion, args.seed, shares.accelerator, args.batch_size)
         return Figure(f"loss of {len(held_out)} held-out images", lambda pipe: (loss(pipe.unet), None))
 
     def bits(pipe: DDPMPipelineCustom) -> tuple[float, float]:
@@ -168,12 +168,12 @@ def sweep(args: EMAArguments, config: TrainingConfig, accelerator: Accelerator) 
     return found | {"value_before": value, "seed": args.seed, "curve": curve}, pipe
 
 
-def write(folder: Path, config: TrainingConfig, ema: dict, pipe: DDPMPipelineCustom) -> None:
+def write(folder: Path, config: TrainingConfig, ema: dict, pipe: DDPMPipelineCustom, batch_size: int) -> None:
     """The weights, their pictures and figures, metrics.json and the card, all together.
 
     Figures that were measured of the weights before are taken out.
     """
-    pictures, quality = show(pipe, config)
+    pictures, quality = show(pipe, config, batch_size)
     metrics = {"training": read_metrics(folder)["training"], **quality, "ema": ema}
     beside = folder / UNFINISHED
     shutil.rmtree(beside, ignore_errors=True)
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"The weights in {folder}/ are at least as good as these averages, and stay. The curve is in ema.png."
                 )
             else:
-                write(folder, config, ema, pipe)
+                write(folder, config, ema, pipe, args.batch_size)
                 print(
                     f"Best: σ_rel = {ema['length']:g}. Its weights, card and metrics are in {folder}/, the curve in ema.png."
                 )

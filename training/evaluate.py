@@ -202,7 +202,7 @@ def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, ar
 
 def make_samples(pipe, args, shares: Shares) -> torch.Tensor:
     """The model's, uint8 (N, C, H, W), rounded as a PNG would be."""
-    images = sample(pipe, shares.mine(args.num_samples), args.steps, args.seed)
+    images = sample(pipe, shares.mine(args.num_samples), args.steps, args.seed, args.batch_size)
     rows = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     return shares.gather(rows.contiguous(), args.num_samples)
 

@@ -12,6 +12,7 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.checkpoints import write_whole
 from ddpm_hf.data import digits
 from ddpm_hf.digits_judge import DigitsJudge
+from ddpm_hf.embedded import EMBEDDED
 from ddpm_hf.guidance import class_names_of, cycled_classes
 from ddpm_hf.model_card import make_card
 from ddpm_hf.plots import denoising_strip, figure_bytes, image_grid, loss_curve
@@ -19,7 +20,6 @@ from ddpm_hf.seeds import image_generators
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID, STRIP = 100, 4  # images of samples.png and denoising.png
-SAMPLE_BATCH = 250
 
 
 def finish(
@@ -34,7 +34,7 @@ def finish(
     pipe = DDPMPipelineCustom(unet, scheduler)
     pipe.save_pretrained(output_dir)
 
-    pictures, quality = show(pipe, config)
+    pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]))
     for name, content in (pictures | {"loss.png": figure_bytes(curves(log))}).items():
         write_whole(output_dir / name, content)
     metrics = {"training": training} | quality
@@ -46,18 +46,20 @@ def finish(
         f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/\n"
         f"  sample:    python training/sample.py --model {output_dir} --num_images 64\n"
         + (
-            f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset digits\n"
-            if "quality" in metrics
+            f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}\n"
+            if config.dataset in EMBEDDED or training["validation_examples"]  # it needs images that were held out
             else ""
         )
         + f"  publish:   python training/publish.py --model {output_dir} --repo_id <user>/<name>"
     )
 
 
-def show(pipe: DDPMPipelineCustom, config: TrainingConfig) -> tuple[dict[str, bytes], dict]:
-    """samples.png and denoising.png of a model, and "quality" where the run is one that measures it."""
+def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> tuple[dict[str, bytes], dict]:
+    """samples.png and denoising.png of a model, and "quality" where the run is one that measures it; `batch_size`
+    images are made at a time."""
     pipe.set_progress_bar_config(desc="Sampling", unit="step")
-    samples = sample(pipe, range(max(GRID, config.quality_samples)), config.sample_steps, config.seed)
+    indices = range(max(GRID, config.quality_samples))
+    samples = sample(pipe, indices, config.sample_steps, config.seed, batch_size)
     strip = strip_of(pipe, config)
     pictures = {"samples.png": figure_bytes(image_grid(samples[:GRID])), "denoising.png": figure_bytes(strip)}
     if config.dataset != "digits" or not config.quality_samples:
@@ -83,12 +85,14 @@ def curves(log: Sequence[dict]) -> Figure:
     return loss_curve(*column("loss"), held_out=held_out)
 
 
-def sample(pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int) -> np.ndarray:
-    """The images of these indices of a seed, (N, H, W, C) in [0, 1]: each the same in any company. Of a
-    class-conditional model they go round through the classes, by index."""
+def sample(
+    pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int, batch_size: int
+) -> np.ndarray:
+    """The images of these indices of a seed, (N, H, W, C) in [0, 1], `batch_size` at a time: each the same in any
+    company. Of a class-conditional model they go round through the classes, by index."""
     batches = []
-    for start in range(0, len(indices), SAMPLE_BATCH):
-        chosen = indices[start : start + SAMPLE_BATCH]
+    for start in range(0, len(indices), batch_size):
+        chosen = indices[start : start + batch_size]
         labels = cycled_classes(pipe.unet, chosen)
         generators = image_generators(seed, chosen)
         batches.append(pipe(len(chosen), generators, steps, output_type="np", class_labels=labels).images)

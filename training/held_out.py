@@ -58,11 +58,15 @@ class HeldOutLoss:
     """L_simple (eq. 14) of held-out images at draws that never change, so that two values differ by the weights alone.
 
     Image i of N is looked at for t = ⌊(i + ½)T/N⌋, with noise that depends on (seed, i) alone. The processes share the
-    images, and all of them get the mean. A class-conditional network is told the images' labels.
+    images, each computing `images_at_a_time` at the most, and all of them get the mean. A class-conditional network is told
+    the images' labels.
     """
 
-    def __init__(self, images: Images, diffusion: GaussianDiffusion, seed: int, accelerator: Accelerator):
+    def __init__(
+        self, images: Images, diffusion: GaussianDiffusion, seed: int, accelerator: Accelerator, images_at_a_time: int
+    ):
         self.images, self.diffusion, self.seed, self.accelerator = images, diffusion, seed, accelerator
+        self.images_at_a_time = images_at_a_time
         self.timesteps = ((torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images) * len(diffusion)).long()
 
     @torch.no_grad()
@@ -73,19 +77,21 @@ class HeldOutLoss:
         sums = torch.zeros(2, device=device)
         unet.eval()
         for start in range(0, len(self.images), BLOCK):
-            positions = range(start, min(start + BLOCK, len(self.images)))
+            block = range(start, min(start + BLOCK, len(self.images)))
             generator = addressed_generator(device, self.seed, "validation", start)
-            shape = (len(positions), self.images.channels, *self.images.size)
+            shape = (len(block), self.images.channels, *self.images.size)
             noise = torch.randn(shape, generator=generator, device=device)
-            # Where there are fewer images than processes, the others compute one for nothing: all take the same steps.
-            mine = positions[rank::world] or positions[:1]
-            counts = float(rank < len(positions))
-            batch = {name: values.to(device) for name, values in self.images[list(mine)].items()}
-            x_0 = to_signed(batch["images"])
-            t = self.timesteps[list(mine)].to(device)
-            noise = noise[[i - start for i in mine]]
-            losses = L_SIMPLE(unet, self.diffusion, x_0, t, noise, batch.get("labels")).simple
-            sums += counts * torch.stack([losses.sum(), torch.full_like(losses[0], len(mine))])
+            together = self.images_at_a_time * world
+            for positions in (block[i : i + together] for i in range(0, len(block), together)):
+                # Where there are fewer images than processes, the others compute one for nothing: all take the same steps.
+                mine = positions[rank::world] or positions[:1]
+                counts = float(rank < len(positions))
+                batch = {name: values.to(device) for name, values in self.images[list(mine)].items()}
+                x_0 = to_signed(batch["images"])
+                t = self.timesteps[list(mine)].to(device)
+                drawn = noise[[i - start for i in mine]]
+                losses = L_SIMPLE(unet, self.diffusion, x_0, t, drawn, batch.get("labels")).simple
+                sums += counts * torch.stack([losses.sum(), torch.full_like(losses[0], len(mine))])
         unet.train(was_training)
         spread_again(unet)
         total, count = self.accelerator.reduce(sums, "sum").tolist()

@@ -80,8 +80,10 @@ class Records:
         self.config, self.accelerator, self.unet, self.scheduler = config, accelerator, unet, scheduler
         self.averages, self.first_step, self.folder = averages, first_step, Path(config.output_dir)
         self.held_out_loss = None
+        self.images_at_a_time = config.images_at_a_time(accelerator.num_processes)
         if held_out is not None:
-            self.held_out_loss = HeldOutLoss(held_out, scheduler.diffusion, config.seed, accelerator)
+            diffusion, at_a_time = scheduler.diffusion, self.images_at_a_time
+            self.held_out_loss = HeldOutLoss(held_out, diffusion, config.seed, accelerator, at_a_time)
         self.last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
         self.is_writer = accelerator.is_main_process and not config.dry_run
         self.rows: list[dict] = []
@@ -252,7 +254,7 @@ class Records:
         config, pipe = self.config, DDPMPipelineCustom(self.unet, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         with self.averages["ema"].in_place_of(self.unet):
-            samples = sample(pipe, range(GRID), config.sample_steps, config.seed)
+            samples = sample(pipe, range(GRID), config.sample_steps, config.seed, self.images_at_a_time)
             strip = strip_of(pipe, config)
         if not self.is_writer:
             return

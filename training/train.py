@@ -186,7 +186,7 @@ def run(
     Raises SystemExit with a code of stopping.py where it ends before.
     """
     output_dir, parts = Path(config.output_dir), config.micro_batches(accelerator.num_processes)
-    images_at_a_time = config.batch_size // accelerator.num_processes // parts
+    images_at_a_time = config.images_at_a_time(accelerator.num_processes)
     diffusion = scheduler.diffusion
     optimizer = torch.optim.Adam(
         unet.parameters(),

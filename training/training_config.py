@@ -294,6 +294,10 @@ class TrainingConfig:
             )
         return share // micro
 
+    def images_at_a_time(self, num_processes: int) -> int:
+        """That a process computes at once: so many, with what their gradients need, are known to fit."""
+        return self.batch_size // num_processes // self.micro_batches(num_processes)
+
     # What may differ between a checkpoint and the run that goes on from it: none of it changes the weights.
     MAY_CHANGE = frozenset(
         {
