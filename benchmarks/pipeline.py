@@ -36,9 +36,9 @@ def random_pipeline(network: str) -> DDPMPipelineCustom:
     return DDPMPipelineCustom(UNet2DModelCustom(**NETWORKS[network]).eval(), DDPMSchedulerCustom())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(BenchmarkArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses()
+    (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), PRECISIONS[args.mixed_precision]
     ours = random_pipeline(args.network) if args.model is None else DDPMPipelineCustom.from_pretrained(args.model)
     ours.to(device)

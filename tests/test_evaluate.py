@@ -13,6 +13,7 @@ import steps_and_variances
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from measures import Shares
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 from ddpm_hf.data import Images, digits
@@ -191,10 +192,10 @@ def test_shares_of_any_number_of_processes_come_back_in_order(world):
 
     total, pad = 7, {}
     for rank in range(world):
-        mine = torch.tensor(evaluate.Shares(Together(rank)).mine(total), dtype=torch.float32)[:, None]
+        mine = torch.tensor(Shares(Together(rank)).mine(total), dtype=torch.float32)[:, None]
         pad[rank] = torch.cat([mine, torch.zeros(-(-total // world) - len(mine), 1)])
-    mine = torch.tensor(evaluate.Shares(Together(0)).mine(total), dtype=torch.float32)[:, None]
-    assert evaluate.Shares(Together(0)).gather(mine, total)[:, 0].tolist() == list(range(7))
+    mine = torch.tensor(Shares(Together(0)).mine(total), dtype=torch.float32)[:, None]
+    assert Shares(Together(0)).gather(mine, total)[:, 0].tolist() == list(range(7))
 
 
 def test_the_table_of_steps_and_variances_has_a_row_for_each(model, options, tmp_path, capsys):

@@ -269,6 +269,16 @@ def test_the_benchmark_of_training_runs_and_both_sides_train_alike(capsys):
     assert "losses of the same draws differ by" in printed and printed.count("images/s") == 2
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_benchmark_of_sampling_runs_and_both_sides_give_the_same_images(capsys, precision):
+    import pipeline as benchmark
+
+    sizes = ["--network", "tiny", "--batch_size", "2", "--steps", "2", "--rounds", "1"]
+    benchmark.main([*sizes, "--mixed_precision", precision])
+    printed = capsys.readouterr().out
+    assert "largest difference" in printed and printed.count("images/s") == 2
+
+
 def test_a_run_never_computes_more_images_at_once_than_it_is_told_to(tmp_path, monkeypatch):
     """Not for its pictures either: at the end of a long run is no time to find that they do not fit."""
     forward, sizes = UNet2DModelCustom.forward, []

@@ -19,10 +19,11 @@ from typing import Literal
 import launch
 import torch
 from accelerate import Accelerator
-from evaluate import EvaluateArguments, Shares, features_of, make_samples, measure_bound, real_features, training_images
+from evaluate import EvaluateArguments
 from finish import read_metrics, show, write_metrics_and_card
 from held_out import HeldOutLoss, held_out_images
 from load_images import open_images
+from measures import Shares, features_of, make_samples, measure_bound, real_features, training_images
 from records import SNAPSHOTS
 from training_config import TrainingConfig, load_preset
 from transformers import HfArgumentParser

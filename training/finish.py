@@ -50,7 +50,7 @@ def finish(
             if config.dataset in EMBEDDED or training["validation_examples"]  # it needs images that were held out
             else ""
         )
-        + f"  publish:   python training/publish.py --model {output_dir} --repo_id <user>/<name>"
+        + f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>"
     )
 
 
