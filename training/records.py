@@ -82,8 +82,9 @@ class Records:
         self.held_out_loss = None
         self.images_at_a_time = config.images_at_a_time(accelerator.num_processes)
         if held_out is not None:
-            diffusion, at_a_time = scheduler.diffusion, self.images_at_a_time
-            self.held_out_loss = HeldOutLoss(held_out, diffusion, config.seed, accelerator, at_a_time)
+            self.held_out_loss = HeldOutLoss(
+                held_out, scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
+            )
         self.last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
         self.is_writer = accelerator.is_main_process and not config.dry_run
         self.rows: list[dict] = []
