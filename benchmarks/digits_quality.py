@@ -1,4 +1,4 @@
-"""How good are the digits? `python benchmarks/digits_quality.py --model outputs/digits`
+"""How good are the digits? `python -m benchmarks.digits_quality --model outputs/digits`
 
 Samples the model, judges the samples and held-out real digits with the same classifier and the same distances, prints
 both side by side with the thresholds that the shipped preset is held to, and brings the folder's metrics.json and
@@ -9,13 +9,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-
-from finish import judge_digits, read_metrics, sample, write_metrics_and_card
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.evaluation.measures import sample
+from ddpm_hf.training.artifacts import judge_digits, read_metrics, write_metrics_and_card
 
 
 @dataclass

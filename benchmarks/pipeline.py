@@ -1,9 +1,9 @@
-"""`DDPMPipelineCustom` against `diffusers.DDPMPipeline`: `python benchmarks/pipeline.py`
+"""`DDPMPipelineCustom` against `diffusers.DDPMPipeline`: `python -m benchmarks.pipeline`
 
 Images per second at equal steps, of one network with one set of weights (one of `unet.py`'s, or `--model`). The
 images of both are compared first. `--compile` adds stock's compiled network and this package's compiled step;
 `--mode reduce-overhead` replays both as CUDA graphs. On a GPU:
-`python benchmarks/pipeline.py --network cifar10 --batch_size 512 --mixed_precision bf16 --compile --mode reduce-overhead`
+`python -m benchmarks.pipeline --network cifar10 --batch_size 512 --mixed_precision bf16 --compile --mode reduce-overhead`
 """
 
 import copy
@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 from diffusers import DDPMPipeline
-from harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from transformers import HfArgumentParser
 from unet import NETWORKS
 
+from benchmarks.harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 
 

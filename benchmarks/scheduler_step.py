@@ -1,4 +1,4 @@
-"""`DDPMSchedulerCustom.step` against `diffusers.DDPMScheduler.step`: `python benchmarks/scheduler_step.py`
+"""`DDPMSchedulerCustom.step` against `diffusers.DDPMScheduler.step`: `python -m benchmarks.scheduler_step`
 
 A whole chain of 50 steps on a 16×3×32×32 batch, int timesteps after `set_timesteps(50)`; per step. The samples are
 compared first. Both draw the same noise by the same `torch.randn`, which takes longer than all the rest of a step: so
@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from diffusers import DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
-from harness import describe_machine, interleaved_medians, print_ratios
 
+from benchmarks.harness import describe_machine, interleaved_medians, print_ratios
 from ddpm_hf import DDPMSchedulerCustom
 
 SHAPE, STEPS, ROUNDS = (16, 3, 32, 32), 50, 40

@@ -1,4 +1,4 @@
-"""Steps against variances: `python benchmarks/steps_and_variances.py --model outputs/digits --dataset digits`.
+"""Steps against variances: `python -m benchmarks.steps_and_variances --model outputs/digits --dataset digits`.
 
 Measures a model with training/evaluate.py at each number of sampling steps and each variance of the reverse process, all
 else alike, and prints one table: the bound of the chain in bits/dim, FD, precision and recall. Writes what each
@@ -6,17 +6,14 @@ evaluation wrote, in a folder of its own under --output_dir, and the table into 
 training/train.py made.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-
 import evaluate
 from accelerate import Accelerator
-from finish import read_metrics, write_metrics_and_card
 from transformers import HfArgumentParser
+
+from ddpm_hf.training.artifacts import read_metrics, write_metrics_and_card
 
 VARIANCES = ("fixed_small", "fixed_large", "analytic")
 

@@ -1,4 +1,4 @@
-"""Training against the logic of diffusers' train_unconditional.py: `python benchmarks/training.py [--presets digits photos]`
+"""Training against the logic of diffusers' train_unconditional.py: `python -m benchmarks.training [--presets digits photos]`
 
 Both train the network of a preset from the same weights, with AdamW of the same settings, on the same images, batch and
 precision. Stock's side is what diffusers' example does: `UNet2DModel`, `DDPMScheduler.add_noise`, `EMAModel`, a DataLoader
@@ -9,37 +9,34 @@ stock's but for rounding. Then they are timed in turn, loading included. With ea
 network needs as a share of what the machine reaches at best in that precision.
 
 On a GPU, the paper's network on images that need no download:
-`python benchmarks/training.py --presets cifar10 --dataset photos --batch_size 512 --mixed_precision bf16 --compile inductor`
+`python -m benchmarks.training --presets cifar10 --dataset photos --batch_size 512 --mixed_precision bf16 --compile inductor`
 """
 
 import copy
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import train
 from accelerate import Accelerator
+from ddpm_hf.scripts import train
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from PIL import Image
 from tqdm.auto import tqdm
-from training_config import TrainingConfig, load_preset
 from transformers import HfArgumentParser
 
+from benchmarks.harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.batches import MicroBatches
-from ddpm_hf.data import Images, open_dataset, to_signed
-from ddpm_hf.decoding import PILLOW_MODES
-from ddpm_hf.ema import EMA
+from ddpm_hf.data.batches import MicroBatches
+from ddpm_hf.data.decoding import PILLOW_MODES, to_signed
+from ddpm_hf.data.finding import open_dataset
+from ddpm_hf.data.images import Images
+from ddpm_hf.training.config import TrainingConfig, load_preset
+from ddpm_hf.training.ema import EMA
 
 ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}  # the example's defaults
 CHECKED_STEPS = 4

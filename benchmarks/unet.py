@@ -1,4 +1,4 @@
-"""`UNet2DModelCustom` against `diffusers.UNet2DModel` with the same weights: `python benchmarks/unet.py [network ...]`
+"""`UNet2DModelCustom` against `diffusers.UNet2DModel` with the same weights: `python -m benchmarks.unet [network ...]`
 
 For each network the outputs are compared, then timed in turn: the forward pass, eager and (`--compile`) compiled, and a
 training step (forward, backward, AdamW; `fused` for this package's, as its training script has it). With each time
@@ -12,8 +12,8 @@ import copy
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from harness import describe_machine, flops, interleaved_medians, peak_rate
 
+from benchmarks.harness import describe_machine, flops, interleaved_medians, peak_rate
 from ddpm_hf import UNet2DModelCustom
 
 TINY = {

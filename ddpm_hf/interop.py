@@ -30,3 +30,10 @@ def refuse_pickle(safe_serialization: bool) -> None:
     """ValueError for `safe_serialization=False`: a pickle can hold code, and whoever loads it would run that."""
     if not safe_serialization:
         raise ValueError("safe_serialization=False would write weights as pickle; only safetensors are written.")
+
+
+def stock_config(part) -> dict:
+    """A part's configuration as its file would hold it: in stock's terms."""
+    config = json.loads(part.to_json_string())
+    config.pop("_name_or_path", None)
+    return config

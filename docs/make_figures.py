@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf import DDPMSchedulerCustom
-from ddpm_hf.plots import figure_bytes, noising_strip, schedule_curves
+from ddpm_hf.evaluation.plots import figure_bytes, noising_strip, schedule_curves
 
 IMAGES = Path(__file__).parent / "images"
 

@@ -11,12 +11,14 @@ import torch
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.checkpoints import write_whole
-from ddpm_hf.data import Images, digits, to_signed
-from ddpm_hf.editing import denoise_image, image_to_image, inpaint, interpolate
-from ddpm_hf.inversion import interpolate_seeds, reconstruct
-from ddpm_hf.plots import figure_bytes, image_grid, to_display
-from ddpm_hf.samplers import make_sampler
+from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.decoding import to_signed
+from ddpm_hf.data.images import Images
+from ddpm_hf.evaluation.plots import figure_bytes, image_grid, to_display
+from ddpm_hf.files import write_whole
+from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate
+from ddpm_hf.pipelines.inversion import interpolate_seeds, reconstruct
+from ddpm_hf.schedulers.samplers import make_sampler
 
 IMAGES = Path(__file__).parent / "images"
 COLUMNS, STEPS = 10, 100

@@ -119,9 +119,9 @@ def diffusers_log(caplog) -> pytest.LogCaptureFixture:
 @pytest.fixture
 def model(make_pipeline, tmp_path):
     """The output folder of a digits run, as far as the scripts look at it."""
-    from finish import write_metrics_and_card
-    from test_model_card import TRAINING
-    from training_config import TrainingConfig, load_preset
+    from ddpm_hf.training.artifacts import write_metrics_and_card
+    from ddpm_hf.training.config import TrainingConfig, load_preset
+    from tests.hub.test_model_card import TRAINING
 
     folder = tmp_path / "model"
     folder.mkdir()

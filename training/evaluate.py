@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import launch
 import torch
 import yaml
 from accelerate import Accelerator
-from finish import read_metrics, write_metrics, write_metrics_and_card
-from measures import (
+from transformers import HfArgumentParser
+
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.diffusion.timesteps import spaced_timesteps
+from ddpm_hf.evaluation.features import dataset_revision, figure_name, load_backbone
+from ddpm_hf.evaluation.measures import (
     Shares,
     choose_variance,
     features_of,
@@ -25,12 +28,7 @@ from measures import (
     real_images,
     resizing,
 )
-from transformers import HfArgumentParser
-
-from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.checkpoints import write_whole
-from ddpm_hf.features import dataset_revision, figure_name, load_backbone
-from ddpm_hf.metrics import (
+from ddpm_hf.evaluation.metrics import (
     check_enough,
     density_coverage,
     frechet_distance,
@@ -39,9 +37,11 @@ from ddpm_hf.metrics import (
     moments,
     precision_recall,
 )
-from ddpm_hf.model_card import average_of_weights, update_results
-from ddpm_hf.plots import bound_by_timestep, closest_pairs, figure_bytes
-from ddpm_hf.timesteps import spaced_timesteps
+from ddpm_hf.evaluation.plots import bound_by_timestep, closest_pairs, figure_bytes
+from ddpm_hf.files import write_whole
+from ddpm_hf.hub.model_card import average_of_weights, update_results
+from ddpm_hf.training import launch
+from ddpm_hf.training.artifacts import read_metrics, write_metrics, write_metrics_and_card
 
 
 @dataclass

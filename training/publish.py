@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub.errors import HTTPError
-from pushing import publish_waiting, waiting
 from transformers import HfArgumentParser
 
-from ddpm_hf.hub import publish
+from ddpm_hf.hub.publish import publish
+from ddpm_hf.training.uploads import publish_waiting, waiting
 from ddpm_hf.transfer import Retries, in_one_sentence
 
 

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from launch import run
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.checkpoints import write_whole
-from ddpm_hf.guidance import cycled_classes
-from ddpm_hf.plots import PNG_COLOUR_TYPES, png_bytes, quantised
-from ddpm_hf.samplers import SAMPLERS, make_sampler
+from ddpm_hf.evaluation.plots import PNG_COLOUR_TYPES, png_bytes, quantised
+from ddpm_hf.files import write_whole
+from ddpm_hf.pipelines.guidance import cycled_classes
+from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
 from ddpm_hf.seeds import check_seed, image_generators
+from ddpm_hf.training.launch import run
 
 FORMATS = ("png", "npz", "parquet")
 

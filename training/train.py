@@ -14,35 +14,37 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-import launch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
-from build import build, build_unet
-from draws import Draws, draw
-from energy import EnergyMeter
-from finish import finish
-from held_out import held_out_images
-from load_images import load_images
-from nonfinite import SkippedSteps, nan_unless_finite, step_unless_skipped
-from pushing import Pusher
-from records import Records
-from saving import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
-from stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, say_error
-from training_config import TrainingConfig, parse_config
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
-from ddpm_hf.batches import MicroBatches, process_positions
-from ddpm_hf.checkpoints import load_optimizer_tensors, lock_folder, write_whole
-from ddpm_hf.data import Images, to_signed
-from ddpm_hf.ema import EMA
-from ddpm_hf.guidance import mark_class_names
-from ddpm_hf.losses import Loss
-from ddpm_hf.posthoc_ema import PowerEMA
+from ddpm_hf.data.batches import MicroBatches, process_positions
+from ddpm_hf.data.decoding import to_signed
+from ddpm_hf.data.images import Images
+from ddpm_hf.data.streaming import StreamedImages, StreamError
+from ddpm_hf.diffusion.losses import Loss
+from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps, make_timestep_sampler
+from ddpm_hf.files import lock_folder, write_whole
+from ddpm_hf.pipelines.guidance import mark_class_names
 from ddpm_hf.seeds import address_dropout
-from ddpm_hf.sharding import whole, whole_on_cpu
-from ddpm_hf.streaming import StreamedImages, StreamError
-from ddpm_hf.timestep_samplers import UniformTimesteps, make_timestep_sampler
+from ddpm_hf.training import launch
+from ddpm_hf.training.artifacts import finish
+from ddpm_hf.training.build import build, build_unet
+from ddpm_hf.training.checkpoints import load_optimizer_tensors
+from ddpm_hf.training.config import TrainingConfig, parse_config
+from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.energy import EnergyMeter
+from ddpm_hf.training.nonfinite import SkippedSteps, nan_unless_finite, step_unless_skipped
+from ddpm_hf.training.posthoc_ema import PowerEMA
+from ddpm_hf.training.resume import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
+from ddpm_hf.training.run_data import load_images
+from ddpm_hf.training.run_logger import Records
+from ddpm_hf.training.sharding import whole, whole_on_cpu
+from ddpm_hf.training.step_randomness import Draws, draw
+from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, say_error
+from ddpm_hf.training.uploads import Pusher
+from ddpm_hf.training.validation import held_out_images
 
 logger = logging.getLogger("train")
 

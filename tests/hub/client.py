@@ -20,8 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "training"))  # scripts import what lies beside them
-
 BATCH, STEPS, SEED = 2, 20, 0
 CALLS_AT_ONCE = 40  # most of them wait
 
@@ -132,7 +130,7 @@ def scripts() -> None:
 
 
 def calls() -> None:
-    from ddpm_hf.hub import publish
+    from ddpm_hf.hub.publish import publish
     from ddpm_hf.transfer import Retries, download_snapshot, in_one_sentence
 
     retries = Retries(first_wait_seconds=0.05)

@@ -1,0 +1,1 @@
+"""Images of a data set: finding, decoding, batches, streams."""

@@ -1,0 +1,1 @@
+"""The mathematics: schedules, the chain, losses and likelihood. Pure PyTorch, no diffusers."""

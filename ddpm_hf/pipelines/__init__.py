@@ -1,0 +1,1 @@
+"""Sampling: the pipeline, guidance, editing and inversion."""

@@ -1,0 +1,1 @@
+"""The DDPM scheduler, and diffusers' schedulers by name."""

@@ -1,0 +1,105 @@
+"""What a finished run leaves behind: pipeline, figures, metrics and model card, each whole or absent."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.data.builtin import EMBEDDED, digits
+from ddpm_hf.evaluation.digits import DigitsJudge
+from ddpm_hf.evaluation.measures import sample
+from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, loss_curve
+from ddpm_hf.files import write_whole
+from ddpm_hf.hub.model_card import make_card
+from ddpm_hf.pipelines.guidance import class_names_of, cycled_classes
+from ddpm_hf.training.config import TrainingConfig
+
+GRID, STRIP = 100, 4  # images of samples.png and denoising.png
+
+
+def finish(
+    config: TrainingConfig,
+    unet: UNet2DModelCustom,
+    scheduler: DDPMSchedulerCustom,
+    log: list[dict],
+    training: dict,
+) -> None:
+    """Write everything into `config.output_dir` and say what is there and what can be done with it."""
+    output_dir = Path(config.output_dir)
+    pipe = DDPMPipelineCustom(unet, scheduler)
+    pipe.save_pretrained(output_dir)
+
+    pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]))
+    for name, content in (pictures | {"loss.png": figure_bytes(curves(log))}).items():
+        write_whole(output_dir / name, content)
+    metrics = {"training": training} | quality
+    if names := class_names_of(unet):
+        metrics["training"]["class_names"] = names
+    write_metrics_and_card(output_dir, config.to_yaml(), metrics)
+
+    print(
+        f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/\n"
+        f"  sample:    python training/sample.py --model {output_dir} --num_images 64\n"
+        + (
+            f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}\n"
+            if config.dataset in EMBEDDED or training["validation_examples"]  # it needs images that were held out
+            else ""
+        )
+        + f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>"
+    )
+
+
+def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> tuple[dict[str, bytes], dict]:
+    """samples.png and denoising.png of a model, and "quality" where the run is one that measures it; `batch_size`
+    images are made at a time."""
+    pipe.set_progress_bar_config(desc="Sampling", unit="step")
+    indices = range(max(GRID, config.quality_samples))
+    samples = sample(pipe, indices, config.sample_steps, config.seed, batch_size)
+    strip = strip_of(pipe, config)
+    pictures = {"samples.png": figure_bytes(image_grid(samples[:GRID])), "denoising.png": figure_bytes(strip)}
+    if config.dataset != "digits" or not config.quality_samples:
+        return pictures, {}
+    return pictures, {"quality": judge_digits(samples[: config.quality_samples], config.sample_steps, config.seed)}
+
+
+def strip_of(pipe: DDPMPipelineCustom, config: TrainingConfig) -> Figure:
+    """How images come out of noise; of a class-conditional model, images of its first classes."""
+    labels = cycled_classes(pipe.unet, range(STRIP))
+    return denoising_strip(pipe, STRIP, num_inference_steps=config.sample_steps, seed=config.seed, class_labels=labels)
+
+
+def curves(log: Sequence[dict]) -> Figure:
+    """The losses of training and of held-out images by the rows of a log."""
+
+    def column(name: str) -> tuple[list[int], list[float]]:
+        points = [(row["images"], row[name]) for row in log if row.get(name) is not None]
+        return tuple(map(list, zip(*points))) if points else ([], [])
+
+    names = {"held-out images": "validation_loss", "held-out images, averaged weights": "validation_loss_ema"}
+    held_out = {label: points for label, name in names.items() if (points := column(name))[0]}
+    return loss_curve(*column("loss"), held_out=held_out)
+
+
+def judge_digits(samples: np.ndarray, steps: int, seed: int) -> dict:
+    """The quality of samples (N, 8, 8, 1) of the digits, with the protocol of the figures."""
+    return {**DigitsJudge(digits())(samples).as_dict(), "sample_steps": steps, "seed": seed}
+
+
+def read_metrics(folder: Path) -> dict:
+    """What metrics.json of a folder holds; {} where there is none."""
+    file = folder / "metrics.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_metrics(folder: Path, metrics: dict) -> None:
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> None:
+    """metrics.json, and the model card made from it."""
+    write_metrics(folder, metrics)
+    card = make_card(config_yaml, metrics)
+    write_whole(folder / "README.md", str(card))

@@ -1,0 +1,100 @@
+"""The loss of images that a run is not trained on: which they are, and the draws at which they are looked at."""
+
+import torch
+from accelerate import Accelerator
+
+from ddpm_hf import GaussianDiffusion
+from ddpm_hf.data.decoding import to_signed
+from ddpm_hf.data.finding import NoSuchSplit, open_dataset
+from ddpm_hf.data.images import Images, leave_out_broken
+from ddpm_hf.diffusion.losses import Objective
+from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.run_data import image_form
+from ddpm_hf.training.sharding import spread_again
+
+L_SIMPLE = Objective()
+BLOCK = 64  # images whose noise is drawn together
+
+
+def held_out_images(
+    config: TrainingConfig, validation: Images | None = None, device: torch.device | str = "cpu"
+) -> Images | None:
+    """At most `validation_images` images, drawn once: of `validation`, what `load_images` held out, or of the held-out split
+    where there is one. In the memory of `device`. None where there is nothing held out, or no wish for it.
+
+    Raises ValueError for a `validation_split` that is not there, and for images that cannot be read.
+    """
+    if not config.validate_every_steps:
+        return None
+    images = validation if validation is not None else _held_out_split(config)
+    if images is None:
+        return None
+    order = torch.randperm(len(images), generator=addressed_generator("cpu", config.seed, "validation images", 0))
+    images = images.subset(order[: config.validation_images].tolist())
+    if validation is None:
+        leave_out_broken(images, config.skip_broken_images, "held-out images")
+    if not images.in_memory:
+        images.keep_in_memory(device)
+    return images
+
+
+def _held_out_split(config: TrainingConfig) -> Images | None:
+    # All of a split is kept on the disk; a stream's test split only if somebody asks for it.
+    if config.validation_split is None and config.streaming:
+        return None
+    split = config.validation_split or "test"
+    try:
+        dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision)
+    except NoSuchSplit:
+        if config.validation_split is not None:
+            raise
+        return None
+    images = Images(dataset, config.resolution, **image_form(config))
+    if config.label_column is not None:
+        images.check_labels(config.num_classes)
+    return images
+
+
+class HeldOutLoss:
+    """L_simple (eq. 14) of held-out images at draws that never change, so that two values differ by the weights alone.
+
+    Image i of N is looked at for t = ⌊(i + ½)T/N⌋, with noise that depends on (seed, i) alone. The processes share the
+    images, each computing `images_at_a_time` at the most, and all of them get the mean. A class-conditional network is told
+    the images' labels.
+    """
+
+    def __init__(
+        self, images: Images, diffusion: GaussianDiffusion, seed: int, accelerator: Accelerator, images_at_a_time: int
+    ):
+        self.images, self.diffusion, self.seed, self.accelerator = images, diffusion, seed, accelerator
+        self.images_at_a_time = images_at_a_time
+        self.timesteps = ((torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images) * len(diffusion)).long()
+
+    @torch.no_grad()
+    def __call__(self, unet: torch.nn.Module) -> float:
+        """The loss of a network, which is in eval mode meanwhile. Every process has to call it."""
+        device, was_training = self.accelerator.device, unet.training
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        sums = torch.zeros(2, device=device)
+        unet.eval()
+        for start in range(0, len(self.images), BLOCK):
+            block = range(start, min(start + BLOCK, len(self.images)))
+            generator = addressed_generator(device, self.seed, "validation", start)
+            shape = (len(block), self.images.channels, *self.images.size)
+            noise = torch.randn(shape, generator=generator, device=device)
+            together = self.images_at_a_time * world
+            for positions in (block[i : i + together] for i in range(0, len(block), together)):
+                # Where there are fewer images than processes, the others compute one for nothing: all take the same steps.
+                mine = positions[rank::world] or positions[:1]
+                counts = float(rank < len(positions))
+                batch = {name: values.to(device) for name, values in self.images[list(mine)].items()}
+                x_0 = to_signed(batch["images"])
+                t = self.timesteps[list(mine)].to(device)
+                drawn = noise[[i - start for i in mine]]
+                losses = L_SIMPLE(unet, self.diffusion, x_0, t, drawn, batch.get("labels")).simple
+                sums += counts * torch.stack([losses.sum(), torch.full_like(losses[0], len(mine))])
+        unet.train(was_training)
+        spread_again(unet)
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        return total / count

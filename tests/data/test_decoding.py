@@ -1,0 +1,184 @@
+"""Images of every kind come in as what they show: depth, transparency, palettes, shapes."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageColor
+from sklearn.datasets import load_sample_image
+
+from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, reads_at_8_bits, stack_images, to_signed
+
+RAMP = np.linspace(0, 65535, 16 * 16).round().astype(np.uint16).reshape(16, 16)
+
+
+def file(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def pixels(image, size, channels, kind="PNG", save=None, **options) -> np.ndarray:
+    """(H, W, C)"""
+    return (
+        decode_image(file(image, kind, **(save or {})), ImageFormat(size, channels, **options)).permute(1, 2, 0).numpy()
+    )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grey_of_16_bits_keeps_every_one_of_its_values(kind, channels):
+    found = pixels(Image.fromarray(RAMP), (16, 16), channels, kind)
+    assert found.dtype == np.uint16 and found.shape == (16, 16, channels)
+    for plane in range(min(channels, 3)):
+        np.testing.assert_array_equal(found[..., plane], RAMP)
+    if channels == 4:
+        assert (found[..., 3] == 65535).all()
+    signed = to_signed(torch.from_numpy(found))
+    np.testing.assert_allclose(signed[..., 0], RAMP / 32767.5 - 1.0, atol=2e-7)
+
+
+def test_scaling_keeps_the_precision_of_16_bits():
+    found = pixels(Image.fromarray(RAMP), (8, 8), 1)[..., 0].astype(float)
+    exact = np.asarray(Image.fromarray(RAMP.astype(np.float32)).resize((8, 8), Image.Resampling.LANCZOS))
+    np.testing.assert_allclose(found, exact.clip(0, 65535), atol=0.51)
+    assert (found % 257 != 0).mean() > 0.9  # not 8 bits blown up
+
+
+def test_16_bits_are_rounded_to_8_where_that_is_asked_for():
+    found = pixels(Image.fromarray(RAMP), (16, 16), 1, bits=8)
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found[..., 0], RAMP / 257, atol=0.501)
+
+
+def test_8_bit_images_are_the_same_numbers_among_16_bit_ones():
+    eight = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    deep = torch.from_numpy(RAMP)[None]
+    both = stack_images([eight, deep])
+    assert both.dtype == torch.uint16 and torch.equal(both[1], deep)
+    assert torch.equal(to_signed(both)[0], to_signed(eight))
+    assert stack_images([eight, eight]).dtype == torch.uint8
+
+
+def test_signed_pixels_span_minus_one_to_one():
+    for values in (torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([0, 65535], dtype=torch.uint16)):
+        assert to_signed(values).tolist() == [-1.0, 1.0]
+
+
+def transparent(mode: str) -> tuple[Image.Image, dict]:
+    """Two rows: red (or its grey) opaque, and red fully transparent."""
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    image.paste((255, 0, 0, 0), (0, 4, 8, 8))
+    if mode in ("RGBA", "LA"):
+        return image.convert(mode), {}
+    indices = Image.new("P", (8, 8), 0)
+    indices.putpalette([255, 0, 0, 255, 0, 0])
+    indices.paste(1, (0, 4, 8, 8))
+    if mode == "P":
+        return indices, {"transparency": 1}
+    if mode == "P, by entry":
+        return indices, {"transparency": bytes([255, 0])}
+    grey = Image.new("L", (8, 8), 76)
+    grey.paste(200, (0, 4, 8, 8))
+    return grey, {"transparency": 200}
+
+
+@pytest.mark.parametrize("background", ["white", "black", "#808080"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "P, by entry", "L"])
+def test_what_is_transparent_shows_the_background_and_not_what_is_hidden(mode, background):
+    image, save = transparent(mode)
+    red = [76, 76, 76] if mode in ("LA", "L") else [255, 0, 0]
+    found = pixels(image, (8, 8), 3, save=save, background=background)
+    assert (found[:4] == red).all() and (found[4:] == ImageColor.getrgb(background)).all()
+    grey = pixels(image, (8, 8), 1, save=save, background=background)
+    assert (grey[:4] == 76).all() and (grey[4:] == ImageColor.getcolor(background, "L")).all()
+    alpha = pixels(image, (8, 8), 4, save=save, background=background)[..., 3]
+    assert (alpha[:4] == 255).all() and (alpha[4:] == 0).all()
+
+
+def test_half_transparent_is_the_mean_of_image_and_background():
+    found = pixels(Image.new("RGBA", (4, 4), (200, 100, 0, 128)), (4, 4), 3, background="#0000ff")
+    a = 128 / 255
+    np.testing.assert_allclose(found[0, 0], [200 * a, 100 * a, 255 * (1 - a)], atol=1)
+
+
+def test_what_is_transparent_in_16_bits_shows_the_background():
+    ramp = RAMP.copy()
+    ramp[:4] = 1000
+    found = decode_image(with_transparent_value(ramp, 1000), ImageFormat((16, 16), 1))[0].numpy()
+    assert (found[:4] == 65535).all()
+    np.testing.assert_array_equal(found[4:], ramp[4:])
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(values: np.ndarray, colour: int, *extra: bytes) -> bytes:
+    """A PNG of 16 bits a channel: Pillow writes grey ones alone."""
+    rows = values.astype(">u2").reshape(len(values), -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def with_transparent_value(values: np.ndarray, value: int) -> bytes:
+    return png(values, 0, chunk(b"tRNS", struct.pack(">H", value)))
+
+
+def test_colours_of_16_bits_are_known_to_be_read_at_8():
+    colours = np.stack([RAMP, RAMP, RAMP], -1)
+    assert reads_at_8_bits(png(colours, 2)) and not reads_at_8_bits(png(RAMP, 0))
+    assert not reads_at_8_bits(file(Image.fromarray(RAMP))) and not reads_at_8_bits(file(Image.new("RGB", (4, 4))))
+    found = decode_image(png(colours, 2), ImageFormat((16, 16), 3))
+    assert found.dtype == torch.uint8
+    np.testing.assert_allclose(found[0], RAMP / 257, atol=1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_padding_keeps_the_whole_image_and_fills_up_with_the_background(channels):
+    photo = Image.fromarray(load_sample_image("china.jpg")[:100, :200])
+    found = pixels(photo, (32, 32), channels, crop="pad", background="#102030").astype(int)
+    whole = photo.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]).resize((32, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(found[8:24], np.asarray(whole).reshape(16, 32, channels))
+    fill = {1: [29], 3: [16, 32, 48], 4: [0, 0, 0, 0]}[channels]
+    assert (found[:8] == fill).all() and (found[24:] == fill).all()
+
+
+def test_padding_of_16_bits_is_filled_up_too():
+    found = pixels(Image.fromarray(RAMP[:8]), (16, 16), 1, crop="pad", background="#808080")[..., 0]
+    np.testing.assert_array_equal(found[4:12], RAMP[:8])
+    assert (found[:4] == 128 * 257).all()
+    with_alpha = pixels(Image.fromarray(RAMP[:8]), (16, 16), 4, crop="pad")[..., 3]
+    assert (with_alpha[4:12] == 65535).all() and (with_alpha[:4] == 0).all()
+
+
+def test_cropping_takes_the_centre():
+    image = Image.new("L", (64, 32), 0)
+    image.paste(255, (16, 0, 48, 32))
+    assert pixels(image, (16, 16), 1).min() >= 235  # white but for the ringing of the scaling
+    assert pixels(image, (8, 16), 1)[:, :3].max() <= 5  # the shape asked for is the image's: nothing to cut
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
+def test_what_has_no_range_that_could_be_known_is_refused_not_clipped(values):
+    with pytest.raises(UNREADABLE, match="no range of values|integers from 70000"):
+        pixels(Image.fromarray(values), (4, 4), 1, "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 2}, r"channels must be one of \[1, 3, 4\], got 2"),
+        ({"crop": "left"}, "crop must be one of"),
+        ({"background": "whitish"}, "background must be a colour"),
+        ({"bits": 16}, "bits must be 8 or None"),
+    ],
+)
+def test_a_format_that_is_none_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageFormat((8, 8), **options)

@@ -1,0 +1,251 @@
+"""A stream is shared out, shuffled and gone on with exactly, whatever reads it; broken and held-out images are kept off."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_hf.data.batches import MicroBatches
+from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.finding import open_dataset
+from ddpm_hf.data.images import Images
+from ddpm_hf.data.streaming import StreamedImages
+from tests.hub import HubServer
+
+EXAMPLES = 90
+
+
+def parquet(dataset: datasets.Dataset) -> bytes:
+    stream = io.BytesIO()
+    dataset.to_parquet(stream)
+    return stream.getvalue()
+
+
+def parquet_files(shards: int) -> dict[str, bytes]:
+    """Some digits as a repository has them."""
+    some = digits()["train"].select(range(EXAMPLES))
+    names = [f"data/train-{i:05d}-of-{shards:05d}.parquet" for i in range(shards)]
+    return {name: parquet(some.shard(shards, i)) for i, name in enumerate(names)}
+
+
+def write(files: dict[str, bytes], folder: Path) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same digits in five files and in one."""
+    return {shards: write(parquet_files(shards), tmp_path_factory.mktemp(f"{shards}_files")) for shards in (5, 1)}
+
+
+def stream(folder, **options):
+    source = open_dataset(str(folder), streaming=True)
+    return StreamedImages(source, (8, 8), 1, **({"shuffle_buffer": 32, "label_column": "label"} | options))
+
+
+def batches(images, steps=12, first_step=0, rank=0, processes=1, **options):
+    return MicroBatches(images, 12, 7, first_step, steps, rank, processes, **options)
+
+
+def keys(found) -> list[bytes]:
+    """What tells one image from another, in order."""
+    return [image.numpy().tobytes() for batch in found for image in batch["images"]]
+
+
+def every_image(folder) -> Counter:
+    return Counter(keys([Images(open_dataset(str(folder)), (8, 8), 1)[range(EXAMPLES)]]))
+
+
+@pytest.mark.parametrize("shards", [5, 1])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_every_image_comes_once_before_one_comes_again(folders, shards, lanes):
+    found = keys(batches(stream(folders[shards], num_lanes=lanes), steps=60))
+    everything = every_image(folders[shards])
+    by_lane = [[found[i] for i in range(len(found)) if i % 12 // (12 // lanes) == lane] for lane in range(lanes)]
+    assert sum((Counter(set(lane)) for lane in by_lane), Counter()) == everything  # each image is of one lane
+    for lane in by_lane:
+        size = len(set(lane))
+        epochs = [lane[i : i + size] for i in range(0, len(lane) - size + 1, size)]
+        assert len(epochs) >= 4 and all(set(epoch) == set(lane) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_an_epoch_is_shuffled_within_the_buffer_and_across_files(folders):
+    order = [image for image in keys([Images(open_dataset(str(folders[5])), (8, 8), 1)[range(EXAMPLES)]])]
+    epochs = [[order.index(k) for k in keys(batches(stream(folders[5], shuffle_buffer=b), steps=7))] for b in (1, 32)]
+    unshuffled, shuffled = epochs
+    # Without a buffer the files' order alone is random: 18 digits of a file follow each other.
+    assert sum(b - a == 1 for a, b in zip(unshuffled, unshuffled[1:])) >= 84 - 6 and unshuffled != sorted(unshuffled)
+    assert sum(b - a == 1 for a, b in zip(shuffled, shuffled[1:])) < 10
+
+
+def test_labels_stay_with_their_images(folders):
+    label = dict(zip(every := keys([Images(open_dataset(str(folders[5])), (8, 8), 1)[range(EXAMPLES)]]), digits()["train"]["label"]))  # fmt: skip
+    assert len(every) == EXAMPLES
+    for batch in batches(stream(folders[5])):
+        assert [label[k] for k in keys([batch])] == batch["labels"].tolist()
+
+
+@pytest.mark.parametrize("shards", [5, 1])
+def test_any_number_of_processes_that_divides_the_lanes_and_any_micro_batches_make_the_same_run(folders, shards):
+    images = stream(folders[shards], num_lanes=4)
+    one = [keys([batch]) for batch in batches(images)]
+    for processes, parts in ((2, 1), (4, 3), (1, 4)):
+        shares = [list(batches(images, rank=r, processes=processes, micro_batches=parts)) for r in range(processes)]
+        for step in range(12):
+            assert sum((keys(share[step * parts : (step + 1) * parts]) for share in shares), []) == one[step]
+
+
+@pytest.mark.parametrize(("shards", "lanes"), [(5, 2), (1, 2), (5, 1)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_goes_on_exactly_where_it_stopped_whatever_reads_it(folders, shards, lanes, workers):
+    images = stream(folders[shards], num_lanes=lanes)
+    straight = keys(batches(images, steps=20))
+    for stop in (1, 5, 8, 13):
+        before = batches(images, steps=20, num_workers=workers)
+        done = keys(islice(before, stop))
+        state = json.loads(json.dumps(before.gather_state(list)))
+        after = batches(images, steps=20, first_step=stop, state=state, num_workers=workers)
+        assert done + keys(after) == straight
+
+
+def test_two_processes_go_on_with_what_one_began_and_the_number_of_lanes_is_then_kept(folders):
+    straight = keys(batches(stream(folders[5], num_lanes=2)))
+    before = batches(stream(folders[5], num_lanes=2))
+    done, state = keys(islice(before, 4)), before.gather_state(list)
+    images = stream(folders[5])  # no number given: that of the run
+    shares = [list(batches(images, first_step=4, rank=r, processes=2, state=state)) for r in (0, 1)]
+    assert done + [key for pair in zip(*shares) for key in keys(pair)] == straight
+    with pytest.raises(ValueError, match="stream_lanes = 4, but the run that is gone on with has 2"):
+        batches(stream(folders[5], num_lanes=4), first_step=4, state=state)
+
+
+def test_lanes_that_processes_or_batch_do_not_share_out_evenly_are_refused(folders):
+    with pytest.raises(ValueError, match="stream_lanes = 3 must be a multiple of the 2 processes"):
+        batches(stream(folders[5], num_lanes=3), processes=2)
+    with pytest.raises(ValueError, match="stream_lanes = 5 .*divide the batch of 12"):
+        batches(stream(folders[5], num_lanes=5))
+
+
+def test_going_on_reads_no_more_of_the_past_than_the_unfinished_block(folders):
+    """Hundreds of epochs are not read again: the state says where the block starts."""
+    images = stream(folders[5], shuffle_buffer=16)
+    before = batches(images, steps=100)
+    keys(islice(before, 90))
+    reads = []
+    resumed = batches(images, steps=100, first_step=90, state=before.gather_state(list))
+    lane = resumed._batches._dataset_fetcher.dataset.lanes[0]
+    reader, read = lane._reader, lane._reader.next
+    reader.next = lambda: reads.append(1) or read()
+    next(resumed)
+    assert len(reads) <= 3 * 16 + 12
+
+
+def test_held_out_images_are_those_of_the_whole_set_and_are_never_trained_on(folders):
+    whole = Images(open_dataset(str(folders[5])), (8, 8), 1)
+    held_out = whole.hold_out(0.2)
+    images = stream(folders[5], validation_fraction=0.2)
+    streamed = images.held_out()
+    expected = Counter(keys([held_out[range(len(held_out))]]))
+    assert Counter(keys([streamed[range(len(streamed))]])) == expected and 5 <= len(held_out) <= 35
+    trained = set(keys(batches(images, steps=30)))
+    assert trained == set(every_image(folders[5])) - set(expected)
+
+
+@pytest.fixture
+def with_broken(tmp_path):
+    for i, row in enumerate(digits()["train"].select(range(30))):
+        row["image"].save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "17.png").write_bytes((tmp_path / "17.png").read_bytes()[:60])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_when_it_is_met_and_may_be_passed_over(with_broken, workers, caplog):
+    images = stream(with_broken, label_column=None, validation_fraction=0.01)
+    with pytest.raises(ValueError, match="cannot be read: .*17.png.*--skip_broken_images"):
+        keys(batches(images, num_workers=workers))
+    images.skip_broken = True
+    found = keys(batches(images, num_workers=workers))
+    assert len(found) == 144 and len(set(found)) in (28, 29)
+    assert workers or "17.png" in caplog.text
+
+
+def test_photographs_of_a_folder_are_streamed_as_they_are_read(tmp_path):
+    for name, split in zip(("a", "b"), (range(6), range(6, 12))):
+        (tmp_path / name).mkdir()
+        for i in split:
+            Image.fromarray(np.full((10, 20, 3), 20 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
+    images = StreamedImages(open_dataset(str(tmp_path), streaming=True), (8, 8), 3, label_column="label")
+    batch = next(batches(images))
+    assert sorted(batch["images"][:, 0, 0, 0].tolist()) == [20 * i for i in range(12)]
+    assert all((value >= 120) == label for value, label in zip(batch["images"][:, 0, 0, 0], batch["labels"]))
+
+
+CLIENT = """
+import json, sys, torch
+from ddpm_hf.data.batches import MicroBatches
+from ddpm_hf.data.finding import open_dataset
+from ddpm_hf.data.images import Images
+from ddpm_hf.data.streaming import StreamedImages
+
+def keys(found):
+    return [image.numpy().tobytes().hex() for batch in found for image in batch["images"]]
+
+name, old = "user/digits", sys.argv[1]
+out = {"plain": keys([(i := Images(open_dataset(name), (8, 8), 1))[range(len(i))]])}
+out["old"] = len(open_dataset(name, revision=old))
+images = StreamedImages(open_dataset(name, streaming=True), (8, 8), 1, shuffle_buffer=32)
+out["resolved at old"] = sum(1 for _ in open_dataset(name, revision=old, streaming=True))
+for workers in (0, 1):
+    first = MicroBatches(images, 12, 7, 0, 15, num_workers=workers)
+    done = keys(next(first) for _ in range(6))
+    state = first.gather_state(list)
+    out[f"stopped {workers}"] = done + keys(MicroBatches(images, 12, 7, 6, 15, num_workers=workers, state=state))
+out["straight"] = keys(MicroBatches(images, 12, 7, 0, 15))
+out["errors"] = []
+for wrong in ({"name": "user/nothing"}, {"name": name, "revision": "v9"}, {"name": name, "split": "test", "streaming": True}):
+    try:
+        open_dataset(**wrong)
+    except ValueError as error:
+        out["errors"].append(str(error))
+print(json.dumps(out))
+"""
+
+
+def test_a_data_set_on_the_hub_is_read_by_revision_plainly_and_as_a_stream(tmp_path, folders):
+    with HubServer() as hub:
+        hub.add_user("user")
+        few = parquet(digits()["train"].select(range(10)))
+        repo = hub.add_repo("user/digits", {"data/train-00000-of-00001.parquet": few}, kind="datasets")
+        old = repo.at("main").oid
+        repo.add(parquet_files(1))
+        online = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
+        }
+        command = [sys.executable, "-c", CLIENT, old]
+        done = subprocess.run(command, env={**os.environ, **online}, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert Counter(bytes.fromhex(key) for key in out["plain"]) == every_image(folders[1])
+    assert out["old"] == out["resolved at old"] == 10
+    assert out["straight"] == out["stopped 0"] == out["stopped 1"]
+    assert Counter(out["straight"][:EXAMPLES]) == Counter(out["plain"])
+    nothing, revision, split = out["errors"]
+    assert "'user/nothing'" in nothing and "doesn't exist" in nothing
+    assert "dataset_revision 'v9'" in revision and "no split 'test'; it has ['train']" in split

@@ -1,0 +1,380 @@
+"""The bound against closed forms, against a float64 reference written apart, and on networks of diffusers."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from scipy.stats import norm
+from torch.distributions import Normal, kl_divergence
+
+from ddpm_hf import DDPMSchedulerCustom
+from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion
+from ddpm_hf.diffusion.likelihood import BoundSums, discretised_gaussian_log_likelihood, prior_bits, variational_bound
+from ddpm_hf.diffusion.schedules import make_betas
+
+LOG_2 = math.log(2)
+
+
+def pictures(*shape, mean=0.0, std=0.3, seed=0, dtype=torch.float64):
+    """Normal pixels rounded to 8 bits, in [-1, 1]; of another seed than the tests' noise, which would be the same numbers."""
+    x = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
+    return (((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).to(dtype)
+
+
+def gaussian_denoiser(diffusion, mean, variance):
+    """The optimal prediction of the noise for data N(mean, variance), told the network's timesteps."""
+    index = {t: i for i, t in enumerate(diffusion.timesteps.tolist())}
+
+    def model(x_t, t):
+        t = torch.tensor([index[number] for number in t.tolist()])
+        bar = diffusion.at("alphas_cumprod", t, x_t)
+        return (1 - bar).sqrt() * (x_t - bar.sqrt() * mean) / (bar * variance + 1 - bar)
+
+    return model
+
+
+def gaussian_chain(variance_type, variance, T=1000):
+    diffusion = GaussianDiffusion(make_betas("linear", T))
+    one_minus, bar = diffusion.one_minus_alphas_cumprod, diffusion.alphas_cumprod
+    moments = one_minus / (bar * variance + one_minus) if variance_type == "analytic" else None
+    return GaussianDiffusion(make_betas("linear", T), "epsilon", variance_type, analytic_moments=moments)
+
+
+# ---------------------------------------------------------------------- the decoder
+
+
+def exact_log_probability(x, mean, std):
+    with mpmath.workdps(60):
+        low = mpmath.inf if x == -1 else (mpmath.mpf(mean) - x + mpmath.mpf(1) / 255) / std
+        high = -mpmath.inf if x == 1 else (mpmath.mpf(mean) - x - mpmath.mpf(1) / 255) / std
+        # Q(−low) − Q(−high), or by symmetry from the other side where both are near 1.
+        ends = (high, low) if high > 0 else (-low, -high)
+        tails = [mpmath.erfc(z / mpmath.sqrt(2)) / 2 for z in ends]
+        return float(mpmath.log(tails[0] - tails[1]))
+
+
+@pytest.mark.parametrize("std", [0.003, 0.01, 0.2, 3.0])
+@pytest.mark.parametrize("mean", [-1.0, -0.98, 0.1, 1.0])
+def test_the_decoder_is_exact_far_out_in_the_tails_and_at_both_ends(mean, std):
+    levels = [0, 1, 2, 100, 127, 128, 200, 253, 254, 255]
+    x = torch.tensor([level / 127.5 - 1 for level in levels], dtype=torch.float64)
+    expected = torch.tensor([exact_log_probability(v, mean, std) for v in x.tolist()], dtype=torch.float64)
+    actual = discretised_gaussian_log_likelihood(x, torch.full_like(x, mean), 2 * math.log(std))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("std", [1e-3, 0.05, 10.0])
+def test_the_probabilities_of_all_levels_add_up_to_one(std):
+    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    logs = discretised_gaussian_log_likelihood(x, torch.full_like(x, 0.3), 2 * math.log(std))
+    assert logs.exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+# ---------------------------------------------------------------------- Gaussian data, exact denoiser
+
+
+@pytest.mark.parametrize("kept", [range(1000), range(9, 1000, 10)])
+def test_with_exact_denoiser_and_variance_the_bound_is_the_entropy_of_gaussian_data(kept):
+    """The reverse process of Gaussian data is Gaussian, so that with its true variance nothing is lost."""
+    mean, std = 0.1, 0.2
+    x_0 = pictures(48, 1, 16, 16, mean=mean, std=std)
+    chain = gaussian_chain("analytic", std**2).respace(kept)
+    bound = variational_bound(chain, gaussian_denoiser(chain, mean, std**2), [x_0[:20], x_0[20:]])
+    edges = (np.arange(257) - 128) / 127.5 + 1 / 255
+    p = np.diff(norm.cdf(np.r_[-np.inf, edges[1:-1], np.inf], mean, std))
+    entropy = -(p * np.log2(p)).sum()
+    assert entropy == pytest.approx(math.log2(std * math.sqrt(2 * math.pi * math.e) * 127.5), abs=1e-4)
+    assert bound.standard_error < 0.03  # of 6.6
+    assert bound.bits_per_dim == pytest.approx(entropy, abs=4 * bound.standard_error)
+    assert bound.bits_per_dim == pytest.approx(bound.prior + sum(bound.terms), abs=1e-12)
+
+
+@pytest.mark.parametrize("kept", [range(1000), range(99, 1000, 100)])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
+def test_every_term_and_error_of_gaussian_data_is_its_closed_form(variance_type, kept):
+    """L_t = (β̃/σ² − 1 − ln(β̃/σ²) + (coefficient of x_0)²·Var(x_0 | x_t)/σ²)/2 for exact predictions."""
+    mean, variance = -0.2, 0.09
+    chain = gaussian_chain(variance_type, variance).respace(kept)
+    x_0 = pictures(24, 1, 24, 24, mean=mean, std=variance**0.5)
+    bound = variational_bound(chain, gaussian_denoiser(chain, mean, variance), [x_0])
+    one_minus, bar = chain.one_minus_alphas_cumprod, chain.alphas_cumprod
+    spread = variance * one_minus / (bar * variance + one_minus)  # Var(x_0 | x_t)
+    table = {"fixed_small": "posterior_variance", "fixed_large": "betas", "analytic": "analytic_variance"}
+    sigma2 = getattr(chain, table[variance_type])[1:]
+    ratio = chain.posterior_variance[1:] / sigma2
+    expected = (ratio - 1 - ratio.log() + chain.posterior_mean_coef_x_0[1:] ** 2 * spread[1:] / sigma2) / 2 / LOG_2
+    terms = torch.tensor(bound.terms, dtype=torch.float64)[1:]
+    # 13,824 squared normal deviates have a relative standard error of √(2/13824) = 1.2 %.
+    torch.testing.assert_close(terms, expected, rtol=0.08, atol=1e-7)
+    assert terms.sum().item() == pytest.approx(expected.sum().item(), rel=0.01)
+    x_0_mse = torch.tensor(bound.x_0_mse, dtype=torch.float64)
+    torch.testing.assert_close(x_0_mse, spread, rtol=0.08, atol=1e-7)
+    epsilon_mse = torch.tensor(bound.epsilon_mse, dtype=torch.float64)
+    torch.testing.assert_close(epsilon_mse, spread * bar / one_minus, rtol=0.08, atol=1e-7)
+    signal = bar[-1].item()
+    second_moment = x_0.square().mean().item()
+    assert bound.prior == pytest.approx((-math.log1p(-signal) - signal + signal * second_moment) / 2 / LOG_2, rel=1e-6)
+
+
+def test_no_fixed_variance_has_a_lower_bound_than_the_analytic_one():
+    x_0 = pictures(16, 1, 16, 16, std=0.3)
+    for kept in (range(1000), range(19, 1000, 20)):
+        bounds = {}
+        for variance_type in ("fixed_small", "fixed_large", "analytic"):
+            chain = gaussian_chain(variance_type, 0.09).respace(kept)
+            generator = torch.Generator().manual_seed(0)
+            bounds[variance_type] = variational_bound(chain, gaussian_denoiser(chain, 0, 0.09), [x_0], generator)
+        assert bounds["analytic"].bits_per_dim < min(bounds[n].bits_per_dim for n in ("fixed_small", "fixed_large"))
+
+
+# ---------------------------------------------------------------------- a reference written apart
+
+
+class Recorder:
+    """A network without sense whose inputs are kept."""
+
+    def __init__(self, channels, doubled, positive):
+        generator = torch.Generator().manual_seed(3)
+        self.weight = torch.randn(channels * (1 + doubled), channels, generator=generator, dtype=torch.float64)
+        self.channels, self.positive, self.seen = channels, positive, []
+
+    def __call__(self, x_t, t):
+        output = torch.einsum("oc,bchw->bohw", self.weight.to(x_t.dtype), x_t).tanh()
+        if self.positive:
+            output = torch.cat([output[:, : self.channels], output[:, self.channels :].exp() * 1e-3], 1)
+        self.seen += [(x_t[i].double(), int(t[i]), output[i].double()) for i in range(len(t))]
+        return output
+
+
+def reference_terms(alpha_bars, t_index, prediction_type, variance_type, moment, x_0, x_t, output):
+    """L_t of an image in bits/dim, and both squared errors, from the definitions, one number at a time."""
+    bar, previous = alpha_bars[t_index], alpha_bars[t_index - 1] if t_index else 1.0
+    beta = 1 - bar / previous
+    # Eq. 7: precisions add.
+    small = 1 / ((1 - beta) / beta + 1 / (1 - previous)) if t_index else None
+    if t_index == 0:
+        b = 1 - alpha_bars[1] / bar
+        small = 1 / ((1 - b) / b + 1 / (1 - bar))
+    prediction, extra = output[: len(x_0)], output[len(x_0) :]
+    if prediction_type == "epsilon":
+        predicted = (x_t - math.sqrt(1 - bar) * prediction) / math.sqrt(bar)
+    elif prediction_type == "sample":
+        predicted = prediction
+    else:
+        predicted = math.sqrt(bar) * x_t - math.sqrt(1 - bar) * prediction
+    epsilon = (x_t - math.sqrt(bar) * predicted) / math.sqrt(1 - bar)
+    noise = (x_t - math.sqrt(bar) * x_0) / math.sqrt(1 - bar)
+
+    def posterior_mean(x):
+        return (math.sqrt(previous) * beta * x + math.sqrt(1 - beta) * (1 - previous) * x_t) / (1 - bar)
+
+    if variance_type.startswith("fixed_small"):
+        sigma2 = torch.full_like(x_0, small)
+    elif variance_type.startswith("fixed_large"):
+        sigma2 = torch.full_like(x_0, beta if t_index else small)
+    elif variance_type == "analytic":
+        own = small if t_index else 0.0
+        spread = (1 - bar) / bar * max(0.0, 1 - moment)
+        sigma2 = torch.full_like(x_0, own + (math.sqrt(previous) * beta / (1 - bar)) ** 2 * spread)
+    elif variance_type == "learned":
+        sigma2 = extra
+    else:
+        v = (extra + 1) / 2
+        sigma2 = torch.exp(v * math.log(beta) + (1 - v) * math.log(small))
+    p = Normal(posterior_mean(predicted), sigma2.sqrt())
+    if t_index:
+        nats = kl_divergence(Normal(posterior_mean(x_0), torch.full_like(x_0, math.sqrt(small))), p).mean().item()
+    else:
+        entries = zip(*(v.flatten().tolist() for v in (x_0, p.mean, p.stddev)))
+        nats = -float(np.mean([exact_log_probability(*entry) for entry in entries]))
+    errors = (epsilon - noise).square().mean().item(), (predicted - x_0).square().mean().item()
+    return nats / LOG_2, *errors
+
+
+@pytest.mark.parametrize("kept", [range(10), [1, 4, 9]])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_the_bound_is_that_of_a_float64_reference_written_apart(variance_type, prediction_type, kept):
+    moments = torch.linspace(0.3, 1.05, 10) if variance_type == "analytic" else None
+    betas = make_betas("linear", 10, 0.01, 0.3)
+    chain = GaussianDiffusion(betas, prediction_type, variance_type, analytic_moments=moments).respace(kept)
+    x_0 = pictures(3, 2, 2, 2)
+    model = Recorder(2, variance_type in LEARNED_VARIANCES, variance_type == "learned")
+    bound = variational_bound(chain, model, [x_0])
+
+    bars = [math.exp(math.fsum(math.log1p(-b) for b in betas.tolist()[: t + 1])) for t in kept]
+    totals, by_t = np.zeros(3), np.zeros((3, len(bars)))
+    for call, (x_t, told, output) in enumerate(model.seen):
+        image, t = call % 3, list(kept).index(told)
+        moment = None if moments is None else moments[told].item()
+        measured = reference_terms(bars, t, prediction_type, variance_type, moment, x_0[image], x_t, output)
+        totals[image] += measured[0]
+        by_t[:, t] += np.array(measured) / 3
+    end = Normal(math.sqrt(bars[-1]) * x_0, math.sqrt(1 - bars[-1]))
+    prior = kl_divergence(end, Normal(torch.zeros_like(x_0), 1.0)).mean((1, 2, 3)).numpy() / LOG_2
+    np.testing.assert_allclose([bound.terms, bound.epsilon_mse, bound.x_0_mse], by_t, rtol=1e-8, atol=1e-12)
+    assert bound.prior == pytest.approx(prior.mean(), rel=1e-9)
+    assert bound.decoder == bound.terms[0] and bound.num_images == 3 and bound.timesteps == list(kept)
+    assert bound.bits_per_dim == pytest.approx((totals + prior).mean(), rel=1e-9)
+    assert bound.standard_error == pytest.approx((totals + prior).std(ddof=1) / math.sqrt(3), rel=1e-6)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
+def test_float32_gives_the_bound_of_float64(variance_type):
+    chain = gaussian_chain(variance_type, 0.09)
+    model = gaussian_denoiser(chain, 0.0, 0.09)
+    bounds = []
+    for dtype in (torch.float32, torch.float64):
+        noise = torch.Generator().manual_seed(0)
+        # One noise for both: drawn in float32, handed on in the dtype asked for.
+        x_0 = pictures(4, 1, 8, 8, dtype=dtype)
+        sums = BoundSums(1000)
+        generators = [torch.Generator().manual_seed(int(s)) for s in torch.randint(2**31, (4,), generator=noise)]
+        sums.add(chain, model, x_0, generators)
+        bounds.append(sums.result(chain))
+    # Different draws (float64 has its own stream), so only as near as those let them be.
+    assert abs(bounds[0].bits_per_dim - bounds[1].bits_per_dim) < 4 * math.hypot(*(b.standard_error for b in bounds))
+    torch.testing.assert_close(bounds[0].prior, bounds[1].prior, rtol=1e-5, atol=0)
+
+
+def test_a_shifted_prediction_costs_what_the_kl_says_and_clipping_takes_it_back():
+    """With x_0 = 1 and predictions 3 too high, the clip of sampling makes the prediction perfect."""
+    chain = GaussianDiffusion(make_betas("linear", 50, 0.002, 0.4), "sample")
+    x_0 = torch.ones(2, 1, 4, 4)
+    off = variational_bound(chain, lambda x, t: torch.full_like(x, 4.0), [x_0])
+    expected = chain.posterior_mean_coef_x_0[1:].square() * 9 / chain.posterior_variance[1:] / 2 / LOG_2
+    torch.testing.assert_close(torch.tensor(off.terms[1:]), expected.float(), rtol=1e-5, atol=0)
+    clipped = variational_bound(chain, lambda x, t: torch.full_like(x, 4.0), [x_0], clip=lambda x: x.clamp(-1, 1))
+    assert max(clipped.terms[1:]) == 0 and max(clipped.x_0_mse) == 0 and min(clipped.epsilon_mse) > 0
+
+
+# ---------------------------------------------------------------------- which images see which t, and processes
+
+
+@pytest.mark.parametrize("stride", [2, 3, 7])
+def test_a_stride_has_the_expectation_of_the_whole_sum(stride):
+    """A perfect prediction makes every term a number without noise in it, so that the two must agree exactly."""
+    chain = GaussianDiffusion(make_betas("linear", 30, 0.001, 0.5), "sample", "fixed_large")
+    x_0 = torch.full((2 * stride, 1, 2, 2), 51 / 127.5 - 1, dtype=torch.float64)
+    calls = []
+
+    def model(x_t, t):
+        calls.append(len(t))
+        return torch.full_like(x_t, 51 / 127.5 - 1)
+
+    whole = variational_bound(chain, model, [x_0])
+    whole_calls = sum(calls)
+    calls.clear()
+    part = variational_bound(chain, model, [x_0], stride=stride)
+    assert part.bits_per_dim == pytest.approx(whole.bits_per_dim, rel=1e-12)
+    assert part.terms == pytest.approx(whole.terms, rel=1e-12) and part.standard_error == pytest.approx(0, abs=1e-7)
+    assert whole_calls == 30 * 2 * stride and sum(calls) == 29 * 2 + 2 * stride
+
+
+def test_the_standard_error_is_the_spread_of_repetitions():
+    chain = gaussian_chain("fixed_small", 0.09).respace(range(99, 1000, 100))
+    model = gaussian_denoiser(chain, 0, 0.09)
+    for stride in (1, 3):
+        bounds = [variational_bound(chain, model, [pictures(24, 1, 4, 4, seed=s)], stride=stride) for s in range(150)]
+        spread = np.std([b.bits_per_dim for b in bounds], ddof=1)
+        assert np.mean([b.standard_error for b in bounds]) == pytest.approx(spread, rel=0.25)
+
+
+def test_sums_of_several_processes_add_up_to_those_of_one():
+    chain = GaussianDiffusion(make_betas("linear", 12, 0.01, 0.4))
+    x_0 = pictures(7, 1, 4, 4, dtype=torch.float32)
+    offsets = torch.arange(7) % 3
+
+    def add(sums, indices):
+        generators = [torch.Generator().manual_seed(i) for i in indices]
+        sums.add(chain, lambda x, t: 0.3 * x, x_0[indices], generators, offsets[indices])
+
+    alone, shares = BoundSums(12, 3), [BoundSums(12, 3), BoundSums(12, 3)]
+    add(alone, [0, 1, 2, 3, 4, 5, 6])
+    add(shares[0], [0, 2, 4, 6])
+    add(shares[1], [1, 3])
+    add(shares[1], [5])
+    torch.testing.assert_close(shares[0].values + shares[1].values, alone.values, rtol=1e-6, atol=1e-9)
+    assert alone.result(chain).num_images == 7
+
+
+def test_a_network_of_diffusers_and_chains_of_the_scheduler_have_a_bound(unet_config, scheduler_config):
+    unet = UNet2DModel(**unet_config).eval()
+    for parameter in unet.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    diffusion = DDPMSchedulerCustom(**scheduler_config).diffusion
+    x_0 = pictures(2, 3, 8, 8, dtype=torch.float32)
+    for chain in (diffusion, diffusion.respace([4, 9, 14, 19])):
+        bound = variational_bound(chain, lambda x, t: unet(x, t).sample, [x_0])
+        assert len(bound.terms) == len(chain) and 0 < bound.bits_per_dim < 100
+        # v = 0 stands for x_0 = √ᾱ·x_t, which is next to nothing at the end.
+        assert bound.x_0_mse[-1] == pytest.approx(x_0.square().mean().item(), rel=0.05)
+
+
+def test_a_chain_that_ends_in_pure_noise_has_no_prior_term():
+    betas = make_betas("linear", 20, rescale_betas_zero_snr=True)
+    chain = GaussianDiffusion(betas, "v_prediction")
+    assert prior_bits(chain, pictures(3, 1, 4, 4)).abs().max() == 0
+    assert variational_bound(chain, lambda x, t: x, [pictures(2, 1, 4, 4)]).bits_per_dim > 0
+
+
+# ---------------------------------------------------------------------- errors
+
+
+CHAIN = GaussianDiffusion(make_betas("linear", 10))
+
+
+@pytest.mark.parametrize(
+    ("x_0", "options", "message"),
+    [
+        (torch.rand(4, 1, 2, 2), {}, "x_0 must be images of 8 bits"),
+        (torch.full((4, 1, 2, 2), 1 + 2 / 127.5), {}, "x_0 must be images of 8 bits"),
+        (torch.zeros(4, 1, 2, 2, dtype=torch.uint8), {}, "float32 or float64, got .* torch.uint8"),
+        (torch.ones(2, 2), {}, r"images \(B, C, H, W\)"),
+        (torch.ones(4, 1, 2, 2), {"stride": 0}, r"stride must be an integer in 1..9 .*got 0"),
+        (torch.ones(4, 1, 2, 2), {"stride": 10}, "stride must be an integer in 1..9 .*got 10"),
+        (torch.ones(5, 1, 2, 2), {"stride": 3}, "at least 6 in all; got 5"),
+        (torch.ones(1, 1, 2, 2), {}, "at least 2 in all; got 1"),
+    ],
+)
+def test_what_has_no_bound_is_named(x_0, options, message):
+    with pytest.raises(ValueError, match=message):
+        variational_bound(CHAIN, lambda x, t: 0 * x, [x_0], **options)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    x_0 = torch.ones(3, 1, 2, 2)
+    with pytest.raises(ValueError, match="10 steps that the sums were made for, got 3"):
+        BoundSums(10).add(CHAIN.respace([1, 2, 3]), lambda x, t: x, x_0)
+    with pytest.raises(ValueError, match=r"generator must be one, or 3 \(one per image\), got 1"):
+        BoundSums(10).add(CHAIN, lambda x, t: x, x_0, [torch.Generator()])
+    with pytest.raises(ValueError, match=r"offsets must be 3 integers in 0..1, got \[0, 1, 2\]"):
+        BoundSums(10, 2).add(CHAIN, lambda x, t: x, x_0, offsets=torch.arange(3))
+
+
+def test_an_output_that_is_not_finite_is_named_by_its_timestep():
+    def model(x_t, t):
+        return torch.where((t >= 7)[:, None, None, None], torch.nan, x_t)
+
+    with pytest.raises(ValueError, match="at 3 of 10 timesteps, the first of them 7"):
+        variational_bound(CHAIN, model, [torch.ones(2, 1, 2, 2)])
+
+
+def test_labels_go_with_their_images_to_whichever_timesteps_these_are_looked_at():
+    chain, x_0 = gaussian_chain("fixed_small", 0.09, T=20), pictures(6, 1, 4, 4)
+    offsets, labels = torch.tensor([0, 1, 2, 2, 1, 0]), torch.arange(6)
+
+    def sums(model, *rows, **told):
+        whole = BoundSums(len(chain), 3)
+        for r in rows:
+            noise = [torch.Generator().manual_seed(i) for i in r]
+            whole.add(chain, model, x_0[r], noise, offsets[r], **{k: v[r] for k, v in told.items()})
+        return whole.values
+
+    # One at a time a network can know its label from outside.
+    apart = sum(sums(lambda x, t, i=i: x * i, [i]) for i in range(6))
+    together = sums(lambda x, t, told: x * told[:, None, None, None], [0, 1, 2, 3], [4, 5], labels=labels)
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,161 @@
+"""Backbones are what they say they are: real DINOv2 and CLIP with random weights, and the digits' classifier."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTModel,
+)
+
+from ddpm_hf.data.builtin import digits
+from ddpm_hf.evaluation.digits import DigitsBackbone
+from ddpm_hf.evaluation.features import (
+    InceptionBackbone,
+    TransformersBackbone,
+    compute_features,
+    dataset_revision,
+    figure_name,
+    load_backbone,
+    read_cached,
+    write_cached,
+)
+
+SIZE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+SMALL = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny vision models with random weights, saved as their publishers save them."""
+    torch.manual_seed(0)
+    models = {
+        "dinov2": Dinov2Model(Dinov2Config(**SMALL)),
+        "clip": CLIPVisionModelWithProjection(CLIPVisionConfig(**SMALL, intermediate_size=16, projection_dim=10)),
+        "vit": ViTModel(ViTConfig(**SMALL, intermediate_size=16), add_pooling_layer=False),
+    }
+    root = tmp_path_factory.mktemp("backbones")
+    for name, model in models.items():
+        model.eval().save_pretrained(root / name)
+        CLIPImageProcessorPil(**SIZE).save_pretrained(root / name)
+    return root, models
+
+
+def photographs(n=3, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, channels, 16, 16), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("name", "label", "dim"), [("dinov2", "DINOv2", 12), ("clip", "CLIP", 10), ("vit", "vit", 12)])
+def test_features_are_the_models_own_output_on_normalised_pixels(folders, name, label, dim):
+    root, models = folders
+    backbone = TransformersBackbone(str(root / name))
+    images = photographs()
+    features = backbone(images)
+    mean, std = (torch.tensor(getattr(backbone.processor, f"image_{what}"))[:, None, None] for what in ("mean", "std"))
+    with torch.no_grad():
+        output = models[name]((torch.from_numpy(images) / 255 - mean) / std)
+    if name == "clip":
+        expected = output.image_embeds / output.image_embeds.norm(dim=1, keepdim=True)
+    else:
+        expected = output.last_hidden_state[:, 0]
+    assert (backbone.label, backbone.dim, features.dtype) == (label, dim, torch.float32)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    assert backbone.protocol["backbone"] == name and len(backbone.protocol["backbone_revision"]) == 16
+
+
+def test_grey_images_are_repeated_to_rgb_and_this_is_said(folders, caplog):
+    backbone = TransformersBackbone(str(folders[0] / "dinov2"))
+    grey = photographs(channels=1)
+    with caplog.at_level(logging.INFO, logger="ddpm_hf"):
+        features = backbone(grey)
+    assert "repeated to RGB" in caplog.text
+    torch.testing.assert_close(features, backbone(grey.repeat(3, axis=1)))
+
+
+def test_a_backbone_with_missing_weights_is_refused(folders, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders[0] / "dinov2", tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("layernorm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights, 'layernorm.weight' first: it is not trained"):
+        load_backbone(str(folder))
+
+
+def test_inception_is_an_extra():
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install torch-fidelity"):
+            load_backbone("inception")
+    else:
+        pytest.skip("torch-fidelity is installed: its weights would have to be downloaded")
+
+
+def test_the_digits_classifier_tells_classes_apart_by_its_features():
+    backbone = load_backbone("digits")
+    split = digits()["test"]
+    images = np.stack([np.asarray(image)[None] for image in split["image"]])
+    labels = np.array(split["label"])
+    features = backbone(images)
+    assert features.shape == (360, 55) and features.dtype == torch.float32
+    nearest = torch.cdist(features[180:], features[:180]).argmin(1).numpy()
+    assert (labels[:180][nearest] == labels[180:]).mean() > 0.9
+    with pytest.raises(ValueError, match=r"takes images \(N, 1, 8, 8\), got \(3, 3, 16, 16\)"):
+        backbone(photographs())
+
+
+def test_only_50000_samples_on_inception_are_called_fid():
+    inception = object.__new__(InceptionBackbone)
+    inception.label = "Inception"
+    assert figure_name("FD", inception, 50_000) == "FID"
+    assert figure_name("FD", inception, 49_999) == "FD-Inception, n = 49,999"
+    judge, clip = object.__new__(DigitsBackbone), object.__new__(TransformersBackbone)
+    judge.label, clip.label = "DINOv2", "CLIP"
+    assert figure_name("FD", judge, 50_000) == "FD-DINOv2, n = 50,000"
+    assert figure_name("MMD", clip, 2_000) == "CMMD (unbiased), n = 2,000"
+
+
+def cached_features(folder, key, compute):
+    features = read_cached(folder, key)
+    if features is None:
+        features = compute()
+        write_cached(folder, key, features)
+    return features
+
+
+def test_features_of_real_images_are_computed_once_for_each_key(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return torch.randn(4, 3)
+
+    key = {"dataset": "digits", "split": "train", "resize": "lanczos"}
+    first = cached_features(tmp_path, key, compute)
+    assert torch.equal(cached_features(tmp_path, dict(reversed(key.items())), compute), first) and len(calls) == 1
+    for changed in ({"split": "test"}, {"resize": "bicubic"}):
+        assert not torch.equal(cached_features(tmp_path, key | changed, compute), first)
+    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 3
+    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
+
+
+def test_the_revision_of_a_data_set_is_that_of_its_content():
+    splits = digits()
+    assert dataset_revision(splits["train"]) == dataset_revision(digits()["train"])
+    assert dataset_revision(splits["train"]) != dataset_revision(splits["test"])
+
+
+def test_images_of_two_resolutions_are_refused():
+    with pytest.raises(ValueError, match=r"one resolution, got \(3, 16, 16\) and \(3, 8, 8\)"):
+        compute_features(lambda x: torch.zeros(len(x), 2), [photographs(), photographs()[:, :, :8, :8]])

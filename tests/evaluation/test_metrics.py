@@ -1,0 +1,160 @@
+"""Distances against closed forms, brute force and torchmetrics."""
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+from ddpm_hf.evaluation.metrics import (
+    Moments,
+    check_features,
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    memorisation,
+    moments,
+    nearest_neighbours,
+    precision_recall,
+)
+
+
+def normal(n, d, seed=0, scale=1.0):
+    return scale * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_moments_are_those_of_numpy_in_float64_though_the_mean_is_large():
+    features = normal(200, 5) + 1e4
+    m = moments(features)
+    np.testing.assert_allclose(m.covariance, np.cov(features.double().numpy().T), rtol=1e-10)
+    assert m.num == 200 and m.mean.dtype == torch.float64
+
+
+def test_the_frechet_distance_is_its_definition():
+    a, b = moments(normal(50, 4) @ normal(4, 4, 1)), moments(normal(60, 4, 2) @ normal(4, 4, 3) + 1)
+    with mpmath.workdps(40):
+        product = mpmath.matrix(a.covariance.tolist()) * mpmath.matrix(b.covariance.tolist())
+        root = sum(mpmath.sqrt(v).real for v in mpmath.eig(product)[0])
+        expected = float(
+            sum((p - q) ** 2 for p, q in zip(a.mean.tolist(), b.mean.tolist()))
+            + a.covariance.trace().item()
+            + b.covariance.trace().item()
+            - 2 * root
+        )
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-11)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-11)
+
+
+def test_the_frechet_distance_of_singular_covariances_is_exact():
+    """Along shared axes it is Σ(√a_i − √b_i)²; most of these a_i and b_i are 0."""
+    rotation, _ = torch.linalg.qr(normal(60, 60).double())
+    a_i, b_i = torch.zeros(60).double(), torch.zeros(60).double()
+    a_i[:10], b_i[5:20] = torch.linspace(0.1, 9, 10).double(), torch.linspace(1e-9, 4, 15).double()
+    a, b = (Moments(torch.zeros(60).double(), rotation * v @ rotation.T, 100) for v in (a_i, b_i))
+    expected = (a_i.sqrt() - b_i.sqrt()).square().sum().item()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("d", [3, 16])
+def test_the_kernel_distance_is_that_of_torchmetrics_where_that_has_one(d):
+    x, y = normal(70, d).double(), normal(70, d, 1).double() + 0.2
+    assert kernel_distance(x, y).value == pytest.approx(poly_mmd(x, y).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["polynomial", "rbf"])
+def test_kernel_distance_and_its_error_are_the_definition_and_the_leave_one_out_spread(kernel):
+    x, y = normal(6, 3).double(), normal(8, 3, 1).double() + 0.5
+
+    def k(a, b):
+        return (a @ b / 3 + 1) ** 3 if kernel == "polynomial" else torch.exp(-(a - b).square().sum() / 8)
+
+    def mmd(x, y):
+        n, m = len(x), len(y)
+        xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+        yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+        return (xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (n * m)).item()
+
+    actual = kernel_distance(x, y, kernel, sigma=2.0)
+    assert actual.value == pytest.approx(mmd(x, y), rel=1e-10)
+    leave_x = np.array([mmd(torch.cat([x[:i], x[i + 1 :]]), y) for i in range(6)])
+    leave_y = np.array([mmd(x, torch.cat([y[:i], y[i + 1 :]])) for i in range(8)])
+    assert actual.standard_error == pytest.approx(np.sqrt(5 * leave_x.var() + 7 * leave_y.var()), rel=1e-9)
+
+
+def test_the_kernel_distance_is_unbiased_and_its_error_is_the_spread_of_repetitions():
+    apart = [kernel_distance(normal(60, 4, s), normal(40, 4, 1000 + s) + 0.5) for s in range(150)]
+    spread = np.std([e.value for e in apart], ddof=1)
+    assert np.mean([e.standard_error for e in apart]) == pytest.approx(spread, rel=0.25)
+    same = np.array([kernel_distance(normal(60, 4, s), normal(40, 4, 1000 + s)).value for s in range(150)])
+    assert abs(same.mean()) < 4 * same.std() / np.sqrt(150)
+
+
+def brute_force(real, samples, k_pr, k_dc):
+    def distance(a, b):
+        return np.linalg.norm(a - b)
+
+    def radius(points, i, k):
+        return sorted(distance(points[i], p) for p in points)[k]
+
+    r3, s3 = ([radius(p, i, k_pr) for i in range(len(p))] for p in (real, samples))
+    r5 = [radius(real, i, k_dc) for i in range(len(real))]
+    precision = np.mean([any(distance(s, r) <= rad for r, rad in zip(real, r3)) for s in samples])
+    recall = np.mean([any(distance(s, r) <= rad for s, rad in zip(samples, s3)) for r in real])
+    density = sum(distance(s, r) <= rad for s in samples for r, rad in zip(real, r5)) / (k_dc * len(samples))
+    coverage = np.mean([any(distance(s, r) <= rad for s in samples) for r, rad in zip(real, r5)])
+    return precision, recall, density, coverage
+
+
+def test_precision_recall_density_and_coverage_are_their_definitions():
+    real, samples = normal(40, 2), normal(30, 2, 1, scale=0.6) + 0.3
+    expected = brute_force(real.double().numpy(), samples.double().numpy(), 3, 5)
+    assert (*precision_recall(real, samples), *density_coverage(real, samples)) == pytest.approx(expected)
+
+
+def test_one_mode_only_has_precision_without_recall():
+    real = torch.cat([normal(100, 3), normal(100, 3, 1) + 50])
+    precision, recall = precision_recall(real, normal(100, 3, 2))
+    density, coverage = density_coverage(real, normal(100, 3, 2))
+    assert precision > 0.8 and recall < 0.55 and density > 0.7 and coverage < 0.55
+    assert precision_recall(real, normal(100, 3, 2) + 500) == (0, 0)
+
+
+def test_neighbours_are_the_nearest_and_a_copy_has_distance_zero():
+    others = normal(2000, 6) + 100
+    queries = torch.cat([others[[7, 1500]], normal(20, 6, 1) + 100])
+    distances, indices = nearest_neighbours(queries, others)
+    assert distances[:2].tolist() == [0, 0] and indices[:2].tolist() == [7, 1500]
+    expected = np.linalg.norm(queries.double().numpy()[:, None] - others.double().numpy(), axis=-1)
+    np.testing.assert_allclose(distances, expected.min(1), rtol=1e-9)
+    np.testing.assert_array_equal(indices, expected.argmin(1))
+
+
+def test_copies_are_noticed_and_fresh_images_are_not():
+    training, held_out = normal(300, 8), normal(100, 8, 1)
+    fresh = memorisation(normal(100, 8, 2), held_out, training)
+    assert fresh.closer_p_value > 0.01 and fresh.closer_than_5_percent_of_held_out < 0.15
+    copies = training[:100] + normal(100, 8, 3, scale=0.01)
+    copied = memorisation(copies, held_out, training)
+    assert copied.closer_p_value < 1e-9 and copied.closer_than_5_percent_of_held_out == 1
+    assert all(i == j for i, j, _ in copied.closest) and len(copied.closest) == 10
+    distances = [d for _, _, d in copied.closest]
+    assert distances == sorted(distances) and copied.as_dict()["closer_p_value"] == copied.closer_p_value
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: moments(normal(8, 8)), "at least 9 images for a covariance of full rank in 8 dimensions, got 8"),
+        (lambda: check_features(torch.tensor([[0.0], [torch.nan]])), "NaN or infinity in 1 of 2 rows, first 1"),
+        (lambda: check_features(torch.ones(3)), r"shape \(N, d\), got \(3,\)"),
+        (lambda: kernel_distance(normal(2, 3), normal(9, 3)), "at least 3 images are needed on either side, got 2"),
+        (lambda: kernel_distance(normal(9, 3), normal(9, 3), "cubic"), "kernel must be one of .* got 'cubic'"),
+        (lambda: precision_recall(normal(9, 3), normal(3, 3)), "at least 4 images .* got 9 and 3"),
+        (lambda: nearest_neighbours(normal(9, 3), normal(9, 4)), "one dimension, got 3 and 4"),
+        (lambda: frechet_distance(moments(normal(9, 3)), moments(normal(9, 4))), "one dimension, got 3 and 4"),
+    ],
+)
+def test_what_has_no_distance_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,232 @@
+"""The card: metadata the Hub reads, figures from metrics.json, and code that runs."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDPMPipeline
+from huggingface_hub import ModelCard
+
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.hub.model_card import card_for_repository, merge_cards, plain_card
+from ddpm_hf.hub.publish import published_files
+from ddpm_hf.training.artifacts import write_metrics_and_card
+from ddpm_hf.training.config import TrainingConfig, load_preset
+
+CONFIG = TrainingConfig(**load_preset("digits"))
+TRAINING = {
+    "images_seen": 192,
+    "steps": 12,
+    "final_loss": 0.5,
+    "seconds": 90.0,
+    "images_per_second": 2.13,
+    "processes": 1,
+    "hardware": "cpu",
+    "parameters": 1_234_567,
+    "train_examples": 1437,
+}
+QUALITY = {
+    "num_samples": 500,
+    "recognised": 0.8125,
+    "recognised_held_out": 0.875,
+    "recognised_ratio": 0.8125 / 0.875,
+    "accuracy_held_out": 0.99,
+    "smallest_class_share": 0.061,
+    "largest_class_share": 0.139,
+    "nearest_distance_quantiles": {"0.05": 0.71, "0.5": 1.05},
+    "nearest_distance_quantiles_held_out": {"0.05": 0.7, "0.5": 1.04},
+    "closer_than_5_percent_of_held_out": 0.043,
+    "closer_p_value": 0.42,
+    "sample_steps": 100,
+    "seed": 0,
+}
+
+
+@pytest.fixture
+def card(tmp_path):
+    def make(**metrics):
+        write_metrics_and_card(tmp_path, CONFIG.to_yaml(), {"training": TRAINING, **metrics})
+        return ModelCard.load(tmp_path / "README.md")
+
+    return make
+
+
+def test_the_hub_finds_its_metadata(card):
+    data = card(quality=QUALITY).data
+    assert data.library_name == "diffusers" and data.license == "apache-2.0"
+    assert data.pipeline_tag == "unconditional-image-generation" and "ddpm" in data.tags
+    (result,) = data.eval_results
+    assert result.metric_value == pytest.approx(0.9286, abs=1e-4) and "500 samples" in result.metric_name
+
+
+def test_embedded_data_sets_are_named_after_their_source_and_not_as_data_sets_on_the_hub(tmp_path):
+    for preset, source in (("digits", "scikit-learn/load_digits"), ("photos", "scikit-learn/load_sample_images")):
+        config = TrainingConfig(**load_preset(preset))
+        write_metrics_and_card(tmp_path, config.to_yaml(), {"training": TRAINING})
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.datasets is None and f"trained on {source} with" in card.text
+
+
+def test_every_figure_of_the_quality_table_is_the_measured_one(card):
+    text = card(quality=QUALITY).text
+    for figure in ("81.2 % | 87.5 %", "6.1 %, 13.9 %", "0.710 | 0.700", "1.050 | 1.040", "4.3 % | 5.0 %", "p = 0.42"):
+        assert figure in text, figure
+    assert "500 samples (100 steps, seed 0" in text
+
+
+def test_a_card_without_quality_figures_says_so(card):
+    unmeasured = card()
+    assert "Not measured." in unmeasured.text and unmeasured.data.eval_results is None
+
+
+def test_the_configuration_in_the_card_repeats_the_run(card):
+    block = re.search(r"```yaml\n(.*?)```", card().text, re.DOTALL).group(1)
+    assert TrainingConfig(**yaml.safe_load(block)) == CONFIG
+
+
+def test_no_placeholder_is_left(card):
+    text = card(quality=QUALITY).content
+    assert "{{" not in text and "{%" not in text and "None" not in text.split("```yaml")[0]
+
+
+def test_both_snippets_of_the_card_run(card, tmp_path, tiny_pipeline):
+    tiny_pipeline.save_pretrained(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", card(quality=QUALITY).text, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        code = snippet.replace('"digits"', repr(str(tmp_path))).replace(
+            "num_inference_steps=100", "num_inference_steps=2"
+        )
+        assert str(tmp_path) in code and "=2)" in code
+        names = {}
+        exec(code, names)
+        assert len(names["images"]) == 16
+
+
+def test_metrics_are_kept_beside_the_card(card, tmp_path):
+    card(quality=QUALITY)
+    assert json.loads((Path(tmp_path) / "metrics.json").read_text())["quality"] == QUALITY
+
+
+def test_the_recipe_and_its_cost_are_those_of_the_run(card):
+    text = card(quality=QUALITY).text
+    for cell in (
+        "1.23 M parameters",
+        "T = 1000, linear β",
+        "rate 0.001 (cosine)",
+        "192 images seen in 12 steps",
+        "1.5 minutes",
+    ):
+        assert cell in text, cell
+    assert "kWh" not in text
+    measured = card(training={**TRAINING, "seconds": 9000, "energy_kwh": 0.0123, "codecarbon": "3.3"}).text
+    assert "0.0123 kWh, estimated by codecarbon 3.3" in measured and "2.5 hours" in measured
+    assert "@inproceedings{ho2020denoising" in text and "## Limits" in text
+
+
+# ------------------------------------------------------------------ the card on the Hub
+
+OURS = "---\ntags:\n- ddpm\nlicense: apache-2.0\nlibrary_name: diffusers\n---\n\n# Mine\n\nfirst figures\n"
+
+
+def test_a_card_published_twice_is_published_once():
+    once = merge_cards(OURS, "")
+    assert merge_cards(OURS, once) == once and ModelCard(once).data.license == "apache-2.0"
+
+
+def test_what_a_person_wrote_stays_and_what_we_wrote_is_renewed():
+    theirs = merge_cards(OURS, "---\nlicense: mit\ntags:\n- art\nmine: 1\n---\n\n# By hand\n\nAbout.\n") + "\nBelow.\n"
+    renewed = merge_cards(OURS.replace("first", "second"), theirs)
+    data = ModelCard(renewed).data.to_dict()
+    assert (data["license"], data["tags"], data["mine"], data["library_name"]) == (
+        "mit",
+        ["art", "ddpm"],
+        1,
+        "diffusers",
+    )
+    assert renewed.index("# By hand") < renewed.index("second figures") < renewed.index("Below.")
+    assert "first figures" not in renewed and renewed.count("# Mine") == 1
+
+
+def test_what_a_person_changed_within_our_part_is_kept_below():
+    edited = merge_cards(OURS, "").replace("first figures", "first figures, by a careful person")
+    renewed = merge_cards(OURS.replace("first", "second"), edited)
+    assert (
+        renewed.index("second figures")
+        < renewed.index("## From an earlier card")
+        < renewed.index("by a careful person")
+    )
+    assert merge_cards(OURS.replace("first", "second"), renewed) == renewed
+
+
+def test_results_of_this_model_are_renewed_and_those_under_another_name_stay():
+    def index(name, value):
+        result = f"{{task: {{type: t}}, dataset: {{type: d, name: d}}, metrics: [{{type: m, value: {value}}}]}}"
+        return f"---\nmodel-index:\n- name: {name}\n  results: [{result}]\n---\n\n# mine\n"
+
+    both = merge_cards(index("mine", 2), merge_cards(index("mine", 1), index("theirs", 7)))
+    values = {
+        e["name"]: e["results"][0]["metrics"][0]["value"] for e in yaml.safe_load(both.split("---")[1])["model-index"]
+    }
+    assert values == {"theirs": 7, "mine": 2}
+    assert "theirs" in merge_cards("# mine\n", both).split("---")[1] and "value: 2" not in merge_cards("# mine\n", both)
+
+
+@pytest.mark.parametrize(
+    "theirs", ["---\n: [\n---\ntext\n", "---\nnever closed\n", "plain text", "---\n- a list\n---\ntext"]
+)
+def test_a_card_that_cannot_be_read_is_kept_as_text(theirs):
+    assert theirs.strip() in merge_cards(OURS, theirs)
+
+
+def test_the_plain_card_s_snippets_run(tmp_path, tiny_pipeline):
+    tiny_pipeline.save_pretrained(tmp_path)
+    snippets = re.findall(
+        r"```python\n(.*?)```", card_for_repository(plain_card("user/name"), str(tmp_path)), re.DOTALL
+    )
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names = {}
+        exec(snippet, names)
+        assert len(names["images"]) == 16
+
+
+def test_the_card_says_how_the_weights_are_averaged(card, tmp_path):
+    assert "averaged over a half-life of 8,000 images" in " ".join(card().text.split())
+    chosen = {"length": 0.1, "images_seen": 200_000, "criterion": "loss of 256 held-out images", "curve": [{}, {}]}
+    text = card(ema=chosen).text
+    assert "power function of length σ_rel = 0.1 over 200,000 images" in text and "best of 2 lengths by loss of" in text
+    assert "(ema.png)" in text and "half-life of 8,000" not in text.split("```yaml")[0]
+    config = TrainingConfig(**(load_preset("digits") | {"ema_halflife_images": 0, "ema_decay": 0.9999}))
+    write_metrics_and_card(tmp_path, config.to_yaml(), {"training": TRAINING})
+    assert "averaged with a decay of 0.9999 a step" in (tmp_path / "README.md").read_text()
+
+
+def test_the_shipped_model_is_small_and_whole_and_makes_the_images_that_stock_makes_of_it():
+    folder = Path(__file__).resolve().parents[2] / "model_cards" / "digits"
+    files = published_files(folder)
+    assert {"README.md", "config.yaml", "metrics.json", "samples.png", "denoising.png", "loss.png"} <= set(files)
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < 3e6
+    assert not [file for file in folder.rglob("*") if file.suffix in (".bin", ".pt", ".ckpt")]
+    rows = yaml.safe_load((folder / "README.md").read_text().split("---")[1])["model-index"][0]["results"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    measured = {figure["value"] for figure in metrics["evaluation"]["figures"]}
+    shown = [m["value"] for row in rows for m in row["metrics"] if m["type"].startswith("FD")]
+    assert shown and all(min(abs(value - m) for m in measured) < 1e-4 for value in shown)
+    ours, stock = (kind.from_pretrained(folder) for kind in (DDPMPipelineCustom, DDPMPipeline))
+    images = []
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images.append(pipe(2, generator, num_inference_steps=5, output_type="np").images)
+    np.testing.assert_allclose(images[0], images[1], atol=1e-4)
+
+
+def test_the_shipped_card_shows_every_picture_beside_it_and_no_other():
+    folder = Path(__file__).resolve().parents[2] / "model_cards" / "digits"
+    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (folder / "README.md").read_text())
+    assert sorted(shown) == sorted(file.name for file in folder.glob("*.png"))

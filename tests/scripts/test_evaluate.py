@@ -1,0 +1,214 @@
+"""The evaluation script, called as a person calls it, on a tiny model and a tiny DINOv2 with random weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from ddpm_hf.scripts import evaluate
+from ddpm_hf.scripts import sample as sample_script
+from huggingface_hub import ModelCard
+from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
+
+from benchmarks import steps_and_variances
+from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.images import Images
+from ddpm_hf.evaluation.measures import Shares
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def options(model, tmp_path):
+    """Arguments of a small evaluation on a vision model of transformers."""
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dinov2")
+    size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    CLIPImageProcessorPil(**size).save_pretrained(tmp_path / "dinov2")
+    some = {name: split.select(range(60)) for name, split in digits().items()}
+    datasets.DatasetDict(some).save_to_disk(tmp_path / "some_digits")
+    given = {
+        "model": model,
+        "dataset": tmp_path / "some_digits",
+        "features": tmp_path / "dinov2",
+        "num_samples": 20,
+        "steps": 5,
+        "bound_images": 12,
+        "bound_stride": 3,
+        "cache_dir": tmp_path / "cache",
+    }
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def measured(folder):
+    return json.loads((folder / "metrics.json").read_text())["evaluation"]
+
+
+def test_an_evaluation_writes_every_figure_with_its_protocol_and_the_cards_results(model, options, capsys):
+    evaluate.main(options)
+    printed, evaluation = capsys.readouterr().out, measured(model)
+    assert list(evaluation["bits_per_dim"]) == ["training, 20 steps", "held-out, 20 steps", "held-out, 5 steps"]
+    for bound in evaluation["bits_per_dim"].values():
+        assert bound["num_images"] == 12 and f"{bound['bits_per_dim']:.4f} ±" in printed
+        assert len(bound["epsilon_mse"]) == len(bound["x_0_mse"]) == len(bound["terms"]) == len(bound["timesteps"])
+    names = [figure["name"] for figure in evaluation["figures"]]
+    kinds = ("FD", "KD", "precision", "recall", "density", "coverage")
+    assert names == [f"{kind}-DINOv2, n = 20" for kind in kinds] and "FID" not in printed
+    for figure in evaluation["figures"]:
+        assert figure["name"] in printed
+        protocol = figure["protocol"]
+        assert protocol["num_samples"] == 20 and protocol["steps"] == 5 and protocol["seed"] == 0
+        assert protocol["backbone"] == "dinov2" and len(protocol["backbone_revision"]) == 16
+        assert (
+            protocol["reference"] == "train split, 60 images"
+            and protocol["weights"] == "averaged over a half-life of 8,000 images"
+        )
+        assert protocol["channels"] == "grey repeated to RGB" and "fixed_small" in protocol["sampler"]
+    assert "repeated to RGB" in printed and set(evaluation["memorisation"]) == {"pixels", "features"}
+    assert all((model / name).is_file() for name in ("bound.png", "closest_pixels.png", "closest_features.png"))
+    card = ModelCard.load(model / "README.md")
+    values = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert values["FD-DINOv2"] == pytest.approx(evaluation["figures"][0]["value"], abs=1e-4)
+    assert "FD-DINOv2, n = 20" in card.text and "held-out, 5 steps" in card.text
+    # Measured again, only the samples' features are computed anew.
+    files = {file: file.stat().st_mtime_ns for file in (model.parent / "cache").iterdir()}
+    evaluate.main(options)
+    assert files == {file: file.stat().st_mtime_ns for file in (model.parent / "cache").iterdir()} and len(files) == 2
+    assert measured(model) == evaluation
+
+
+def test_a_class_conditional_model_is_measured_given_the_labels(model, options, make_pipeline, capsys):
+    make_pipeline(in_channels=1, out_channels=1, num_class_embeds=10).save_pretrained(model)
+    with pytest.raises(SystemExit, match="evaluate.py: error: the model is class-conditional: label_column must say"):
+        evaluate.main(options)
+    with pytest.raises(SystemExit, match="label_column must be one of .*, got 'digit'"):
+        evaluate.main([*options, "--label_column", "digit"])
+    evaluate.main([*options, "--label_column", "label", "--variance_type", "analytic"])
+    evaluation = measured(model)
+    assert evaluation["protocol"]["labels"] == "label" and len(evaluation["bits_per_dim"]) == 3
+
+
+def test_samples_of_a_folder_give_the_figures_of_the_model_that_made_them(model, options, tmp_path):
+    evaluate.main(options)
+    own = measured(model)
+    folder = tmp_path / "pngs"
+    sample_script.main(["--model", str(model), "--steps=5", "--num_images=20", f"--output_dir={folder}"])
+    evaluate.main([*options, f"--samples={folder}"])
+    assert measured(model)["figures"][0]["value"] == pytest.approx(own["figures"][0]["value"], rel=0.02)
+    assert measured(model)["protocol"]["samples"] == "pngs"
+
+
+def test_two_processes_give_the_figures_of_one(model, options, tmp_path):
+    evaluate.main(options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29631"]
+    script = [str(ROOT / "training" / "evaluate.py"), *options, f"--output_dir={tmp_path / 'two'}"]
+    done = subprocess.run([*command, *script, f"--cache_dir={tmp_path / 'other'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = measured(model), measured(tmp_path / "two")
+    for name, bound in one["bits_per_dim"].items():
+        assert two["bits_per_dim"][name]["bits_per_dim"] == pytest.approx(bound["bits_per_dim"], rel=1e-4)
+    for a, b in zip(one["figures"], two["figures"]):
+        assert b["value"] == pytest.approx(a["value"], rel=0.02, abs=1e-3), a["name"]
+
+
+def test_analytic_variance_has_a_lower_bound_on_a_short_chain(model, options):
+    evaluate.main(options)
+    small = measured(model)["bits_per_dim"]["held-out, 5 steps"]["bits_per_dim"]
+    evaluate.main([*options, "--variance_type=analytic"])
+    evaluation = measured(model)
+    assert "analytic" in evaluation["protocol"]["sampler"]
+    assert evaluation["bits_per_dim"]["held-out, 5 steps"]["bits_per_dim"] < small
+
+
+def test_a_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp_path):
+    (model / "config.yaml").unlink()
+    (model / "README.md").write_text("---\nlicense: mit\n---\n\n# Somebody's model\n")
+    evaluate.main(options)
+    evaluate.write(model, measured(model), {})
+    card = ModelCard.load(model / "README.md")
+    assert "# Somebody's model" in card.text and card.data.license == "mit"
+    assert len(card.data.eval_results) == 2 + 6  # two bounds and six figures, not twice
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--num_samples=12"], "num_samples must be of at least 13 images .* 12 dimensions, got 12"),
+        (["--num_samples=0"], "num_samples must be at least 1, got 0"),
+        (["--bound_images=5"], "bound_images must be at least 2 × bound_stride = 6, got 5"),
+        (["--variance_type=learned"], "variance_type must be fixed_small, fixed_large or analytic, got 'learned'"),
+        (["--held_out_split=nowhere"], "no split 'nowhere'"),
+        (["--model=some/where"], "output_dir must be given for a model that is no folder here, 'some/where'"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence_and_nothing_is_written(model, options, changed, message):
+    before = (model / "metrics.json").read_bytes()
+    with pytest.raises(SystemExit, match=f"evaluate.py: error: .*{message}"):
+        evaluate.main([*options, *changed])
+    assert (model / "metrics.json").read_bytes() == before and not (model / "bound.png").exists()
+
+
+def test_samples_of_another_resolution_are_refused(model, options, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "large").mkdir()
+    for i in range(20):
+        Image.new("L", (9, 8)).save(tmp_path / "large" / f"{i}.png")
+    with pytest.raises(SystemExit, match=r"model's resolution \(8, 8\): .*0.png is \(8, 9\)"):
+        evaluate.main([*options, f"--samples={tmp_path / 'large'}"])
+
+
+def test_a_data_set_without_a_held_out_split_is_held_out_as_the_run_did(model, options, tmp_path, capsys):
+    some = digits()["train"].select(range(90))
+    some.save_to_disk(tmp_path / "one_split")
+    options = [*options, f"--dataset={tmp_path / 'one_split'}"]
+    with pytest.raises(SystemExit, match="no split 'test'.*Nor did the run hold images out"):
+        evaluate.main(options)
+    run = yaml.safe_load((model / "config.yaml").read_text()) | {"validation_fraction": 0.4}
+    (model / "config.yaml").write_text(yaml.safe_dump(run))
+    evaluate.main(options)
+    protocol = measured(model)["figures"][0]["protocol"]
+    images = Images(some, (8, 8), 1)
+    held_out = images.hold_out(0.4)
+    assert protocol["reference"] == f"train split, {len(images)} images" and len(images) + len(held_out) == 90
+    assert protocol["held_out_split"] == "0.4 of train by hash" and len(protocol["dataset_revision"]) == 16
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_shares_of_any_number_of_processes_come_back_in_order(world):
+    """Each process's padded rows stacked as `gather` would stack them."""
+
+    class Together:
+        device, num_processes = torch.device("cpu"), world
+
+        def __init__(self, rank):
+            self.process_index = rank
+
+        def gather(self, rows):
+            return torch.cat([pad[r] for r in range(world)])
+
+    total, pad = 7, {}
+    for rank in range(world):
+        mine = torch.tensor(Shares(Together(rank)).mine(total), dtype=torch.float32)[:, None]
+        pad[rank] = torch.cat([mine, torch.zeros(-(-total // world) - len(mine), 1)])
+    mine = torch.tensor(Shares(Together(0)).mine(total), dtype=torch.float32)[:, None]
+    assert Shares(Together(0)).gather(mine, total)[:, 0].tolist() == list(range(7))
+
+
+def test_the_table_of_steps_and_variances_has_a_row_for_each(model, options, tmp_path, capsys):
+    kept = ("--model", "--dataset", "--features", "--num_samples", "--bound", "--cache")
+    chosen = [option for option in options if option.startswith(kept)]
+    steps_and_variances.main([*chosen, f"--output_dir={tmp_path / 'table'}", "--steps", "5"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "fixed" in line or "analytic" in line]
+    assert [row[:2] for row in rows] == [["5", variance] for variance in ("fixed_small", "fixed_large", "analytic")]
+    assert (tmp_path / "table" / "analytic-5" / "metrics.json").is_file()
+    table = json.loads((model / "metrics.json").read_text())["steps_and_variances"]
+    for row, printed in zip(table["rows"], rows, strict=True):
+        alone = measured(tmp_path / "table" / f"{row['variance_type']}-5")
+        assert row["bits_per_dim"] == alone["bits_per_dim"]["held-out, 5 steps"]["bits_per_dim"]
+        assert row["FD"] == alone["figures"][0]["value"] and printed[5] == f"{row['FD']:.3f}"
+        assert f"| 5 | {row['variance_type']} | {row['bits_per_dim']:.2f} ± " in (model / "README.md").read_text()

@@ -1,0 +1,174 @@
+"""The small scripts, called as a person calls them."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+from ddpm_hf.scripts import sample as sample_script
+from PIL import Image
+
+from benchmarks import digits_quality
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.evaluation.measures import sample
+from ddpm_hf.pipelines.guidance import mark_null_class
+
+
+def pixels(folder):
+    return {file.name: np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))}
+
+
+def test_an_image_of_a_seed_is_the_same_in_any_company(tiny_pipeline):
+    together = sample(tiny_pipeline, range(5), 4, 1, batch_size=5)
+    alone = np.concatenate([sample(tiny_pipeline, [i], 4, 1, batch_size=1) for i in range(5)])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.abs(sample(tiny_pipeline, [0], 4, 2, batch_size=1) - together[:1]).max() > 0.05
+
+
+def test_sampling_again_with_more_images_goes_on_where_it_ended(model, tmp_path, capsys):
+    arguments = ["--model", str(model), "--steps", "3", "--output_dir"]
+    sample_script.main([*arguments, str(tmp_path / "all"), "--num_images", "5"])
+    sample_script.main([*arguments, str(tmp_path / "parts"), "--num_images", "2"])
+    sample_script.main([*arguments, str(tmp_path / "parts"), "--num_images", "5"])
+    assert "3 images written" in capsys.readouterr().out
+    whole, parts = pixels(tmp_path / "all"), pixels(tmp_path / "parts")
+    assert list(whole) == [f"seed0-{i:06d}.png" for i in range(5)] == list(parts)
+    assert all(np.abs(whole[n].astype(int) - parts[n]).max() <= 1 and whole[n].shape == (8, 8) for n in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--model", "./nowhere"], "nowhere"), (["--num_images", "0"], "num_images must be at least 1")],
+)
+def test_what_cannot_be_sampled_is_one_sentence(model, options, message):
+    with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}"):
+        sample_script.main(["--model", str(model), *options])
+
+
+DRIVER = """
+from ddpm_hf.training import launch
+from ddpm_hf.scripts import sample
+
+def main():
+    for format in {formats}:
+        sample.main([*{options}, "--format", format, "--output_dir", {folder!r} + "/" + format])
+
+if __name__ == "__main__":
+    launch.run(main)
+"""
+
+
+def test_two_processes_write_the_files_that_one_writes(model, tmp_path):
+    formats = ("png", "npz", "parquet")
+    options = ["--model", str(model), "--steps", "3", "--num_images", "5", "--batch_size", "2"]
+    options += ["--scheduler", "dpmsolver++", "--device", "cpu"]
+    for format in formats:
+        sample_script.main([*options, "--format", format, "--output_dir", str(tmp_path / "one" / format)])
+    # All formats in one launch: most of its time is the import of torch in three processes.
+    (tmp_path / "driver.py").write_text(DRIVER.format(folder=str(tmp_path / "two"), formats=formats, options=options))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    ran = subprocess.run([*command, str(tmp_path / "driver.py")], capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "process 1 of 2" in ran.stderr and ran.stdout.count("images written") == 3
+    for format in formats:
+        one, two = ({f.name: f.read_bytes() for f in (tmp_path / n / format).iterdir()} for n in ("one", "two"))
+        assert len(one) == (6 if format == "png" else 2) and one == two
+
+
+def test_a_stopped_run_goes_on_and_ends_as_if_it_had_not_stopped(model, tmp_path, monkeypatch):
+    options = ["--model", str(model), "--steps", "3", "--num_images", "5", "--batch_size", "2", "--format", "npz"]
+    sample_script.main([*options, "--output_dir", str(tmp_path / "whole")])
+    make, made = sample_script.make_batch, []
+
+    def stopped(pipe, args, batch):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(batch)
+        return make(pipe, args, batch)
+
+    monkeypatch.setattr(sample_script, "make_batch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sample_script.main([*options, "--output_dir", str(tmp_path / "parts")])
+    assert not list((tmp_path / "parts").glob("*.npz"))
+    made.pop()
+    sample_script.main([*options, "--output_dir", str(tmp_path / "parts")])
+    assert [b.start for b in made] == [0, 4]  # the second batch was there
+    one, two = (np.load(tmp_path / n / "seed0-5.npz")["arr_0"] for n in ("whole", "parts"))
+    assert one.shape == (5, 8, 8, 1) and one.dtype == np.uint8 and np.array_equal(one, two)
+
+
+def test_all_formats_hold_the_same_pixels_and_16_bits_refine_8(model, tmp_path):
+    arrays = {}
+    for format, bits in (("png", 8), ("png", 16), ("npz", 8), ("npz", 16), ("parquet", 8)):
+        folder = tmp_path / f"{format}{bits}"
+        sample_script.main(
+            ["--model", str(model), "--steps", "3", "--num_images", "3", "--format", format]
+            + ["--bits", str(bits), "--output_dir", str(folder)]
+        )
+        if format == "png":
+            arrays[format, bits] = np.stack(list(pixels(folder).values()))[..., None]
+        elif format == "npz":
+            arrays[format, bits] = np.load(folder / "seed0-3.npz")["arr_0"]
+        else:
+            rows = datasets.Dataset.from_parquet(str(folder / "seed0-3.parquet"), cache_dir=str(tmp_path / "cache"))
+            arrays[format, bits] = np.stack([np.asarray(row["image"]) for row in rows])[..., None]
+    assert np.array_equal(arrays["png", 8], arrays["npz", 8]) and np.array_equal(arrays["png", 8], arrays["parquet", 8])
+    assert np.array_equal(arrays["png", 16], arrays["npz", 16]) and arrays["npz", 16].dtype == np.uint16
+    assert np.abs(arrays["png", 16] / 257 - arrays["png", 8]).max() <= 0.5 + 1e-6
+    assert len(np.unique(arrays["png", 16])) > len(np.unique(arrays["png", 8]))
+
+
+def test_classes_go_round_by_index_and_never_are_the_null_class(make_pipeline, tmp_path):
+    pipe = make_pipeline(num_class_embeds=4)
+    mark_null_class(pipe.unet)
+    pipe.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--steps", "2", "--num_images", "5", "--guidance_scale", "2"]
+    sample_script.main([*options, "--format", "npz", "--output_dir", str(tmp_path / "out")])
+    arrays = np.load(tmp_path / "out" / "seed0-5.npz")
+    assert arrays["arr_0"].shape == (5, 8, 8, 3) and arrays["arr_1"].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_images_made_otherwise_are_not_mixed_into_a_folder(model, tmp_path):
+    options = ["--model", str(model), "--num_images", "2", "--output_dir", str(tmp_path / "out")]
+    sample_script.main([*options, "--steps", "2"])
+    with pytest.raises(SystemExit, match="steps 2, now 3"):
+        sample_script.main([*options, "--steps", "3"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scheduler", "dpm"], "scheduler must be one of.*'dpm'"),
+        (["--steps", "0"], "num_inference_steps.*0"),
+        (["--format", "gif"], "format.*gif"),
+        (["--bits", "12"], "bits.*12"),
+        (["--batch_size", "0"], "batch_size.*0"),
+        (["--class_label", "1"], "class_labels must be left out"),
+        (["--guidance_scale", "2"], "guidance_scale=2"),
+        (["--seed", "-1"], "seed.*-1"),
+    ],
+)
+def test_options_that_do_not_fit_are_named_and_nothing_is_written(model, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}"):
+        sample_script.main(["--model", str(model), "--output_dir", str(tmp_path / "out"), *options])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_quality_script_prints_the_figures_says_what_is_missed_and_updates_the_card(model, capsys):
+    assert digits_quality.main(["--model", str(model), "--num_samples", "30", "--steps", "2"]) == 1
+    printed = capsys.readouterr().out
+    quality = json.loads((model / "metrics.json").read_text())["quality"]
+    assert quality["num_samples"] == 30 and quality["sample_steps"] == 2
+    assert f"{quality['recognised_held_out']:.1%}" in printed and "MISSED" in printed
+    assert "30 samples (2 steps, seed 0" in (model / "README.md").read_text()
+    samples = sample(DDPMPipelineCustom.from_pretrained(model), range(30), 2, 0, batch_size=30)
+    again = digits_quality.judge_digits(samples, 2, 0)
+    assert again["recognised"] == pytest.approx(quality["recognised"], abs=0.05)
+    assert again["nearest_distance_quantiles"] == pytest.approx(quality["nearest_distance_quantiles"], abs=1e-2)
+
+
+def test_the_quality_script_wants_the_folder_of_a_run(tmp_path):
+    with pytest.raises(SystemExit, match="holds no metrics.json"):
+        digits_quality.main(["--model", str(tmp_path)])

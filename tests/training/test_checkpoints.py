@@ -1,0 +1,174 @@
+"""Checkpoints are whole or absent, and a damaged one says so."""
+
+import hashlib
+import json
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from ddpm_hf.files import lock_folder, write_whole
+from ddpm_hf.training.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    prune_checkpoints,
+    save_checkpoint,
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    tensors = {"model": {"weight": torch.randn(3, 4)}, "ema": {"weight": torch.randn(3, 4)}}
+    return save_checkpoint(tmp_path, 12, tensors, {"config": {"seed": 1}}), tensors
+
+
+def test_what_was_saved_is_loaded(saved):
+    folder, tensors = saved
+    loaded, state = load_checkpoint(folder)
+    assert state["step"] == 12 and state["config"] == {"seed": 1}
+    assert all(torch.equal(loaded[name]["weight"], group["weight"]) for name, group in tensors.items())
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(saved):
+    assert {file.suffix or file.name for file in saved[0].iterdir()} == {".safetensors", ".json", "SHA256SUMS"}
+
+
+def test_a_checkpoint_s_sums_are_those_of_sha256sum_over_every_other_file(saved):
+    folder, _ = saved
+    lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert lines == {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.iterdir()
+        if file.name != "SHA256SUMS"
+    }
+
+
+def test_a_checkpoint_says_with_what_it_was_made(saved):
+    versions = load_checkpoint(saved[0])[1]["versions"]
+    assert (
+        versions["torch"] == torch.__version__ and {"ddpm_hf", "diffusers", "accelerate", "python"} <= versions.keys()
+    )
+
+
+def test_what_cannot_be_written_leaves_the_earlier_checkpoints_and_no_remains(saved, tmp_path):
+    with resource_limit(resource.RLIMIT_FSIZE, 100_000):
+        with pytest.raises(OSError):
+            save_checkpoint(tmp_path, 13, {"model": {"weight": torch.zeros(100_000)}}, {})
+        with pytest.raises(OSError):
+            write_whole(tmp_path / "samples.png", bytes(200_000))
+    assert list(tmp_path.iterdir()) == [saved[0]]
+    load_checkpoint(saved[0])
+
+
+@contextmanager
+def resource_limit(kind, value):
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+@pytest.mark.parametrize("damage", ["flip a byte", "cut short", "lose a file", "garble the state", "lose the state"])
+def test_a_damaged_checkpoint_is_refused_and_named(saved, damage):
+    folder, _ = saved
+    file = folder / ("state.json" if "state" in damage else "model.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "flip a byte":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut short":
+        file.write_bytes(content[:-5])
+    elif damage == "garble the state":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=f"{folder.name} is damaged: .*{file.name}"):
+        load_checkpoint(folder)
+
+
+def test_a_half_written_checkpoint_is_not_seen_and_is_cleared_away(saved, tmp_path):
+    (tmp_path / "unfinished-checkpoint-00000020").mkdir()
+    assert list_checkpoints(tmp_path) == [saved[0]]
+    prune_checkpoints(tmp_path, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [saved[0].name]
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    for step in (5, 10, 100, 20):
+        save_checkpoint(tmp_path, step, {}, {})
+    prune_checkpoints(tmp_path, keep=2)
+    assert [json.loads((f / "state.json").read_text())["step"] for f in list_checkpoints(tmp_path)] == [20, 100]
+
+
+def test_saving_a_step_again_replaces_it(saved, tmp_path):
+    save_checkpoint(tmp_path, 12, {"model": {"weight": torch.zeros(2)}}, {})
+    tensors, _ = load_checkpoint(saved[0])
+    assert tensors.keys() == {"model"} and torch.equal(tensors["model"]["weight"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimiser_goes_on_bit_for_bit_with_channels_last_weights(fused):
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 4, 2, 5, 5)
+
+    def model_and_optimizer():
+        torch.manual_seed(1)
+        model = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+        return model, torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+
+    def steps(model, optimizer, batches):
+        for batch in batches:
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    straight, optimizer = model_and_optimizer()
+    steps(straight, optimizer, inputs)
+
+    model, optimizer = model_and_optimizer()
+    steps(model, optimizer, inputs[:3])
+    weights = {k: v.clone(memory_format=torch.contiguous_format) for k, v in model.state_dict().items()}
+    moments = {
+        k: v.clone(memory_format=torch.contiguous_format) for k, v in optimizer_tensors(optimizer, model).items()
+    }
+    resumed, optimizer = model_and_optimizer()
+    resumed.load_state_dict(weights)
+    load_optimizer_tensors(optimizer, resumed, moments)
+    steps(resumed, optimizer, inputs[3:])
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    file = tmp_path / "card.md"
+    write_whole(file, "one")
+    write_whole(file, b"two")
+    assert file.read_text() == "two" and list(tmp_path.iterdir()) == [file]
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ddpm_hf.files import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_run_s_until_that_run_ends_or_is_killed(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match="another run is writing to"), lock_folder(tmp_path, wait_seconds=0.3):
+        pass
+    other.kill()
+    other.wait()
+    for _ in range(2):
+        with lock_folder(tmp_path, wait_seconds=5):
+            pass

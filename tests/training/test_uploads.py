@@ -1,0 +1,200 @@
+"""A training that pushes to a Hub: real runs, killed in the middle of a push, and refused by the Hub."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load, load_file
+from sklearn.datasets import load_sample_image
+
+from ddpm_hf import DDPMPipelineCustom
+from tests.conftest import TINY_TRAINING, flags
+from tests.hub import Fault, HubServer
+from tests.hub.client import sample
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, PUBLISH = (str(ROOT / "training" / name) for name in ("train.py", "publish.py"))
+CLIENT = str(ROOT / "tests" / "hub" / "client.py")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+TINY = flags(
+    **TINY_TRAINING, resolution=8, total_images=64, checkpoint_every_steps=2, log_every_steps=2, sample_steps=2
+) + ["--push_to_hub", "--hub_model_id"]
+FINAL, STEP = "Publish a model trained with ddpm_hf", "Step 2 of a training with ddpm_hf"
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        server.token = server.add_user("user")
+        yield server
+
+
+def environment(hub, tmp: Path, **changes: str) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    ours = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp / "home"), "PYTHONPATH": str(ROOT)}
+    return {**env, **ours, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms", **changes}
+
+
+def no_token_in(hub, folder: Path, *texts: str) -> bool:
+    contents = [file.read_bytes() for file in folder.rglob("*") if file.is_file()] + [text.encode() for text in texts]
+    return not any(hub.token.encode() in content for content in contents)
+
+
+@pytest.fixture(scope="module")
+def stopped(hub, tmp_path_factory):
+    """A run on the digits that gets SIGTERM while its first push is at the Hub, which makes the commit all the same; then
+    the same command again."""
+    tmp = tmp_path_factory.mktemp("stopped")
+    hub.faults.append(Fault("POST .*/user/stopped/commit/", delay_seconds=3))
+    command = [sys.executable, TRAIN, "--output_dir", str(tmp / "run"), *TINY, "user/stopped"]
+    first = subprocess.Popen(
+        command, env=environment(hub, tmp), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not any("/user/stopped/commit/" in request.path for request in hub.requests):
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate()[0]
+    assert first.returncode == 128 + signal.SIGTERM, said
+    left = [folder.name for folder in (tmp / "run" / "unpublished").iterdir()]
+    second = subprocess.run(command, env=environment(hub, tmp), capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    return tmp, left, said + second.stdout + second.stderr
+
+
+def test_a_push_that_is_killed_is_neither_lost_nor_doubled(hub, stopped):
+    tmp, left, said = stopped
+    repo = hub.repo("user/stopped")
+    assert left == ["step-00000002"]
+    assert [commit.title for commit in repo.history()] == [FINAL, STEP, "initial commit"]
+    assert repo.tags == {"step-2": repo.history()[1].oid}
+    assert list((tmp / "run" / "unpublished").iterdir()) == []
+    assert no_token_in(hub, tmp / "run", said)
+
+
+def test_a_pushed_step_holds_the_averaged_weights_of_its_checkpoint(hub, stopped):
+    pushed = load(hub.repo("user/stopped").contents("step-2")[WEIGHTS])
+    checkpoint = stopped[0] / "run" / "checkpoints" / "checkpoint-00000002"
+    ema, model = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
+    assert pushed.keys() == ema.keys()
+    assert all((pushed[name] == ema[name]).all() for name in ema)
+    assert any((pushed[name] != model[name]).any() for name in ema)
+
+
+def test_over_xet_both_pipelines_make_the_images_of_the_folder(hub, stopped):
+    tmp = stopped[0]
+    (tmp / "out").mkdir()
+    steps = ["trained, stock", "trained", "trained, step 2"]
+    env = environment(hub, tmp, HF_HOME=str(tmp / "elsewhere"))
+    hub.requests.clear()
+    done = subprocess.run([sys.executable, CLIENT, "load", str(tmp / "out"), *steps], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert sum("/xorbs/" in request.path for request in hub.requests) >= 3
+    expected = sample(DDPMPipelineCustom.from_pretrained(tmp / "run"))
+    for step in steps[:2]:
+        np.testing.assert_allclose(np.load(tmp / "out" / f"{step}.npy"), expected, rtol=0, atol=1e-5)
+    assert np.abs(np.load(tmp / "out" / "trained, step 2.npy") - expected).max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def refused(hub, tmp_path_factory):
+    """Runs that the Hub refuses something, on pictures from a data set repository, and publishing afterwards."""
+    tmp = tmp_path_factory.mktemp("refused")
+    photograph = load_sample_image("china.jpg")
+    pictures = [Image.fromarray(photograph[i * 20 : i * 20 + 16, :16]) for i in range(16)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(tmp / "train.parquet")
+    data = {"data/train-00000-of-00001.parquet": (tmp / "train.parquet").read_bytes()}
+    hub.add_repo("user/pictures", data, kind="datasets")
+    # A Hub that asks for more patience than anybody has is not asked again.
+    hub.faults.append(Fault("POST .*/user/kept/commit/", status=429, retry_after_seconds=9999, times=3))
+
+    def train(name: str, **env: str) -> dict:
+        options = [*TINY, name, "--output_dir", str(tmp / name.replace("/", "-")), "--dataset", "user/pictures"]
+        return {"script": TRAIN, "arguments": [*options, "--channels", "3"], "env": env}
+
+    runs = {
+        "bad token": train("user/bad", HF_TOKEN="hf_" + "0" * 34),
+        "no token": train("user/bad", HF_TOKEN=""),
+        "foreign": train("other/name"),
+        "kept": train("user/kept"),
+        "later": {
+            "script": PUBLISH,
+            "arguments": [str(tmp / "user-kept"), "--tag", "v1", "--with_training_state"],
+            "env": {},
+        },
+    }
+    done = subprocess.run(
+        [sys.executable, CLIENT, "scripts"],
+        input=json.dumps(list(runs.values())),
+        env=environment(hub, tmp),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return tmp, dict(zip(runs, json.loads(done.stdout.splitlines()[-1])))
+
+
+@pytest.mark.parametrize(
+    "run, words",
+    {
+        "bad token": ["does not accept this token", "hf auth login"],
+        "no token": ["not logged in", "hf auth login"],
+        "foreign": ["other/name", "may not write"],
+    }.items(),
+)
+def test_a_run_that_could_not_push_ends_before_anything_is_trained(hub, refused, run, words):
+    tmp, runs = refused
+    assert runs[run]["status"] == 1
+    assert [word for word in ["train.py: error: ", *words] if word not in runs[run]["output"]] == []
+    assert not list(tmp.glob("*/checkpoints")) or list(tmp.glob("*/checkpoints")) == [tmp / "user-kept" / "checkpoints"]
+
+
+def test_what_the_hub_refuses_is_kept_and_said_and_the_training_goes_on(hub, refused):
+    tmp, runs = refused
+    assert runs["kept"]["status"] == 0, runs["kept"]["output"]
+    said = runs["kept"]["output"]
+    assert "Could not push step-00000002" in said and "Could not push the model" in said and "429" in said
+    assert f"python training/publish.py {tmp / 'user-kept'} --repo_id user/kept" in said
+    assert DDPMPipelineCustom.from_pretrained(tmp / "user-kept").unet.config.in_channels == 3
+    assert no_token_in(hub, tmp / "user-kept", said)
+
+
+def test_what_was_kept_is_published_later_with_the_name_from_the_configuration(hub, refused):
+    tmp, runs = refused
+    assert runs["later"]["status"] == 0, runs["later"]["output"]
+    repo = hub.repo("user/kept")
+    assert [commit.title for commit in repo.history()] == [FINAL, STEP, "initial commit"]
+    assert repo.tags == {"step-2": repo.history()[1].oid, "v1": repo.at().oid}
+    assert repo.contents()[WEIGHTS] == (tmp / "user-kept" / WEIGHTS).read_bytes()
+    assert "user/pictures" in repo.contents()["README.md"].decode()
+    checkpoint = tmp / "user-kept" / "checkpoints" / "checkpoint-00000004"
+    state = repo.contents("training-state")
+    assert all(
+        state[f"checkpoints/{checkpoint.name}/{file.name}"] == file.read_bytes() for file in checkpoint.iterdir()
+    )
+
+
+def test_a_data_set_repository_gives_the_same_pictures_plain_and_streamed(hub, refused, tmp_path):
+    code = """
+import sys, datasets, numpy as np
+for name, streaming in (("plain", False), ("streamed", True)):
+    rows = datasets.load_dataset("user/pictures", split="train", streaming=streaming)
+    np.save(sys.argv[1] + "/" + name, np.stack([np.asarray(row["image"]) for row in rows]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment(hub, refused[0]), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    expected = [np.asarray(row["image"]) for row in datasets.Dataset.from_parquet(str(refused[0] / "train.parquet"))]
+    for name in ("plain", "streamed"):
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), np.stack(expected))

@@ -1,0 +1,1 @@
+"""The commands: installed as `ddpm_hf.scripts`."""
