@@ -1,6 +1,6 @@
 """How good are the digits? `python -m benchmarks.digits_quality --model outputs/digits`
 
-Samples the model, judges the samples and held-out real digits with the same classifier and the same distances, prints
+Samples the model, judges the samples and validation real digits with the same classifier and the same distances, prints
 both side by side with the thresholds that the shipped preset is held to, and brings the folder's metrics.json and
 model card up to date. Exits with 1 if a threshold is missed.
 """
@@ -36,11 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     metrics = read_metrics(folder) | {"quality": quality}
     write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
 
-    closer, p_value = quality["closer_than_5_percent_of_held_out"], quality["closer_p_value"]
+    closer, p_value = quality["closer_than_5_percent_of_validation"], quality["closer_p_value"]
     checks = [
-        ("recognised with probability > 0.9", f"{quality['recognised']:.1%}", quality["recognised_ratio"] >= 0.8),
-        ("  the same of held-out real digits", f"{quality['recognised_held_out']:.1%}", None),
-        ("  ratio (at least 80 %)", f"{quality['recognised_ratio']:.1%}", quality["recognised_ratio"] >= 0.8),
+        ("recognized with probability > 0.9", f"{quality['recognized']:.1%}", quality["recognized_ratio"] >= 0.8),
+        ("  the same of validation real digits", f"{quality['recognized_validation']:.1%}", None),
+        ("  ratio (at least 80 %)", f"{quality['recognized_ratio']:.1%}", quality["recognized_ratio"] >= 0.8),
         (
             "rarest class (at least 4 %)",
             f"{quality['smallest_class_share']:.1%}",
@@ -54,14 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
         ("closer to training data than 95 % of held-out", f"{closer:.1%}", None),
         ("p of samples being no closer (at least 0.01)", f"{p_value:.2f}", p_value >= 0.01),
     ]
-    distances, held_out = quality["nearest_distance_quantiles"], quality["nearest_distance_quantiles_held_out"]
+    distances, validation = quality["nearest_distance_quantiles"], quality["nearest_distance_quantiles_validation"]
     print(f"{args.num_samples} samples, {args.steps} steps, seed {args.seed}")
     for name, value, passed in checks:
         print(f"{name:48s} {value:>8s}  {'' if passed is None else 'ok' if passed else 'MISSED'}")
     for q in distances:
         print(
             f"nearest training digit, {float(q):.0%} quantile".ljust(48),
-            f"{distances[q]:8.3f}  held-out {held_out[q]:.3f}",
+            f"{distances[q]:8.3f}  held-out {validation[q]:.3f}",
         )
     return int(any(passed is False for _, _, passed in checks))
 

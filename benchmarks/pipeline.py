@@ -13,16 +13,16 @@ from typing import Literal
 import torch
 from diffusers import DDPMPipeline
 from transformers import HfArgumentParser
-from unet import NETWORKS
 
 from benchmarks.harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
+from benchmarks.unet import NETWORKS
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 
 
 @dataclass
 class BenchmarkArguments:
     model: str | None = field(default=None, metadata={"help": "a saved pipeline; None: random weights"})
-    network: Literal[tuple(NETWORKS)] = "grey"
+    network: Literal[tuple(NETWORKS)] = "gray"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     batch_size: int = 16
     steps: int = 10

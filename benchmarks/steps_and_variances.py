@@ -24,7 +24,7 @@ class TableArguments:
     dataset: str = field(metadata={"help": "as for training/evaluate.py"})
     output_dir: str = "outputs/steps_and_variances"
     features: str | None = None
-    held_out_split: str = "test"
+    validation_split: str = "test"
     steps: list[int] = field(default_factory=lambda: [1000, 100, 50, 25])
     num_samples: int = 500
     bound_images: int = 120
@@ -55,14 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
         "distance": evaluation["figures"][0]["name"],
         "seed": args.seed,
         "bound_images": bound["num_images"],
-        "held_out_split": args.held_out_split,
+        "validation_split": args.validation_split,
         "rows": rows,
     }
     run = Path(args.model)
     if (run / "config.yaml").is_file() and (run / "metrics.json").is_file():
         metrics = read_metrics(run) | {"steps_and_variances": table}
         write_metrics_and_card(run, (run / "config.yaml").read_text(), metrics)
-    print(f"{table['distance']}, seed {args.seed}; bits/dim of {table['bound_images']} held-out images")
+    print(f"{table['distance']}, seed {args.seed}; bits/dim of {table['bound_images']} validation images")
     print(f"{'steps':>6s}  {'variance':12s} {'bits/dim':>18s} {'FD':>10s} {'precision':>10s} {'recall':>8s}")
     for row in rows:
         line = (

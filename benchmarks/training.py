@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from ddpm_hf.scripts import train
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -35,8 +34,11 @@ from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.data.decoding import PILLOW_MODES, to_signed
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
+from ddpm_hf.training.build import build
 from ddpm_hf.training.config import TrainingConfig, load_preset
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.step import StepReport, training_step
+from ddpm_hf.training.step_randomness import draw
 
 ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}  # the example's defaults
 CHECKED_STEPS = 4
@@ -108,7 +110,7 @@ class Stock:
 
     def loss_of(self, indices: list[int]) -> float:
         """A step with these images, and the timesteps and noise that training/train.py draws."""
-        draws = train.draw(self.config, self.step, range(len(indices)), self.accelerator.device)
+        draws = draw(self.config, self.step, range(len(indices)), self.accelerator.device)
         return self.train(self.images_of(indices), (draws.t, draws.noise))
 
     def train(self, clean: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
@@ -166,8 +168,8 @@ class Ours:
         """A step with these images."""
         return self.train([self.images[indices]]).losses.mean().item()
 
-    def train(self, micro_batches) -> train.StepReport:
-        report = train.training_step(
+    def train(self, micro_batches) -> StepReport:
+        report = training_step(
             self.accelerator, self.model, self.optimizer, self.diffusion, self.config, self.step, micro_batches
         )
         self.step += 1
@@ -193,7 +195,7 @@ def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
     changes |= {name: getattr(args, name) for name in ("dataset", "batch_size") if getattr(args, name) is not None}
     config = TrainingConfig(**(load_preset(preset) | changes))
     torch.manual_seed(0)
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     for parameter in unet.parameters():
         if not parameter.any():  # a last convolution that starts at zero hides whatever is wrong before it
             torch.nn.init.normal_(parameter, std=0.02)

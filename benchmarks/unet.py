@@ -28,7 +28,7 @@ TINY = {
 }
 NETWORKS = {
     "tiny": TINY,
-    "grey": {**TINY, "sample_size": 32, "block_out_channels": (64, 128, 128), "norm_num_groups": 32},
+    "gray": {**TINY, "sample_size": 32, "block_out_channels": (64, 128, 128), "norm_num_groups": 32},
     "cifar10": {
         "sample_size": 32,
         "block_out_channels": (128, 256, 256, 256),
@@ -41,8 +41,8 @@ NETWORKS = {
         "attention_head_dim": None,
     },
 }
-FORWARD = {"tiny": (1, 16, 64), "grey": (16,), "cifar10": (1, 4)}
-TRAINING = {"tiny": 64, "grey": 16, "cifar10": 4}
+FORWARD = {"tiny": (1, 16, 64), "gray": (16,), "cifar10": (1, 4)}
+TRAINING = {"tiny": 64, "gray": 16, "cifar10": 4}
 
 
 def networks(name: str) -> tuple[UNet2DModel, UNet2DModelCustom]:

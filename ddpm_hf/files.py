@@ -1,6 +1,7 @@
-"""Files that are whole or absent, and folders that one process has to itself."""
+"""Files and folders that are whole or absent, and folders that one process has to itself."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,55 @@ try:
 except ImportError:  # Windows: two runs in one folder are not kept apart
     fcntl = None
 
+UNFINISHED = ".unfinished"  # ends the name of what is not whole yet; the name begins with a dot
 
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file beside its place, then rename it there: a reader sees the old one or all of this one."""
-    beside = file.with_name(f".{file.name}.unfinished")
+
+def atomic_file(file: Path, content: str | bytes) -> None:
+    """Write a file under another name in its folder, then rename it: a reader sees the old one or all of this one."""
+    file = file.resolve()  # a link stays one
+    staged = file.with_name(f".{file.name}{UNFINISHED}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(beside)
-        os.replace(beside, file)
+        staged.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(staged)
+        os.replace(staged, file)
     except OSError:
-        beside.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder on the file system of `folder`, from which files can be renamed to there; gone afterwards.
+
+    It lies inside `folder` where that exists, which may be a mount point or a link to another disk, else beside it.
+    """
+    folder = folder.resolve()
+    staged = (folder if folder.is_dir() else folder.parent) / f".{folder.name}{UNFINISHED}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` at the end, with everything in it on the disk; where
+    anything is raised, `folder` stays as it was."""
+    folder = folder.resolve()
+    staged = folder.with_name(f".{folder.name}{UNFINISHED}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+        for path in (*staged.rglob("*"), staged):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(staged, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager

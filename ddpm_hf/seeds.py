@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 
-def addressed_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
+def make_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
     """A random generator whose numbers depend on (seed, purpose, index) and the kind of device alone."""
     return torch.Generator(device=device).manual_seed(_seed_at(seed, purpose, index))
 
 
-def address_dropout(seed: int, step: int, position: int) -> None:
+def seed_dropout(seed: int, step: int, position: int) -> None:
     """Make what torch draws unasked from now on, which is dropout's masks, depend on (seed, step, position) alone.
 
     `position`: of the first example, in the global batch, of those that go through the network together. Masks are
@@ -35,7 +35,7 @@ def image_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]
     indices = list(indices)
     for index in indices:
         check_seed("index", index)
-    return [addressed_generator("cpu", int(seed), "sample", int(i)) for i in indices]
+    return [make_generator("cpu", int(seed), "sample", int(i)) for i in indices]
 
 
 def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -44,7 +44,7 @@ def seed_generators(seeds: Sequence[int]) -> list[torch.Generator]:
         raise ValueError(f"seeds must be a list of at least one integer, got {seeds!r}.")
     for seed in seeds:
         check_seed("seeds", seed)
-    return [addressed_generator("cpu", int(seed), "sample", 0) for seed in seeds]
+    return [make_generator("cpu", int(seed), "sample", 0) for seed in seeds]
 
 
 def check_seed(name: str, value: int) -> None:

@@ -68,7 +68,7 @@ def is_transient(error: BaseException | None) -> bool:
     return is_xet or isinstance(error, (HTTPError, ConnectionError, TimeoutError, BranchMoved))
 
 
-def retried(act: Callable[[], Result], retries: Retries) -> Result:
+def with_retries(act: Callable[[], Result], retries: Retries) -> Result:
     """What `act` returns; called again after errors that pass."""
     wait = retries.first_wait_seconds
     for left in reversed(range(retries.tries)):
@@ -85,14 +85,14 @@ def retried(act: Callable[[], Result], retries: Retries) -> Result:
     raise AssertionError("unreachable")
 
 
-def in_one_sentence(error: BaseException, repo_id: str) -> str:
+def explain_error(error: BaseException, repo_id: str) -> str:
     """What went wrong and what to do about it: the client's messages span lines, and often blame something else."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return f"{str(error).rstrip('.')}: {in_one_sentence(error.__cause__, repo_id)}"
+        return f"{str(error).rstrip('.')}: {explain_error(error.__cause__, repo_id)}"
     host = HfApi().endpoint
     if isinstance(error, LocalEntryNotFoundError):
         if error.__cause__ is not None and not isinstance(error.__cause__, OfflineModeIsEnabled):
-            return in_one_sentence(error.__cause__, repo_id)
+            return explain_error(error.__cause__, repo_id)
         return (
             f"{repo_id} was not downloaded whole before, and the network is not to be used: "
             "load it once with HF_HUB_OFFLINE unset and local_files_only=False."
@@ -142,19 +142,19 @@ def download_snapshot(repo_id: str, retries: Retries = Retries(), **kwargs) -> P
     message is one sentence that says what to do.
     """
     try:
-        folder = Path(retried(lambda: snapshot_download(repo_id, **kwargs), retries))
+        folder = Path(with_retries(lambda: snapshot_download(repo_id, **kwargs), retries))
         is_offline = kwargs.get("local_files_only", False) or constants.HF_HUB_OFFLINE
         options = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             _check_file(repo_id, folder, file, is_offline, retries, options)
         return folder
     except (OSError, HTTPError, RuntimeError) as error:
-        raise _plain(error)(in_one_sentence(error, repo_id)) from error
+        raise _plain(error)(explain_error(error, repo_id)) from error
 
 
 def download_file(repo_id: str, name: str, revision: str, retries: Retries, token: str | None) -> Path:
     """One file of a commit (`revision` is its hash), checked as those of `download_snapshot` are."""
-    path = Path(retried(lambda: hf_hub_download(repo_id, name, revision=revision, token=token), retries))
+    path = Path(with_retries(lambda: hf_hub_download(repo_id, name, revision=revision, token=token), retries))
     folder = path.parents[len(Path(name).parts) - 1]
     _check_file(repo_id, folder, path, False, retries, {"token": token})
     return path
@@ -184,7 +184,7 @@ def _check_file(repo_id: str, folder: Path, file: Path, is_offline: bool, retrie
             f"{name} of {repo_id} is damaged in the cache ({file}), and the network is not to be used: "
             "load it once with HF_HUB_OFFLINE unset and local_files_only=False."
         )
-    retried(
+    with_retries(
         lambda: hf_hub_download(repo_id, name, revision=folder.name, force_download=True, **options),
         retries,
     )
@@ -207,7 +207,7 @@ def _oid(repo_id: str, folder: Path, file: Path, name: str, is_offline: bool, re
     if is_offline:
         return None  # a file system without links keeps no names of checksums
     api = HfApi(token=options.get("token"))
-    (info,) = retried(lambda: api.get_paths_info(repo_id, [name], revision=folder.name), retries)
+    (info,) = with_retries(lambda: api.get_paths_info(repo_id, [name], revision=folder.name), retries)
     return info.lfs.sha256 if info.lfs is not None else info.blob_id
 
 

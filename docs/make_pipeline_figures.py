@@ -15,7 +15,7 @@ from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.decoding import to_signed
 from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.plots import figure_bytes, image_grid, to_display
-from ddpm_hf.files import write_whole
+from ddpm_hf.files import atomic_file
 from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate
 from ddpm_hf.pipelines.inversion import interpolate_seeds, reconstruct
 from ddpm_hf.schedulers.samplers import make_sampler
@@ -36,7 +36,7 @@ def main() -> None:
     given = to_signed(Images(digits()["test"], (8, 8), channels=1)[range(COLUMNS)]["images"])
     IMAGES.mkdir(exist_ok=True)
     for name, make in FIGURES.items():
-        write_whole(
+        atomic_file(
             IMAGES / f"pipeline_{name}.png", figure_bytes(image_grid(np.concatenate(make(pipe, given)), COLUMNS))
         )
 

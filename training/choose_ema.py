@@ -26,14 +26,14 @@ from ddpm_hf.evaluation.features import figure_name, load_backbone
 from ddpm_hf.evaluation.measures import Shares, features_of, make_samples, measure_bound, real_features, training_images
 from ddpm_hf.evaluation.metrics import check_enough, frechet_distance, moments
 from ddpm_hf.evaluation.plots import figure_bytes, length_curve
-from ddpm_hf.files import lock_folder, write_whole
+from ddpm_hf.files import atomic_file, lock_folder
 from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import read_metrics, show, write_metrics_and_card
 from ddpm_hf.training.config import TrainingConfig, load_preset
 from ddpm_hf.training.posthoc_ema import check_lengths, list_snapshots, rebuild
 from ddpm_hf.training.run_data import open_images
 from ddpm_hf.training.run_logger import SNAPSHOTS
-from ddpm_hf.training.validation import HeldOutLoss, held_out_images
+from ddpm_hf.training.validation import ValidationLoss, load_validation_images
 
 UNFINISHED, PENDING = ".ema.unfinished", ".ema.pending"
 
@@ -47,9 +47,9 @@ class EMAArguments:
     )
     images_seen: int | None = field(default=None, metadata={"help": "when in the run; None: at its end"})
     criterion: Literal["loss", "bits_per_dim", "fd"] = field(
-        default="loss", metadata={"help": "least loss or bits/dim of held-out images, or Fréchet distance of samples"}
+        default="loss", metadata={"help": "least loss or bits/dim of validation images, or Fréchet distance of samples"}
     )
-    held_out_images: int = field(default=1000, metadata={"help": "for loss and bits_per_dim: as many, at most"})
+    validation_images: int = field(default=1000, metadata={"help": "for loss and bits_per_dim: as many, at most"})
     bound_stride: int = field(default=20, metadata={"help": "bits_per_dim: each image at every n-th timestep"})
     features: str | None = field(default=None, metadata={"help": "fd: see evaluate.py"})
     num_samples: int = field(default=500, metadata={"help": "fd: samples of each average"})
@@ -60,7 +60,7 @@ class EMAArguments:
     measure_only: bool = field(default=False, metadata={"help": "change nothing in the folder"})
 
     def __post_init__(self):
-        for name in ("held_out_images", "bound_stride", "num_samples", "steps", "batch_size"):
+        for name in ("validation_images", "bound_stride", "num_samples", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not self.lengths:
@@ -70,7 +70,7 @@ class EMAArguments:
 
 @dataclass(frozen=True)
 class Figure:
-    """What is minimised: its name, and the function that takes it of a pipeline: value and standard error, if known."""
+    """What is minimized: its name, and the function that takes it of a pipeline: value and standard error, if known."""
 
     name: str
     of: Callable[[DDPMPipelineCustom], tuple[float, float | None]]
@@ -89,7 +89,7 @@ def make_figure(args: EMAArguments, config: TrainingConfig, pipe: DDPMPipelineCu
         num_samples=args.num_samples,
         steps=args.steps,
         seed=args.seed,
-        bound_images=max(args.held_out_images, 2 * args.bound_stride),
+        bound_images=max(args.validation_images, 2 * args.bound_stride),
         bound_stride=args.bound_stride,
         batch_size=args.batch_size,
         cache_dir=args.cache_dir,
@@ -106,28 +106,28 @@ def make_figure(args: EMAArguments, config: TrainingConfig, pipe: DDPMPipelineCu
             return frechet_distance(moments(features), reference), None
 
         return Figure(figure_name("FD", backbone, args.num_samples), distance)
-    wanted = dataclasses.replace(config, validation_images=args.held_out_images, validate_every_steps=1)
+    wanted = dataclasses.replace(config, validation_images=args.validation_images, validate_every_steps=1)
     validation = open_images(config)[1] if config.validation_fraction else None
-    held_out = held_out_images(wanted, validation, shares.accelerator.device)
-    if held_out is None:
+    validation = load_validation_images(wanted, validation, shares.accelerator.device)
+    if validation is None:
         raise ValueError(
-            f"the data set {config.dataset!r} has no held-out images for the criterion {args.criterion!r}: "
+            f"the data set {config.dataset!r} has no validation images for the criterion {args.criterion!r}: "
             "train with validation_fraction or validation_split, or choose by --criterion fd."
         )
     diffusion = pipe.scheduler.diffusion
     if args.criterion == "loss":
-        loss = HeldOutLoss(held_out, diffusion, args.seed, shares.accelerator, args.batch_size)
-        return Figure(f"loss of {len(held_out)} held-out images", lambda pipe: (loss(pipe.unet), None))
+        loss = ValidationLoss(validation, diffusion, args.seed, shares.accelerator, args.batch_size)
+        return Figure(f"loss of {len(validation)} validation images", lambda pipe: (loss(pipe.unet), None))
 
     def bits(pipe: DDPMPipelineCustom) -> tuple[float, float]:
-        bound = measure_bound(pipe, diffusion, held_out, args.bound_stride, "held-out bound", options, shares)
+        bound = measure_bound(pipe, diffusion, validation, args.bound_stride, "validation bound", options, shares)
         return bound.bits_per_dim, bound.standard_error
 
-    return Figure(f"bits/dim of {len(held_out)} held-out images", bits)
+    return Figure(f"bits/dim of {len(validation)} validation images", bits)
 
 
 @torch.no_grad()
-def put(state: Mapping[str, torch.Tensor], unet: torch.nn.Module) -> None:
+def load_parameters(state: Mapping[str, torch.Tensor], unet: torch.nn.Module) -> None:
     """Write rebuilt averages into a network's parameters. Raises ValueError for those of another network."""
     parameters = dict(unet.named_parameters())
     if {n: v.shape for n, v in state.items()} != {n: p.shape for n, p in parameters.items()}:
@@ -156,7 +156,7 @@ def sweep(args: EMAArguments, config: TrainingConfig, accelerator: Accelerator) 
     curve, best, best_value, images_seen = [], None, value, None
     for length in args.lengths:
         rebuilt = rebuild(snapshots, length, args.images_seen)
-        put(rebuilt.state, pipe.unet)
+        load_parameters(rebuilt.state, pipe.unet)
         of_length, error = figure.of(pipe)
         images_seen = rebuilt.images_seen
         row = {"length": length, "value": of_length, "profile_error": rebuilt.profile_error}
@@ -164,7 +164,7 @@ def sweep(args: EMAArguments, config: TrainingConfig, accelerator: Accelerator) 
         accelerator.print(f"{length:10g} {rebuilt.profile_error:15.1e}   {_value(of_length, error)}")
         if of_length < best_value:
             best, best_value = length, of_length
-    put(before if best is None else rebuild(snapshots, best, args.images_seen).state, pipe.unet)
+    load_parameters(before if best is None else rebuild(snapshots, best, args.images_seen).state, pipe.unet)
     found = {"length": best, "value": best_value, "criterion": figure.name, "images_seen": images_seen}
     return found | {"value_before": value, "seed": args.seed, "curve": curve}, pipe
 
@@ -180,7 +180,7 @@ def write(folder: Path, config: TrainingConfig, ema: dict, pipe: DDPMPipelineCus
     shutil.rmtree(beside, ignore_errors=True)
     pipe.save_pretrained(beside)
     for name, content in (pictures | {"ema.png": curve_picture(ema)}).items():
-        write_whole(beside / name, content)
+        atomic_file(beside / name, content)
     write_metrics_and_card(beside, (folder / "config.yaml").read_text(), metrics)
     os.replace(beside, folder / PENDING)
     finish_writing(folder)
@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if args.measure_only:
                 print("Nothing was written.")
             elif ema["length"] is None:
-                write_whole(folder / "ema.png", curve_picture(ema))
+                atomic_file(folder / "ema.png", curve_picture(ema))
                 print(
                     f"The weights in {folder}/ are at least as good as these averages, and stay. The curve is in ema.png."
                 )

@@ -1,6 +1,6 @@
 """Measure a trained model: `accelerate launch training/evaluate.py --model outputs/digits --dataset digits`.
 
-Prints the variational bound of held-out images in bits/dim, distances of samples to real images on the features of a
+Prints the variational bound of validation images in bits/dim, distances of samples to real images on the features of a
 vision backbone, and how near samples lie to training images, each with its protocol; writes metrics.json, figures and the
 model card's results. Every process computes a share, and the figures are the same for any number of them.
 """
@@ -33,12 +33,12 @@ from ddpm_hf.evaluation.metrics import (
     density_coverage,
     frechet_distance,
     kernel_distance,
-    memorisation,
+    memorization,
     moments,
     precision_recall,
 )
 from ddpm_hf.evaluation.plots import bound_by_timestep, closest_pairs, figure_bytes
-from ddpm_hf.files import write_whole
+from ddpm_hf.files import atomic_file
 from ddpm_hf.hub.model_card import average_of_weights, update_results
 from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import read_metrics, write_metrics, write_metrics_and_card
@@ -53,7 +53,7 @@ class EvaluateArguments:
         default=None, metadata={"help": "of a data set on the Hub: branch, tag, commit"}
     )
     split: str = field(default="train", metadata={"help": "what the model was trained on; distances are to these"})
-    held_out_split: str = field(
+    validation_split: str = field(
         default="test",
         metadata={"help": "what it was not trained on; if there is none, the run's validation_fraction of `split`"},
     )
@@ -98,29 +98,29 @@ class EvaluateArguments:
         self.features = self.features or ("digits" if self.dataset == "digits" else "facebook/dinov2-base")
 
 
-def compare(samples, training, held_out, backbone, protocol: dict) -> list[dict]:
-    """Every figure of the samples' features against the training images', and held-out images' for a yardstick."""
+def compare(samples, training, validation, backbone, protocol: dict) -> list[dict]:
+    """Every figure of the samples' features against the training images', and validation images' for a yardstick."""
     figures = []
     protocol = protocol | {"reference": f"{protocol['split']} split, {len(training)} images"} | backbone.protocol
 
-    def add(name, value, of_held_out, error=None):
-        entry = {"name": name, "value": value, "held_out": of_held_out, "protocol": protocol}
+    def add(name, value, of_validation, error=None):
+        entry = {"name": name, "value": value, "validation": of_validation, "protocol": protocol}
         figures.append(entry | ({} if error is None else {"standard_error": error}))
 
     reference, n = moments(training, "the training split"), len(samples)
-    enough = len(held_out) > backbone.dim
+    enough = len(validation) > backbone.dim
     add(
         figure_name("FD", backbone, n),
         frechet_distance(moments(samples, "num_samples"), reference),
-        frechet_distance(moments(held_out), reference) if enough else None,
+        frechet_distance(moments(validation), reference) if enough else None,
     )
     kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
-    ours, theirs = (kernel_distance(x, training, kernel) for x in (samples, held_out))
+    ours, theirs = (kernel_distance(x, training, kernel) for x in (samples, validation))
     add(figure_name("MMD", backbone, n), ours.value, theirs.value, ours.standard_error)
     names = ("precision", "recall", "density", "coverage")
-    pairs = [(*precision_recall(training, x), *density_coverage(training, x)) for x in (samples, held_out)]
-    for name, of_samples, of_held_out in zip(names, *pairs):
-        add(figure_name(name, backbone, n), of_samples, of_held_out)
+    pairs = [(*precision_recall(training, x), *density_coverage(training, x)) for x in (samples, validation)]
+    for name, of_samples, of_validation in zip(names, *pairs):
+        add(figure_name(name, backbone, n), of_samples, of_validation)
     return figures
 
 
@@ -134,7 +134,7 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     config = pipe.unet.config
     run = Path(args.model) / "config.yaml"
     run = yaml.safe_load(run.read_text()) if run.is_file() else {}
-    training, held_out, held_out_split = real_images(args, run, config)
+    training, validation, validation_split = real_images(args, run, config)
     size = training.size
     backbone = load_backbone(args.features, device)
     check_enough(args.num_samples, backbone.dim, "num_samples")
@@ -147,16 +147,16 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
     chain = diffusion.respace(spacing)
     bounds = {
         f"training, {len(diffusion)} steps": (diffusion, training, args.bound_stride, "training bound"),
-        f"held-out, {len(diffusion)} steps": (diffusion, held_out, args.bound_stride, "held-out bound"),
+        f"validation, {len(diffusion)} steps": (diffusion, validation, args.bound_stride, "validation bound"),
     }
     if args.steps < len(diffusion):
-        bounds[f"held-out, {args.steps} steps"] = (chain, held_out, 1, "held-out bound")
+        bounds[f"validation, {args.steps} steps"] = (chain, validation, 1, "validation bound")
     bounds = {name: measure_bound(pipe, c, i, s, p, args, shares) for name, (c, i, s, p) in bounds.items()}
 
     protocol = {
         "num_samples": args.num_samples,
         "split": args.split,
-        "held_out_split": held_out_split,
+        "validation_split": validation_split,
         "dataset_revision": args.dataset_revision or dataset_revision(training.dataset),
         "samples": "the model's" if args.samples is None else Path(args.samples).name,
         "sampler": f"{type(pipe.scheduler).__name__}, {scheduler.variance_type}, {scheduler.timestep_spacing}",
@@ -171,19 +171,19 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
         samples = make_samples(pipe, args, shares)
     of_samples = features_of(backbone, lambda i: samples[i], len(samples), args, shares)
     of_training = real_features(backbone, training, args.split, args, shares)
-    of_held_out = real_features(backbone, held_out, held_out_split, args, shares)
+    of_validation = real_features(backbone, validation, validation_split, args, shares)
     if config.in_channels == 1 and backbone.channels == 3:
-        accelerator.print("The grey images are repeated to RGB for the backbone.")
-        protocol["channels"] = "grey repeated to RGB"
-    figures = compare(of_samples, of_training, of_held_out, backbone, protocol)
+        accelerator.print("The gray images are repeated to RGB for the backbone.")
+        protocol["channels"] = "gray repeated to RGB"
+    figures = compare(of_samples, of_training, of_validation, backbone, protocol)
 
     def pixels(images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1).float() / 255
 
-    real = [images[range(len(images))]["images"] for images in (held_out, training)]
+    real = [images[range(len(images))]["images"] for images in (validation, training)]
     near = {
-        "pixels": memorisation(pixels(samples), *(pixels(images) for images in real)),
-        "features": memorisation(of_samples, of_held_out, of_training),
+        "pixels": memorization(pixels(samples), *(pixels(images) for images in real)),
+        "features": memorization(of_samples, of_validation, of_training),
     }
     pictures = {"bound.png": figure_bytes(bound_by_timestep(bounds))}
     for space, result in near.items():
@@ -195,7 +195,7 @@ def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
         "dataset": args.dataset,
         "bits_per_dim": {name: asdict(bound) for name, bound in bounds.items()},
         "figures": figures,
-        "memorisation": {space: result.as_dict() for space, result in near.items()},
+        "memorization": {space: result.as_dict() for space, result in near.items()},
     }
     return {"evaluation": evaluation, "pictures": pictures}
 
@@ -204,14 +204,14 @@ def write(folder: Path, evaluation: dict, pictures: dict[str, bytes]) -> None:
     """metrics.json, the pictures and the card's results; a run's own card is made anew from all its metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
-        write_whole(folder / name, content)
+        atomic_file(folder / name, content)
     metrics = read_metrics(folder) | {"evaluation": evaluation}
     if "training" in metrics and (folder / "config.yaml").is_file():
         write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
         return
     write_metrics(folder, metrics)
     if (folder / "README.md").is_file():
-        write_whole(folder / "README.md", update_results((folder / "README.md").read_text(), folder.name, evaluation))
+        atomic_file(folder / "README.md", update_results((folder / "README.md").read_text(), folder.name, evaluation))
 
 
 def report(evaluation: dict) -> str:
@@ -225,12 +225,12 @@ def report(evaluation: dict) -> str:
         )
     for figure in evaluation["figures"]:
         error = f" ± {figure['standard_error']:.4g}" if "standard_error" in figure else ""
-        beside = "" if figure["held_out"] is None else f"  (held-out images {figure['held_out']:.4f})"
+        beside = "" if figure["validation"] is None else f"  (validation images {figure['validation']:.4f})"
         lines.append(f"{figure['name']:44s} {figure['value']:9.4f}{error}{beside}")
-    for space, near in evaluation["memorisation"].items():
+    for space, near in evaluation["memorization"].items():
         lines.append(
             f"{'nearer to training than 95 % of held-out, ' + space:52s} "
-            f"{near['closer_than_5_percent_of_held_out']:.1%}, p of being no nearer {near['closer_p_value']:.2f}"
+            f"{near['closer_than_5_percent_of_validation']:.1%}, p of being no nearer {near['closer_p_value']:.2f}"
         )
     return "\n".join(lines)
 

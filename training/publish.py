@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from ddpm_hf.hub.publish import publish
 from ddpm_hf.training.uploads import publish_waiting, waiting
-from ddpm_hf.transfer import Retries, in_one_sentence
+from ddpm_hf.transfer import Retries, explain_error
 
 
 @dataclass
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
             retries=retries,
         )
     except (ValueError, OSError, HTTPError, RuntimeError) as error:
-        sys.exit(f"publish.py: error: {in_one_sentence(error, args.repo_id)}")
+        sys.exit(f"publish.py: error: {explain_error(error, args.repo_id)}")
     print(f"Published: {done.url}")
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.evaluation.plots import PNG_COLOUR_TYPES, png_bytes, quantised
-from ddpm_hf.files import write_whole
+from ddpm_hf.evaluation.plots import PNG_COLOUR_TYPES, png_bytes, quantized
+from ddpm_hf.files import atomic_file
 from ddpm_hf.pipelines.guidance import cycled_classes
 from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
 from ddpm_hf.seeds import check_seed, image_generators
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     there = sum(sum(is_done(folder, args, batch)) for batch in batches)
     state.wait_for_everyone()  # before the first file is written: all must see the same ones missing
     if state.is_main_process:
-        write_whole(folder / record_name(args), record(args))
+        atomic_file(folder / record_name(args), record(args))
     share = unfinished[state.process_index :: state.num_processes]
     title = "images" if state.num_processes == 1 else f"images, process 1 of {state.num_processes}"
     with tqdm(total=sum(map(len, share)), unit="image", desc=title, disable=not state.is_main_process) as bar:
@@ -169,11 +169,11 @@ def write_batch(folder: Path, args: SampleArguments, batch: range, images: np.nd
     if args.format == "png":
         for i, image in zip(batch, images):
             if not png_file(folder, args, i).exists():
-                write_whole(png_file(folder, args, i), png_bytes(image, args.bits))
+                atomic_file(png_file(folder, args, i), png_bytes(image, args.bits))
     else:
         stream = io.BytesIO()
-        np.save(stream, quantised(images, args.bits))
-        write_whole(part_file(folder, args, batch), stream.getvalue())
+        np.save(stream, quantized(images, args.bits))
+        atomic_file(part_file(folder, args, batch), stream.getvalue())
 
 
 def gather(folder: Path, args: SampleArguments, batches: list[range], labels: list[int] | None) -> Path:
@@ -189,7 +189,7 @@ def gather(folder: Path, args: SampleArguments, batches: list[range], labels: li
             np.savez(stream, np.concatenate(parts), *([] if labels is None else [np.array(labels)]))
         else:
             write_parquet(stream, parts, args.bits, labels)
-        write_whole(target, stream.getvalue())
+        atomic_file(target, stream.getvalue())
     shutil.rmtree(parts_folder(folder, args), ignore_errors=True)
     return target
 

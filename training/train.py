@@ -1,6 +1,6 @@
 """Train a DDPM: `accelerate launch training/train.py --config <preset> [--option value ...]`.
 
-Reads top to bottom: `main` prepares data, network and optimiser, goes on from the last checkpoint if there is one,
+Reads top to bottom: `main` prepares data, network and optimizer, goes on from the last checkpoint if there is one,
 runs `training_step` until enough images were seen, and leaves a pipeline, figures and a model card in `output_dir`.
 """
 
@@ -8,26 +8,21 @@ import logging
 import platform
 import shutil
 import sys
-from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 
-from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
-from ddpm_hf.data.batches import MicroBatches, process_positions
-from ddpm_hf.data.decoding import to_signed
+from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamedImages, StreamError
-from ddpm_hf.diffusion.losses import Loss
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps, make_timestep_sampler
-from ddpm_hf.files import lock_folder, write_whole
+from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
+from ddpm_hf.files import atomic_file, lock_folder
 from ddpm_hf.pipelines.guidance import mark_class_names
-from ddpm_hf.seeds import address_dropout
 from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import finish
 from ddpm_hf.training.build import build, build_unet
@@ -35,86 +30,18 @@ from ddpm_hf.training.checkpoints import load_optimizer_tensors
 from ddpm_hf.training.config import TrainingConfig, parse_config
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.energy import EnergyMeter
-from ddpm_hf.training.nonfinite import SkippedSteps, nan_unless_finite, step_unless_skipped
+from ddpm_hf.training.nonfinite import SkippedSteps
 from ddpm_hf.training.posthoc_ema import PowerEMA
 from ddpm_hf.training.resume import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
 from ddpm_hf.training.run_data import load_images
-from ddpm_hf.training.run_logger import Records
-from ddpm_hf.training.sharding import whole, whole_on_cpu
-from ddpm_hf.training.step_randomness import Draws, draw
+from ddpm_hf.training.run_logger import RunLogger
+from ddpm_hf.training.sharding import full_on_cpu
+from ddpm_hf.training.step import training_step
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, say_error
 from ddpm_hf.training.uploads import Pusher
-from ddpm_hf.training.validation import held_out_images
+from ddpm_hf.training.validation import load_validation_images
 
 logger = logging.getLogger("train")
-
-
-class StepReport(NamedTuple):
-    """What a step found on this process's share (b,) of the batch; tensors on the device, read rarely: that waits.
-
-    `t`, `losses` and `objective` (b,) are by example, in order of position; `grad_norm` is of the whole batch, before
-    clipping. `losses` is L_simple in terms of the target, not weighted, whatever is minimised, so that runs of
-    different objectives and timestep samplers can be compared, t by t. `objective` is what is minimised (`Objective`)
-    times the weight of importance sampling: its mean estimates the objective under uniform timesteps. `skipped` is 1, on
-    every process alike, where a loss or the gradient is not finite, and 0 otherwise.
-    """
-
-    t: torch.Tensor
-    losses: torch.Tensor
-    grad_norm: torch.Tensor
-    objective: torch.Tensor
-    skipped: torch.Tensor
-
-
-def training_step(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    diffusion: GaussianDiffusion,
-    config: TrainingConfig,
-    step: int,
-    micro_batches: Iterable[dict[str, torch.Tensor]],
-    sampler: UniformTimesteps | None = None,
-) -> StepReport:
-    """One optimiser step (DDPM, algorithm 1) on this process's share of the global batch of `step`.
-
-    `micro_batches` yields dicts of "images", uint8 or uint16 (B, C, H, W), and "labels" (B,) with a `label_column`, as
-    many as `config.micro_batches` says. `sampler` is the run's timestep sampler; None will do for one without state.
-    Where a loss or the gradient is not finite, weights and optimiser stay as they are.
-    """
-    positions = process_positions(config.batch_size, accelerator.process_index, accelerator.num_processes)
-    draws = draw(config, step, positions, accelerator.device, sampler)
-    parts, objective = config.micro_batches(accelerator.num_processes), config.objective
-    size = len(draws.t) // parts
-    losses = []
-    for i, batch in enumerate(micro_batches):
-        part = Draws(*(values[i * size : (i + 1) * size] for values in draws))
-        x_0 = to_signed(batch["images"].to(accelerator.device, non_blocking=True))
-        if config.random_flip:
-            x_0 = torch.where(part.flip[:, None, None, None], x_0.flip(-1), x_0)
-        labels = None
-        if config.label_column is not None:
-            labels = batch["labels"].to(accelerator.device, non_blocking=True)
-            # The null class comes after the classes (`build`).
-            labels = torch.where(part.drop_label, config.num_classes, labels)
-        if config.dropout:
-            address_dropout(config.seed, step, positions.start + i * size)
-        # Gradients are exchanged once a step, with the last part.
-        with accelerator.no_sync(model) if i < parts - 1 else nullcontext():
-            loss = objective(model, diffusion, x_0, part.t, part.noise, labels, part.input_noise)
-            accelerator.backward((loss.objective * part.weight).mean() / parts * nan_unless_finite(loss.objective))
-        losses.append(Loss(loss.objective.detach(), loss.simple.detach()))
-    grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    skipped = 1 - grad_norm.isfinite().float()
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate_at(step)
-    step_unless_skipped(optimizer, skipped)
-    optimizer.zero_grad()
-    loss = Loss(*map(torch.cat, zip(*losses)))
-    if sampler is not None and sampler.uses_losses:
-        # Processes have the positions in order of rank, so that this is the global batch in order of position.
-        sampler.update(accelerator.gather(draws.t), accelerator.gather(loss.objective))
-    return StepReport(draws.t, loss.simple, grad_norm, loss.objective * draws.weight, skipped)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -145,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             unet, scheduler = build(config)
             with accelerator.main_process_first():
                 images, validation = load_images(config, accelerator.device)
-                held_out = held_out_images(config, validation, accelerator.device)
+                validation_subset = load_validation_images(config, validation, accelerator.device)
             if images.class_names is not None:
                 mark_class_names(unet, images.class_names)
             output_dir = Path(config.output_dir)
@@ -160,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             launch.fail("train.py", error)
         try:
-            run(config, accelerator, unet, scheduler, images, validation, held_out, restored, pusher, signals)
+            run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, pusher, signals)
         except StreamError as error:
             sys.exit(f"train.py: error: {error}")
         except (RuntimeError, ConnectionError, EOFError) as error:
@@ -178,7 +105,7 @@ def run(
     scheduler: DDPMSchedulerCustom,
     images: Images | StreamedImages,
     validation: Images | None,
-    held_out: Images | None,
+    validation_subset: Images | None,
     restored: tuple[dict, dict] | None,
     pusher: Pusher,
     signals: StopSignals,
@@ -239,11 +166,11 @@ def run(
         accelerator.device,
         stream,
     )
-    records = Records(
-        config, accelerator, unet, scheduler, averages, held_out, first_step, recorded, images.num_examples
+    records = RunLogger(
+        config, accelerator, unet, scheduler, averages, validation_subset, first_step, recorded, images.num_examples
     )
     if records.is_writer:
-        write_whole(output_dir / "config.yaml", config.to_yaml())
+        atomic_file(output_dir / "config.yaml", config.to_yaml())
 
     meter = EnergyMeter(records.is_writer and first_step == 0)
     model.train()
@@ -258,9 +185,9 @@ def run(
                 average.update(unet, done * config.batch_size, config.batch_size, report.skipped)
             skipped.add(step, report.t, report.objective, report.skipped)
 
-            stop = signals.asked()
+            stop = signals.should_stop()
             saves = done % config.checkpoint_every_steps == 0 or done == config.num_steps or stop
-            if (saves or records.is_logged(done)) and skipped.read():
+            if (saves or records.is_logged(done)) and skipped.too_many_skipped():
                 say_error(
                     f"{skipped.in_a_row} steps in a row had no finite loss and gradient; the checkpoints are as they were."
                 )
@@ -295,7 +222,7 @@ def run(
     records.close()
 
     # With FSDP every process is needed for this, also at the end of one that a signal ended after the last step.
-    averaged = whole_on_cpu(averages["ema"].state_dict(), keep=accelerator.is_main_process)
+    averaged = full_on_cpu(averages["ema"].state_dict(), keep=accelerator.is_main_process)
     if records.is_writer and not exit_code:
         seconds = records.seconds if first_step < config.num_steps else recorded["seconds"]
         training = {

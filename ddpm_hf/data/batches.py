@@ -10,7 +10,7 @@ import torch
 
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamedImages, StreamError
-from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.seeds import make_generator
 
 
 class GlobalBatches:
@@ -30,7 +30,7 @@ class GlobalBatches:
         while found < self.batch_size:
             epoch, start = divmod(step * self.batch_size + found, self.num_examples)
             if epoch != self._epoch:
-                generator = addressed_generator("cpu", self.seed, "order", epoch)
+                generator = make_generator("cpu", self.seed, "order", epoch)
                 self._epoch = epoch
                 self._order = torch.randperm(self.num_examples, generator=generator).to(self.device)
             parts.append(self._order[start : start + self.batch_size - found])

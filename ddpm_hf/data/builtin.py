@@ -9,7 +9,7 @@ TEST_COLUMN = 512  # test patches lie right of it, training patches left
 
 
 def digits() -> datasets.DatasetDict:
-    """The 1,797 hand-written digits that scikit-learn ships (8×8, 17 grey levels), as images with a label.
+    """The 1,797 hand-written digits that scikit-learn ships (8×8, 17 gray levels), as images with a label.
 
     Split once and for all, stratified: 1,437 to train on, 360 held out.
     """
@@ -29,10 +29,10 @@ def digits() -> datasets.DatasetDict:
 
 
 def photos() -> datasets.DatasetDict:
-    """32×32 RGB patches of the two photographs that scikit-learn ships, china.jpg and flower.jpg (427×640), labelled by
+    """32×32 RGB patches of the two photographs that scikit-learn ships, china.jpg and flower.jpg (427×640), labeled by
     photograph: 4,096 to train on, 512 held out.
 
-    The places are drawn once and for all: training patches anywhere in the left 512 columns, held-out patches anywhere
+    The places are drawn once and for all: training patches anywhere in the left 512 columns, validation patches anywhere
     in the right 128, so that no pixel is in both.
     """
     from sklearn.datasets import load_sample_images

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-CROPS = ("centre", "pad")
+CROPS = ("center", "pad")
 DEEP = 257  # 65535 / 255: an 8-bit value times this is the same brightness in 16 bits
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
@@ -22,18 +22,18 @@ class ImageFormat:
     """What every image of a data set is brought to.
 
     It is turned upright by its EXIF tag. Where `channels` is 1 or 3, transparent parts are laid on `background`. Then it
-    is scaled by LANCZOS: to cover `size`, and cut at the centre (`crop="centre"`), or to fit inside, and filled up with
+    is scaled by LANCZOS: to cover `size`, and cut at the center (`crop="center"`), or to fit inside, and filled up with
     `background`, or transparent where `channels` is 4 (`crop="pad"`).
 
     Args:
-        size: (H, W). channels: 1 (grey), 3 (RGB) or 4 (RGBA); images of another kind are converted.
-        crop: "centre" or "pad". background: a colour that Pillow knows, such as "white" or "#808080".
-        bits: 8 rounds deeper images to 8 bits; None keeps them at 16. (Grey ones: Pillow reads colour at 8.)
+        size: (H, W). channels: 1 (gray), 3 (RGB) or 4 (RGBA); images of another kind are converted.
+        crop: "center" or "pad". background: a color that Pillow knows, such as "white" or "#808080".
+        bits: 8 rounds deeper images to 8 bits; None keeps them at 16. (Gray ones: Pillow reads color at 8.)
     """
 
     size: tuple[int, int]
     channels: int = 3
-    crop: str = "centre"
+    crop: str = "center"
     background: str = "white"
     bits: int | None = None
 
@@ -47,13 +47,13 @@ class ImageFormat:
 
 
 def check_crop_and_background(crop: str, background: str) -> None:
-    """ValueError for a crop or a colour that is none."""
+    """ValueError for a crop or a color that is none."""
     if crop not in CROPS:
         raise ValueError(f"crop must be one of {list(CROPS)}, got {crop!r}.")
     try:
         ImageColor.getrgb(background)
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"background must be a colour such as 'white' or '#808080', got {background!r}.") from error
+        raise ValueError(f"background must be a color such as 'white' or '#808080', got {background!r}.") from error
 
 
 def read_entry(entry: dict) -> bytes:
@@ -80,7 +80,7 @@ def decode_image(data: bytes, form: ImageFormat) -> torch.Tensor:
 
 
 def reads_at_8_bits(data: bytes) -> bool:
-    """Whether the file is a PNG of 16 bits whose colours or transparency Pillow reads at 8."""
+    """Whether the file is a PNG of 16 bits whose colors or transparency Pillow reads at 8."""
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[24] == 16 and data[25] != 0
 
 
@@ -98,7 +98,7 @@ def _decode(image: Image.Image, form: ImageFormat) -> np.ndarray:
 
 
 def _decode_deep(image: Image.Image, form: ImageFormat) -> np.ndarray:
-    """Grey of 16 bits, in floats: Pillow's own conversion to fewer bits clips instead of scaling."""
+    """Gray of 16 bits, in floats: Pillow's own conversion to fewer bits clips instead of scaling."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"integers from {values.min()} to {values.max()} are not those of 16 bits, 0..65535")
@@ -124,7 +124,7 @@ def _resize(image: Image.Image, form: ImageFormat, fill) -> Image.Image:
     H, W = form.size
     if image.size == (W, H):
         return image
-    if form.crop == "centre":
+    if form.crop == "center":
         return ImageOps.fit(image, (W, H), method=Image.Resampling.LANCZOS)
     return ImageOps.pad(image, (W, H), method=Image.Resampling.LANCZOS, color=fill)
 

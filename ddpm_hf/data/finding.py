@@ -60,7 +60,7 @@ def open_dataset(
     if revision is not None:
         raise ValueError(f"dataset_revision {revision!r} is of data sets on the Hub, and {name!r} is none.")
     if not isinstance(found, dict):
-        # One split, saved alone: training and held-out images must not both be it.
+        # One split, saved alone: training and validation images must not both be it.
         found = {"train": found}
     if split not in found:
         raise NoSuchSplit(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")

@@ -24,7 +24,7 @@ from ddpm_hf.data.finding import find_column
 logger = logging.getLogger("train")
 
 
-def held_out_place(data: bytes) -> float:
+def validation_hash(data: bytes) -> float:
     """A number in [0, 1) by the content of an image's file: it is held out if that is less than `validation_fraction`.
 
     So the images held out stay so when others are added, removed or moved, a larger fraction holds out the same ones and
@@ -34,7 +34,7 @@ def held_out_place(data: bytes) -> float:
 
 
 class Images(torch.utils.data.Dataset):
-    """The images of a data set at one size, as uint8 tensors, or as uint16 ones where a grey image has 16 bits.
+    """The images of a data set at one size, as uint8 tensors, or as uint16 ones where a gray image has 16 bits.
 
     `images[[3, 5]]` is a dict of "images" (2, C, H, W) and, if there is a label column, "labels" (2,). `ImageFormat` says
     how an image is brought to its size.
@@ -52,7 +52,7 @@ class Images(torch.utils.data.Dataset):
         channels: int = 3,
         image_column: str | None = None,
         label_column: str | None = None,
-        crop: str = "centre",
+        crop: str = "center",
         background: str = "white",
         bits: int | None = None,
     ):
@@ -102,7 +102,7 @@ class Images(torch.utils.data.Dataset):
         return [i for i, is_broken in enumerate(self._look()["broken"]) if is_broken]
 
     def read_at_8_bits(self) -> list[int]:
-        """Indices of colour images of 16 bits that come in at 8, which is what Pillow can read."""
+        """Indices of color images of 16 bits that come in at 8, which is what Pillow can read."""
         return [i for i, is_cut in enumerate(self._look()["cut"]) if is_cut]
 
     def describe(self, index: int) -> str:
@@ -114,17 +114,17 @@ class Images(torch.utils.data.Dataset):
         dropped = set(indices)
         self._keep([i for i in range(len(self)) if i not in dropped])
 
-    def hold_out(self, fraction: float) -> "Images":
-        """Leave out the share `fraction` of the images that `held_out_place` chooses, and return those.
+    def split_validation(self, fraction: float) -> "Images":
+        """Leave out the share `fraction` of the images that `validation_hash` chooses, and return those.
 
         Raises ValueError where that leaves one side without images.
         """
         chosen = [place < fraction for place in self._look()["place"]]
         if not 0 < sum(chosen) < len(self):
             raise ValueError(f"validation_fraction = {fraction!r} holds out {sum(chosen)} of {len(self)} images.")
-        held_out = self.subset([i for i, is_chosen in enumerate(chosen) if is_chosen])
+        validation = self.subset([i for i, is_chosen in enumerate(chosen) if is_chosen])
         self._keep([i for i, is_chosen in enumerate(chosen) if not is_chosen])
-        return held_out
+        return validation
 
     def subset(self, indices: Sequence[int]) -> "Images":
         """The images of these indices, in this order."""
@@ -185,7 +185,7 @@ def _look_at(entry: dict, form: ImageFormat) -> dict[str, bool | float]:
         is_deep = decode_image(data, form).dtype == torch.uint16
     except UNREADABLE:
         return {"broken": True, "deep": False, "cut": False, "place": 1.0}
-    return {"broken": False, "deep": is_deep, "cut": reads_at_8_bits(data), "place": held_out_place(data)}
+    return {"broken": False, "deep": is_deep, "cut": reads_at_8_bits(data), "place": validation_hash(data)}
 
 
 def label_names(dataset: datasets.Dataset | datasets.IterableDataset, column: str | None) -> list[str] | None:
@@ -207,7 +207,7 @@ def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> 
     """Leave out images that cannot be read, if that is allowed and leaves some; ValueError, naming them, otherwise."""
     if shallow := images.read_at_8_bits():
         logger.warning(
-            "%d colour images of 16 bits are read at 8, which is what Pillow can do; the first is %s.",
+            "%d color images of 16 bits are read at 8, which is what Pillow can do; the first is %s.",
             len(shallow),
             images.describe(shallow[0]),
         )

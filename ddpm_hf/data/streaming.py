@@ -20,11 +20,11 @@ import torch
 
 from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, read_entry, stack_images
 from ddpm_hf.data.finding import find_column
-from ddpm_hf.data.images import Images, check_class_count, held_out_place, label_names
-from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.data.images import Images, check_class_count, label_names, validation_hash
+from ddpm_hf.seeds import make_generator
 
 logger = logging.getLogger(__name__)
-HELD_OUT = 512  # images that `held_out` reads from the start of a stream
+VALIDATION_LIMIT = 512  # images that `validation` reads from the start of a stream
 
 
 class StreamError(ValueError):
@@ -36,7 +36,7 @@ class StreamedImages:
 
     Args:
         dataset: a stream with a column of images. A row whose image is held out by `validation_fraction` (see
-            `held_out_place`) is passed over.
+            `validation_hash`) is passed over.
         shuffle_buffer: images in a block, over all lanes; the files of up to twice as many are in memory.
         num_lanes: see above. None: one a process, which makes the order depend on their number.
         skip_broken: pass over an image that cannot be read, and say so; otherwise it ends the run.
@@ -52,7 +52,7 @@ class StreamedImages:
         channels: int = 3,
         image_column: str | None = None,
         label_column: str | None = None,
-        crop: str = "centre",
+        crop: str = "center",
         background: str = "white",
         shuffle_buffer: int = 4096,
         num_lanes: int | None = None,
@@ -90,12 +90,12 @@ class StreamedImages:
         split = (self.dataset.info.splits or {}).get(str(self.dataset.split))
         return split.num_examples if split is not None else None
 
-    def held_out(self, limit: int = HELD_OUT) -> Images:
-        """The first held-out images, at most `limit`, all of which are read now."""
+    def validation(self, limit: int = VALIDATION_LIMIT) -> Images:
+        """The first validation images, at most `limit`, all of which are read now."""
         rows = []
         for row in self.dataset:
             entry = {"bytes": read_entry(row[self.image_column]), "path": row[self.image_column]["path"]}
-            if held_out_place(entry["bytes"]) < self.validation_fraction:
+            if validation_hash(entry["bytes"]) < self.validation_fraction:
                 rows.append(row | {self.image_column: entry})
                 if len(rows) == limit:
                     break
@@ -220,7 +220,7 @@ class Lane:
     def _open(self, block: "Block") -> None:
         block.read(self.size)
         self._rows, self._start = block.rows, block.start
-        generator = addressed_generator("cpu", self.seed, f"blocks of lane {self.lane}", self._number)
+        generator = make_generator("cpu", self.seed, f"blocks of lane {self.lane}", self._number)
         self._order = torch.randperm(len(self._rows), generator=generator).tolist()
         self._upcoming = Block(self._reader, self.size)
 
@@ -268,7 +268,7 @@ class Reader:
         """The next row; None once where an epoch ends."""
         while self.at["shard"] < len(self.shards):
             if self._rows is None:
-                generator = addressed_generator("cpu", self.seed, f"shards of lane {self.lane}", self.at["epoch"])
+                generator = make_generator("cpu", self.seed, f"shards of lane {self.lane}", self.at["epoch"])
                 order = torch.randperm(len(self.shards), generator=generator).tolist()
                 self._stream = self.dataset.shard(self.dataset.num_shards, self.shards[order[self.at["shard"]]])
                 if self.at["stream"] is not None:
@@ -293,5 +293,5 @@ class Reader:
                 entry["bytes"] = read_entry(entry)
             except UNREADABLE:
                 return True  # so that it is met, and named, where it is decoded
-            return held_out_place(entry["bytes"]) >= fraction
+            return validation_hash(entry["bytes"]) >= fraction
         return True

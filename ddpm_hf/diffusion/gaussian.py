@@ -1,4 +1,4 @@
-"""The derivation: forward process, posterior, learnt reverse process and their sub-chains. Pure torch.
+"""The derivation: forward process, posterior, learned reverse process and their sub-chains. Pure torch.
 
 Index t of this file is the paper's t + 1 (diffusers' timesteps): `alphas_cumprod[0]` is ᾱ₁, and the step at t = 0
 lands on the image. Equation numbers are those of docs/derivation.md.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ddpm_hf.diffusion.schedules import chain_tables, check_betas
-from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, beside, check_timestep
+from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, check_timestep, to_index_device
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # The tables of σ_t (0 where x_{t−1} is the image) and log σ_t². The log variants of a variance differ from the plain
@@ -131,9 +131,9 @@ class GaussianDiffusion:
         self.tables = tables
         self._floats: dict[str, list[float]] = {}
         self._rounded: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
-        self.place(torch.device("cpu"))
+        self.cache_tables(torch.device("cpu"))
 
-    def place(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def cache_tables(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Copy the tables to `device`, rounded to `dtype`, ahead of the first use there (which would do it itself)."""
         if (device, dtype) not in self._rounded:
             self._rounded[device, dtype] = {name: table.to(device, dtype) for name, table in self.tables.items()}
@@ -151,7 +151,7 @@ class GaussianDiffusion:
 
     def at(self, name: str, t: Timestep, like: torch.Tensor) -> torch.Tensor | float:
         """Table `name` at t, broadcastable against `like` (batch first): a float for an int t, else a tensor."""
-        t = beside(t, like)
+        t = to_index_device(t, like)
         if isinstance(t, int) and not torch.compiler.is_compiling():
             if name not in self._floats:
                 self._floats[name] = self.tables[name].tolist()
@@ -162,7 +162,7 @@ class GaussianDiffusion:
 
     def _rounded_table(self, name: str, like: torch.Tensor) -> torch.Tensor:
         dtype = working_dtype(like)
-        self.place(like.device, dtype)
+        self.cache_tables(like.device, dtype)
         return self._rounded[like.device, dtype][name]
 
     def _reverse_step_coefficients(self, t: Timestep, like: torch.Tensor) -> Sequence[torch.Tensor | float]:
@@ -189,7 +189,7 @@ class GaussianDiffusion:
     def _mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
         """a_t·x ± b_t·y, in at least float32."""
         x = x.to(working_dtype(x, y))
-        y, t = y.to(x.dtype), beside(t, x)
+        y, t = y.to(x.dtype), to_index_device(t, x)
         a_t, b_t = self.at(a, t, x), self.at(b, t, x)
         if isinstance(b_t, float):
             return torch.add(a_t * x, y, alpha=sign * b_t)
@@ -308,7 +308,7 @@ class GaussianDiffusion:
         variance_output = None
         if learned:
             model_output, variance_output = model_output[:, :channels], model_output[:, channels:]
-        a, b, c, d, std = self._reverse_step_coefficients(beside(t, x_t), x_t)
+        a, b, c, d, std = self._reverse_step_coefficients(to_index_device(t, x_t), x_t)
         x_0 = add_scaled_(a * x_t, b, model_output)
         if clip is not None:
             x_0 = clip(x_0)

@@ -200,7 +200,7 @@ def _measure(diffusion, model, x_0, t, noise, clip, condition) -> torch.Tensor:
     mean, log_variance, predicted = diffusion.p_mean_variance(output, x_t, t, clip)
     epsilon = diffusion.predict_epsilon(output[:, : x_0.shape[1]], x_t, t)
     if is_decoder:
-        nats = -discretised_gaussian_log_likelihood(x_0, mean, log_variance).to(x_0.device, x_0.dtype)
+        nats = -discretized_gaussian_log_likelihood(x_0, mean, log_variance).to(x_0.device, x_0.dtype)
     else:
         # The two means differ in x_0 alone: μ̃_t − μ_θ = √ᾱ_{t−1}β_t/(1−ᾱ_t)·(x_0 − x̂_0). Taken so, nothing cancels.
         difference = diffusion.at("posterior_mean_coef_x_0", t, x_0) * (x_0 - predicted)
@@ -219,25 +219,25 @@ def prior_bits(diffusion: GaussianDiffusion, x_0: torch.Tensor) -> torch.Tensor:
     return gaussian_kl(mean, log_variance, torch.zeros_like(mean), 0.0).flatten(1).mean(1) / math.log(2)
 
 
-def discretised_gaussian_log_likelihood(
+def discretized_gaussian_log_likelihood(
     x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor | float
 ) -> torch.Tensor:
-    """`discretised_log_likelihood` in float64 on the CPU, since a likelihood is wanted once an image and its differences are small."""
+    """`discretized_log_likelihood` in float64 on the CPU, since a likelihood is wanted once an image and its differences are small."""
     x_0, mean = x_0.cpu().double(), mean.cpu().double()
-    return discretised_log_likelihood(x_0, mean, torch.as_tensor(log_variance, dtype=torch.float64, device="cpu"))
+    return discretized_log_likelihood(x_0, mean, torch.as_tensor(log_variance, dtype=torch.float64, device="cpu"))
 
 
-def discretised_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+def discretized_log_likelihood(x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """log P(x_0) of each pixel under N(mean, variance) integrated over the pixel's 8-bit level, the outer levels
     reaching to ±∞ (DDPM, eq. 13), in nats.
 
     Shapes: all as `x_0`, or broadcasting against it; of its device and dtype; differentiable. Exact far out in the
     tails, where both ends of the level round to the same probability.
     """
-    precision, centred, half = torch.exp(-log_variance / 2), x_0 - mean, 1 / (LEVELS - 1)
-    infinity = torch.full_like(centred, torch.inf)
-    low = torch.where(x_0 < -1 + half, -infinity, (centred - half) * precision)
-    high = torch.where(x_0 > 1 - half, infinity, (centred + half) * precision)
+    precision, centered, half = torch.exp(-log_variance / 2), x_0 - mean, 1 / (LEVELS - 1)
+    infinity = torch.full_like(centered, torch.inf)
+    low = torch.where(x_0 < -1 + half, -infinity, (centered - half) * precision)
+    high = torch.where(x_0 > 1 - half, infinity, (centered + half) * precision)
     # log(Φ(high) − Φ(low)) = log(Φ(−low) − Φ(−high)): below the mean both logarithms keep their digits.
     above = low + high > 0
     low, high = torch.where(above, -high, low), torch.where(above, -low, high)

@@ -1,4 +1,4 @@
-"""What training minimises. Where in the chain it looks is in `timestep_samplers.py`."""
+"""What training minimizes. Where in the chain it looks is in `timestep_samplers.py`."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion, gaussian_kl, working_dtype
-from ddpm_hf.diffusion.likelihood import discretised_log_likelihood
+from ddpm_hf.diffusion.likelihood import discretized_log_likelihood
 
 LOSS_WEIGHTINGS = ("simple", "min_snr", "p2", "vlb")
 
 
 class Loss(NamedTuple):
-    """Of each example, (B,), at least float32: what is minimised, and L_simple beside it, which compares runs of
+    """Of each example, (B,), at least float32: what is minimized, and L_simple beside it, which compares runs of
     different objectives."""
 
     objective: torch.Tensor
@@ -132,7 +132,7 @@ def bound_terms(
     """The variational bound's term of each example at its t, in bits per dimension, differentiable (DDPM, eq. 5).
 
     At t > 0 it is KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)); at t = 0 it is L_0 = −log p_θ(x_0 | x_1), by the
-    discretised decoder (DDPM, eq. 13). Not clipped: a clipped x_0 has no gradient.
+    discretized decoder (DDPM, eq. 13). Not clipped: a clipped x_0 has no gradient.
 
     `output` is the network's at (x_t, t), (B, C, H, W), or (B, 2C, H, W) for a learned variance. Returns (B,).
     """
@@ -142,6 +142,6 @@ def bound_terms(
     true_log_variance = diffusion.at("posterior_log_variance_clipped", t, x_0)
     kl = gaussian_kl(difference, true_log_variance, torch.zeros_like(difference), log_variance)
     # Both are computed for every example: which of them it is would have to be read back from the device.
-    decoder = -discretised_log_likelihood(x_0, mean, torch.as_tensor(log_variance))
+    decoder = -discretized_log_likelihood(x_0, mean, torch.as_tensor(log_variance))
     nats = torch.where((t == 0).reshape(-1, 1, 1, 1), decoder, kl)
     return nats.flatten(1).mean(1) / math.log(2)

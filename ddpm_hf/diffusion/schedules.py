@@ -40,7 +40,7 @@ def _laplace(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     """diffusers' "laplace", β capped at 0.999; the range is not used.
 
     There ᾱ(u) = √(s/(1+s)) with s = (2u + ε)^−½ up to u = ½ and s = (2(1−u) + ε)^½ after it, ε = 1e-6. With
-    w = √(2u + ε), or √(2(1−u) + ε), ᾱ² is 1/(1+w), or w/(1+w), so that 1 − ᾱ_b²/ᾱ_a² is a difference of neighbouring w.
+    w = √(2u + ε), or √(2(1−u) + ε), ᾱ² is 1/(1+w), or w/(1+w), so that 1 − ᾱ_b²/ᾱ_a² is a difference of neighboring w.
     """
     eps = 1e-6
     i = torch.arange(T + 1, dtype=torch.float64, device="cpu")

@@ -29,7 +29,7 @@ def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Ten
     return timesteps
 
 
-def beside(t: Timestep, like: torch.Tensor) -> Timestep:
+def to_index_device(t: Timestep, like: torch.Tensor) -> Timestep:
     """t where it can be used with `like` without a sync: as an int where it is one number on the host (outside a
     compiled graph), which is the fastest, else on its device."""
     if not isinstance(t, torch.Tensor):

@@ -1,6 +1,6 @@
 """Sample quality, measured against real images.
 
-For the embedded digits: a classifier fitted to the real training digits judges samples and held-out real digits alike.
+For the embedded digits: a classifier fitted to the real training digits judges samples and validation real digits alike.
 """
 
 import hashlib
@@ -11,30 +11,30 @@ import numpy as np
 import torch
 
 from ddpm_hf.data.images import Images
-from ddpm_hf.evaluation.metrics import memorisation
+from ddpm_hf.evaluation.metrics import memorization
 
-RECOGNISED = 0.9  # probability above which the classifier counts as having recognised a digit
+RECOGNizED = 0.9  # probability above which the classifier counts as having recognized a digit
 NO_DIGIT = 10
 
 
 @dataclass(frozen=True)
 class DigitsQuality:
-    """Samples against held-out real digits. Shares are of 1; distances are Euclidean, pixels in [0, 1].
+    """Samples against validation real digits. Shares are of 1; distances are Euclidean, pixels in [0, 1].
 
     `closer_p_value`: of the one-sided Kolmogorov-Smirnov test whose alternative is that samples lie closer to the
-    training digits than held-out digits do; a small one means copies.
+    training digits than validation digits do; a small one means copies.
     """
 
     num_samples: int
-    recognised: float
-    recognised_held_out: float
-    recognised_ratio: float
-    accuracy_held_out: float
+    recognized: float
+    recognized_validation: float
+    recognized_ratio: float
+    accuracy_validation: float
     smallest_class_share: float
     largest_class_share: float
     nearest_distance_quantiles: dict[str, float]
-    nearest_distance_quantiles_held_out: dict[str, float]
-    closer_than_5_percent_of_held_out: float
+    nearest_distance_quantiles_validation: dict[str, float]
+    closer_than_5_percent_of_validation: float
     closer_p_value: float
 
     def as_dict(self) -> dict:
@@ -54,38 +54,40 @@ class DigitsJudge:
         from sklearn.calibration import CalibratedClassifierCV
         from sklearn.svm import SVC
 
-        (self.train, labels), (self.held_out, self.held_out_labels) = (_pixels(splits[s]) for s in ("train", "test"))
+        (self.train, labels), (self.validation, self.validation_labels) = (
+            _pixels(splits[s]) for s in ("train", "test")
+        )
         negatives = non_digits(self.train, labels)
         images = np.concatenate([self.train, negatives])
         classes = np.concatenate([labels, np.full(len(negatives), NO_DIGIT)])
         classifier = CalibratedClassifierCV(SVC(C=10), method="temperature", cv=5, ensemble=False)
         self.classifier = classifier.fit(images, classes)
 
-    def recognised(self, images: np.ndarray) -> tuple[float, np.ndarray]:
-        """Share of (N, 64) recognised as some digit with probability above 0.9, and the likeliest digits (N,)."""
+    def recognized(self, images: np.ndarray) -> tuple[float, np.ndarray]:
+        """Share of (N, 64) recognized as some digit with probability above 0.9, and the likeliest digits (N,)."""
         probabilities = self.classifier.predict_proba(images)[:, :NO_DIGIT]
-        return float((probabilities.max(1) > RECOGNISED).mean()), probabilities.argmax(1)
+        return float((probabilities.max(1) > RECOGNizED).mean()), probabilities.argmax(1)
 
     def __call__(self, samples: np.ndarray) -> DigitsQuality:
         """Judge samples (N, 8, 8, 1) in [0, 1], rounded to 8 bits as a PNG would be."""
         if samples.shape[1:] != (8, 8, 1):
             raise ValueError(f"samples must have shape (N, 8, 8, 1), got {samples.shape}.")
         samples = (np.round(samples.astype(np.float64) * 255) / 255).reshape(len(samples), -1)
-        share, classes = self.recognised(samples)
-        share_held_out, classes_held_out = self.recognised(self.held_out)
+        share, classes = self.recognized(samples)
+        share_validation, classes_validation = self.recognized(self.validation)
         class_shares = np.bincount(classes, minlength=10) / len(samples)
-        near = memorisation(*(torch.from_numpy(images) for images in (samples, self.held_out, self.train)))
+        near = memorization(*(torch.from_numpy(images) for images in (samples, self.validation, self.train)))
         return DigitsQuality(
             num_samples=len(samples),
-            recognised=share,
-            recognised_held_out=share_held_out,
-            recognised_ratio=share / share_held_out,
-            accuracy_held_out=float((classes_held_out == self.held_out_labels).mean()),
+            recognized=share,
+            recognized_validation=share_validation,
+            recognized_ratio=share / share_validation,
+            accuracy_validation=float((classes_validation == self.validation_labels).mean()),
             smallest_class_share=float(class_shares.min()),
             largest_class_share=float(class_shares.max()),
             nearest_distance_quantiles=near.distance_quantiles,
-            nearest_distance_quantiles_held_out=near.distance_quantiles_held_out,
-            closer_than_5_percent_of_held_out=near.closer_than_5_percent_of_held_out,
+            nearest_distance_quantiles_validation=near.distance_quantiles_validation,
+            closer_than_5_percent_of_validation=near.closer_than_5_percent_of_validation,
             closer_p_value=near.closer_p_value,
         )
 

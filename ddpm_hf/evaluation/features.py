@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
-from ddpm_hf.files import write_whole
+from ddpm_hf.files import atomic_file
 
 logger = logging.getLogger(__name__)
 FID_SAMPLES = 50_000
@@ -27,7 +27,7 @@ SHORT_NAMES = {"dinov2": "DINOv2", "dinov2_with_registers": "DINOv2", "clip": "C
 
 class TransformersBackbone:
     """A vision model of transformers, from a folder or the Hub: safetensors weights, with the images prepared as its own
-    `preprocessor_config.json` says. CLIP gives its normalised projected embedding; others their pooled output, or
+    `preprocessor_config.json` says. CLIP gives its normalized projected embedding; others their pooled output, or
     their first token where the pooler's weights are not among the saved ones.
 
     Raises ValueError for weights that are not all there: random features give plausible figures.
@@ -58,7 +58,7 @@ class TransformersBackbone:
         self.protocol = {
             "backbone": name if not Path(name).is_dir() else Path(name).name,
             "backbone_revision": getattr(config, "_commit_hash", None) or _folder_digest(Path(name)),
-            "features": "normalised image_embeds" if self.is_clip else "pooler" if self.use_pooler else "first token",
+            "features": "normalized image_embeds" if self.is_clip else "pooler" if self.use_pooler else "first token",
             "resize": json.loads(json.dumps({key: settings.get(key) for key in kept}, default=dict)),
         }
 
@@ -118,12 +118,12 @@ def load_backbone(name: str, device: torch.device | str = "cpu") -> Backbone:
 
 
 def as_rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, 1 or 3, H, W) to (N, 3, H, W). Grey is repeated, which is logged. Raises ValueError for other images."""
+    """uint8 (N, 1 or 3, H, W) to (N, 3, H, W). Gray is repeated, which is logged. Raises ValueError for other images."""
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 (N, 1 or 3, H, W), got {images.dtype} {images.shape}.")
     if images.shape[1] == 3:
         return images
-    logger.info("Grey images are repeated to RGB for the backbone.")
+    logger.info("Gray images are repeated to RGB for the backbone.")
     return images.repeat(3, axis=1)
 
 
@@ -173,7 +173,7 @@ def write_cached(folder: Path, key: dict, features: torch.Tensor) -> None:
     """Keep features (N, d) for `read_cached`."""
     file, text = _cache_file(folder, key)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(file, save({"features": features.contiguous()}, metadata={"key": text}))
+    atomic_file(file, save({"features": features.contiguous()}, metadata={"key": text}))
 
 
 def _cache_file(folder: Path, key: dict) -> tuple[Path, str]:

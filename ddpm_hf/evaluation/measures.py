@@ -22,7 +22,7 @@ from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
 from ddpm_hf.evaluation.features import compute_features, dataset_revision, read_cached, write_cached
 from ddpm_hf.pipelines.guidance import cycled_classes
-from ddpm_hf.seeds import addressed_generator, image_generators
+from ddpm_hf.seeds import image_generators, make_generator
 
 
 class Shares:
@@ -59,7 +59,7 @@ def split_images(args, run: dict, config: Mapping, split: str) -> Images:
             raise ValueError("the model is class-conditional: label_column must say which column holds the classes.")
     size = config["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    form = {"crop": run.get("crop", "centre"), "background": run.get("background", "white"), "bits": 8}
+    form = {"crop": run.get("crop", "center"), "background": run.get("background", "white"), "bits": 8}
     dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
     images = Images(dataset, size, config["in_channels"], args.image_column, labels, **form)
     if labels is not None:
@@ -73,14 +73,14 @@ def training_images(args, run: dict, config: Mapping) -> tuple[Images, Images | 
     if not fraction:
         return training, None
     leave_out_broken(training, run.get("skip_broken_images", False))
-    return training, training.hold_out(fraction)
+    return training, training.split_validation(fraction)
 
 
 def real_images(args, run: dict, config: Mapping) -> tuple[Images, Images, str]:
-    """Training images, held-out ones, and where these are from: those of the held-out split, or what the run held out."""
+    """Training images, held-out ones, and where these are from: those of the validation split, or what the run held out."""
     training, validation = training_images(args, run, config)
     try:
-        return training, split_images(args, run, config, args.held_out_split), args.held_out_split
+        return training, split_images(args, run, config, args.validation_split), args.validation_split
     except NoSuchSplit as error:
         if validation is None:
             raise ValueError(f"{error} Nor did the run hold images out (validation_fraction).") from error
@@ -93,10 +93,10 @@ def choose_variance(pipe: DDPMPipelineCustom, variance_type: str | None, images:
         return
     changes = {"variance_type": variance_type, "analytic_moments": None}
     if variance_type == "analytic":
-        order = torch.randperm(len(images), generator=addressed_generator("cpu", args.seed, "moments", 0)).tolist()
+        order = torch.randperm(len(images), generator=make_generator("cpu", args.seed, "moments", 0)).tolist()
         batch = {name: values.to(device) for name, values in images[order[: args.analytic_images]].items()}
         model = partial(predict, pipe, labels=batch.get("labels"))
-        generator = addressed_generator(device, args.seed, "moments", 1)
+        generator = make_generator(device, args.seed, "moments", 1)
         diffusion = pipe.scheduler.diffusion
         x_0 = to_signed(batch["images"])
         changes["analytic_moments"] = estimate_analytic_moments(diffusion, model, [x_0], generator).tolist()
@@ -114,14 +114,14 @@ def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, ar
         raise ValueError("thresholding=True has no bound: what it does to a pixel depends on all others.")
     edge = config.clip_sample_range
     clip = (lambda x_0: x_0.clamp(-edge, edge)) if config.clip_sample else None
-    order = torch.randperm(len(images), generator=addressed_generator("cpu", args.seed, purpose, 0)).tolist()
+    order = torch.randperm(len(images), generator=make_generator("cpu", args.seed, purpose, 0)).tolist()
     chosen = order[: args.bound_images]
     sums, mine = BoundSums(len(diffusion), stride), shares.mine(len(chosen))
     for start in range(0, len(mine), args.batch_size):
         positions = mine[start : start + args.batch_size]
         batch = {name: values.to(device) for name, values in images[[chosen[p] for p in positions]].items()}
         x_0 = to_signed(batch["images"])
-        generators = [addressed_generator("cpu", args.seed, purpose, 1 + p) for p in positions]
+        generators = [make_generator("cpu", args.seed, purpose, 1 + p) for p in positions]
         offsets = torch.tensor(positions) % stride
         sums.add(diffusion, partial(predict, pipe), x_0, generators, offsets, clip, batch.get("labels"))
     sums.values.copy_(shares.add(sums.values))
@@ -158,7 +158,7 @@ def features_of(backbone, batches_of, total: int, args, shares: Shares) -> torch
 
 def resizing(images: Images) -> str:
     """How images came to their size, as protocols say it."""
-    how = "cover, centre crop" if images.format.crop == "centre" else f"fit, padded with {images.format.background}"
+    how = "cover, center crop" if images.format.crop == "center" else f"fit, padded with {images.format.background}"
     return f"Pillow LANCZOS to {how}"
 
 

@@ -36,8 +36,8 @@ def moments(features: torch.Tensor, name: str = "features") -> Moments:
     n, d = features.shape
     check_enough(n, d, name)
     mean = features.mean(0)
-    centred = features - mean
-    return Moments(mean, centred.T @ centred / (n - 1), n)
+    centered = features - mean
+    return Moments(mean, centered.T @ centered / (n - 1), n)
 
 
 def check_enough(n: int, d: int, name: str = "features") -> None:
@@ -74,7 +74,7 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
 
     Args:
         kernel: "polynomial", (x·y/d + 1)³ (KID, Bińkowski et al. 2018), or "rbf", exp(−‖x − y‖²/2σ²) (CMMD,
-            Jayasumana et al. 2024, with σ = 10 on normalised CLIP embeddings).
+            Jayasumana et al. 2024, with σ = 10 on normalized CLIP embeddings).
 
     Every pair is used, so nothing is drawn at random. Raises ValueError for fewer than 3 images on either side.
     """
@@ -111,25 +111,25 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
 
 def precision_recall(real: torch.Tensor, samples: torch.Tensor, k: int = 3) -> tuple[float, float]:
     """Shares of samples inside the real images' manifold and of real images inside the samples' (Kynkäänniemi et al. 2019):
-    within the distance of some point to its own k-th neighbour."""
+    within the distance of some point to its own k-th neighbor."""
     real, samples = _check_two(real, samples, k + 1)
-    radii_real, radii_samples = _kth_neighbour(real, k), _kth_neighbour(samples, k)
+    radii_real, radii_samples = _kth_neighbor(real, k), _kth_neighbor(samples, k)
     precision = _share(samples, real, lambda d: (d <= radii_real).any(1))
     recall = _share(real, samples, lambda d: (d <= radii_samples).any(1))
     return precision, recall
 
 
 def density_coverage(real: torch.Tensor, samples: torch.Tensor, k: int = 5) -> tuple[float, float]:
-    """How many real neighbourhoods a sample lies in, over k, and the share of real neighbourhoods with a sample in them
+    """How many real neighborhoods a sample lies in, over k, and the share of real neighborhoods with a sample in them
     (Naeem et al. 2020); radii as for `precision_recall`, of the real images alone."""
     real, samples = _check_two(real, samples, k + 1)
-    radii = _kth_neighbour(real, k)
+    radii = _kth_neighbor(real, k)
     density = _share(samples, real, lambda d: (d <= radii).sum(1)) / k
-    nearest, _ = nearest_neighbours(real, samples)
+    nearest, _ = nearest_neighbors(real, samples)
     return density, (nearest.square() <= radii).double().mean().item()
 
 
-def nearest_neighbours(queries: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_neighbors(queries: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Euclidean distance (N,) of each of (N, d) to the nearest of (M, d), float64, and that one's index (N,)."""
     queries, others = _check_two(queries, others, 1)
     found = [_squared_distances(block, others).min(1) for block in queries.split(BLOCK)]
@@ -137,17 +137,17 @@ def nearest_neighbours(queries: torch.Tensor, others: torch.Tensor) -> tuple[tor
 
 
 @dataclass(frozen=True)
-class Memorisation:
+class Memorization:
     """How near samples lie to training images, beside how near held-out real images do, in one space.
 
-    `closer_than_5_percent_of_held_out`: share of samples nearer to a training image than 95 % of held-out images are.
+    `closer_than_5_percent_of_validation`: share of samples nearer to a training image than 95 % of validation images are.
     `closer_p_value`: of the one-sided Kolmogorov-Smirnov test whose alternative is that samples lie nearer; a small
     one means copies. `closest`: (sample, training image, distance) of the closest pairs, closest first.
     """
 
     distance_quantiles: dict[str, float]
-    distance_quantiles_held_out: dict[str, float]
-    closer_than_5_percent_of_held_out: float
+    distance_quantiles_validation: dict[str, float]
+    closer_than_5_percent_of_validation: float
     closer_p_value: float
     closest: list[tuple[int, int, float]]
 
@@ -155,20 +155,20 @@ class Memorisation:
         return asdict(self)
 
 
-def memorisation(
-    samples: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor, pairs: int = 10
-) -> Memorisation:
-    """Nearest training images of samples (N, d) against those of held-out images (M, d); pixels or features."""
+def memorization(
+    samples: torch.Tensor, validation: torch.Tensor, training: torch.Tensor, pairs: int = 10
+) -> Memorization:
+    """Nearest training images of samples (N, d) against those of validation images (M, d); pixels or features."""
     from scipy.stats import ks_2samp  # here, so that the library is imported without scipy
 
-    distances, nearest = nearest_neighbours(samples, training)
-    held_out_distances, _ = nearest_neighbours(held_out, training)
+    distances, nearest = nearest_neighbors(samples, training)
+    validation_distances, _ = nearest_neighbors(validation, training)
     order = distances.argsort()[:pairs].tolist()
-    return Memorisation(
+    return Memorization(
         distance_quantiles=_quantiles(distances),
-        distance_quantiles_held_out=_quantiles(held_out_distances),
-        closer_than_5_percent_of_held_out=(distances < held_out_distances.quantile(0.05)).double().mean().item(),
-        closer_p_value=float(ks_2samp(distances.numpy(), held_out_distances.numpy(), alternative="greater").pvalue),
+        distance_quantiles_validation=_quantiles(validation_distances),
+        closer_than_5_percent_of_validation=(distances < validation_distances.quantile(0.05)).double().mean().item(),
+        closer_p_value=float(ks_2samp(distances.numpy(), validation_distances.numpy(), alternative="greater").pvalue),
         closest=[(i, nearest[i].item(), distances[i].item()) for i in order],
     )
 
@@ -200,7 +200,7 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def _kth_neighbour(x: torch.Tensor, k: int) -> torch.Tensor:
+def _kth_neighbor(x: torch.Tensor, k: int) -> torch.Tensor:
     """Squared distance of each row to its k-th nearest other row."""
     # The row itself is the nearest: k + 1.
     return torch.cat([_squared_distances(block, x).kthvalue(k + 1, dim=1).values for block in x.split(BLOCK)])

@@ -60,15 +60,15 @@ def figure_bytes(figure: Figure) -> bytes:
 
 
 def png_bytes(image: np.ndarray, bits: int = 8) -> bytes:
-    """One image (H, W, C) in [0, 1], C of 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA), as the bytes of a PNG file
+    """One image (H, W, C) in [0, 1], C of 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA), as the bytes of a PNG file
     of 8 or 16 bits, pixel for pixel. Raises ValueError for other channels and bits."""
     if bits not in (8, 16) or image.ndim != 3 or image.shape[-1] not in PNG_COLOUR_TYPES:
         raise ValueError(
             f"a PNG file holds 8 or 16 bits of (H, W, C) with C in {list(PNG_COLOUR_TYPES)}, "
             f"got bits={bits!r} and shape {image.shape}."
         )
-    # Written here, since Pillow has no colours of 16 bits. Big-endian, and every row behind a 0: unfiltered.
-    levels = quantised(image, bits).astype(np.uint8 if bits == 8 else ">u2")
+    # Written here, since Pillow has no colors of 16 bits. Big-endian, and every row behind a 0: unfiltered.
+    levels = quantized(image, bits).astype(np.uint8 if bits == 8 else ">u2")
     H, W, C = image.shape
     rows = np.zeros((H, 1 + W * C * bits // 8), np.uint8)
     rows[:, 1:] = np.ascontiguousarray(levels).view(np.uint8).reshape(H, -1)
@@ -79,7 +79,7 @@ def png_bytes(image: np.ndarray, bits: int = 8) -> bytes:
     )
 
 
-def quantised(images: np.ndarray, bits: int) -> np.ndarray:
+def quantized(images: np.ndarray, bits: int) -> np.ndarray:
     """Images in [0, 1] as the nearest of 2^bits levels, uint8 or uint16."""
     levels = (np.clip(images, 0, 1).astype(np.float64) * (2**bits - 1)).round()
     return levels.astype(np.uint8 if bits == 8 else np.uint16)
@@ -123,10 +123,10 @@ def loss_curve(
     images_seen: Sequence[float],
     losses: Sequence[float],
     smoothing: float = 0.6,
-    held_out: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    validation: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Figure:
     """Training loss against images seen, as logged and smoothed, on a logarithmic axis; beside it, under their names,
-    losses of held-out images (images seen, losses)."""
+    losses of validation images (images seen, losses)."""
     figure = Figure(figsize=(6, 3.5), dpi=130, layout="constrained")
     axis = figure.subplots()
     smooth, weight, curve = 0.0, 0.0, []
@@ -135,7 +135,7 @@ def loss_curve(
         curve.append(smooth / weight)
     axis.plot(images_seen, losses, color="0.75", linewidth=0.8, label="as logged")
     axis.plot(images_seen, curve, color="C0", label="smoothed")
-    for i, (name, (seen, values)) in enumerate((held_out or {}).items(), start=1):
+    for i, (name, (seen, values)) in enumerate((validation or {}).items(), start=1):
         axis.plot(seen, values, color=f"C{i}", marker=".", label=name)
     axis.set(xlabel="images seen", ylabel="loss", yscale="log")
     axis.legend(frameon=False)
@@ -176,7 +176,7 @@ def schedule_curves(diffusions: Mapping[str, GaussianDiffusion]) -> Figure:
 
 def bound_by_timestep(bounds: Mapping[str, VariationalBound]) -> Figure:
     """The bound's terms in bits/dim, their running sum from L_0 on, and the mean squared errors of ε and x_0 against
-    the timestep, one line per named bound: chains of one model, or training against held-out images."""
+    the timestep, one line per named bound: chains of one model, or training against validation images."""
     figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
     for name, bound in bounds.items():

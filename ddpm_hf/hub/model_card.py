@@ -34,11 +34,11 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
             EvalResult(
                 task_type="unconditional-image-generation",
                 dataset_type=dataset,
-                dataset_name="scikit-learn digits, held-out part",
-                metric_type="recognised_ratio",
+                dataset_name="scikit-learn digits, validation part",
+                metric_type="recognized_ratio",
                 metric_name=f"share of {quality['num_samples']} samples ({quality['sample_steps']} steps, seed "
-                f"{quality['seed']}, averaged weights) recognised, of that of real digits",
-                metric_value=round(quality["recognised_ratio"], 4),
+                f"{quality['seed']}, averaged weights) recognized, of that of real digits",
+                metric_value=round(quality["recognized_ratio"], 4),
             )
         )
     results += evaluation_results(metrics.get("evaluation"))
@@ -90,7 +90,7 @@ def evaluation_results(evaluation: dict | None) -> list[EvalResult]:
     rows = [
         ("bits_per_dim", f"bits/dim (upper bound), {name}, {bound['num_images']} images", bound["bits_per_dim"])
         for name, bound in evaluation["bits_per_dim"].items()
-        if name.startswith("held-out")
+        if name.startswith("validation")
     ]
     rows += [
         (f["name"].split(",")[0], f"{f['name']}, to the {protocol['split']} split, {how}", f["value"])
@@ -159,7 +159,7 @@ def merge_cards(ours: str, theirs: str) -> str:
     The text: ours stands between two comments and replaces what stood between them. Everything outside stays. Where
     there are no such comments, ours comes below the text that is there; text that was edited between them is kept below.
     The metadata: library, pipeline tag and this model's results are ours, tags and data sets those of both, and of
-    everything else (the licence, say) what is there stays.
+    everything else (the license, say) what is there stays.
     """
     our_data, our_text = _split(ours)
     data, text = _split(theirs)

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ddpm_hf.hub.model_card import card_for_repository, merge_cards, plain_card
-from ddpm_hf.transfer import BranchMoved, Retries, download_file, retried
+from ddpm_hf.transfer import BranchMoved, Retries, download_file, with_retries
 
 # Patterns of `Path.glob` beside those of the pipeline's parts; * stays within a folder: samples/*.png is none of them.
 PUBLISHED = ["model_index.json", "README.md", "*.png", "metrics.json", "config.yaml"]
@@ -63,11 +63,11 @@ def check_destination(
         raise ValueError(NO_TOKEN)
     api = HfApi(token=token)
     # A create whose answer was lost is followed by one that finds it there.
-    repo_id = retried(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), retries).repo_id
-    if private and not retried(lambda: api.model_info(repo_id), retries).private:
+    repo_id = with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), retries).repo_id
+    if private and not with_retries(lambda: api.model_info(repo_id), retries).private:
         # create_repo leaves a repository that exists as it is.
         raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or choose another name.")
-    who, owner = retried(api.whoami, retries), repo_id.split("/")[0]
+    who, owner = with_retries(api.whoami, retries), repo_id.split("/")[0]
     if not is_proposal and owner not in [who["name"], *(org["name"] for org in who.get("orgs", []))]:
         raise ValueError(f"this token is {who['name']}'s and may not write to {repo_id}: name a repository of yours.")
     return repo_id
@@ -102,7 +102,7 @@ def publish(
     Nothing is lost and nothing doubled: a commit is made upon the one that was looked at, and carries an id by which it is
     found again if its answer was lost. Of a README.md that is there, what we did not write stays (`merge_cards`).
 
-    Raises ValueError for what cannot be published, before anything is sent; the client's errors (`in_one_sentence`)
+    Raises ValueError for what cannot be published, before anything is sent; the client's errors (`explain_error`)
     for what the Hub refuses or the network does not let through.
     """
     folder = Path(folder)
@@ -115,7 +115,7 @@ def publish(
     repo_id = check_destination(repo_id, private, token, retries, is_proposal=create_pr)
     api = HfApi(token=token)
     if revision is not None:
-        retried(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), retries)
+        with_retries(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), retries)
     if tag is not None:
         _refuse_tag_elsewhere(api, repo_id, tag, None, revision, retries)
     card = files["README.md"].read_text(encoding="utf-8") if "README.md" in files else None
@@ -144,24 +144,24 @@ def publish(
 def tag_commit(repo_id: str, tag: str, commit: str, token: str | None = None, retries: Retries = Retries()) -> None:  # noqa: B008
     """Name a commit. Raises ValueError if the name stands for another one."""
     api = HfApi(token=token)
-    retried(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), retries)
+    with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), retries)
     _refuse_tag_elsewhere(api, repo_id, tag, commit, None, retries)
 
 
 def _refuse_tag_elsewhere(
     api: HfApi, repo_id: str, tag: str, commit: str | None, revision: str | None, retries: Retries
 ) -> None:
-    refs = retried(lambda: api.list_repo_refs(repo_id), retries)
+    refs = with_retries(lambda: api.list_repo_refs(repo_id), retries)
     found = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
     if found is None:
         return
-    expected = commit or retried(lambda: api.model_info(repo_id, revision=revision), retries).sha
+    expected = commit or with_retries(lambda: api.model_info(repo_id, revision=revision), retries).sha
     if found != expected:
         raise ValueError(f"tag {tag!r} of {repo_id} stands for commit {found} already: delete it, or choose another.")
 
 
 def _publish_training_state(api: HfApi, repo_id: str, folder: Path, checkpoint: Path, retries: Retries) -> None:
-    retried(lambda: api.create_branch(repo_id, branch=TRAINING_STATE, exist_ok=True), retries)
+    with_retries(lambda: api.create_branch(repo_id, branch=TRAINING_STATE, exist_ok=True), retries)
     files = {f"checkpoints/{checkpoint.name}/{file.name}": file for file in checkpoint.iterdir()}
     if (folder / "config.yaml").is_file():
         files["config.yaml"] = folder / "config.yaml"
@@ -202,7 +202,7 @@ def _commit(api: HfApi, repo_id: str, contents, message: str, revision: str | No
             raise
         return Published(repo_id, done.oid, done.pr_url or done.commit_url)
 
-    return retried(act, retries)
+    return with_retries(act, retries)
 
 
 def _find(api: HfApi, repo_id: str, push_id: str, revision: str | None, since: str, create_pr: bool):

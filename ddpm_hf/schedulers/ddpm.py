@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion, add_scaled_
 from ddpm_hf.diffusion.schedules import make_betas
-from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, beside, spaced_timesteps
+from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, spaced_timesteps, to_index_device
 from ddpm_hf.interop import SavesAsStock
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # and with this at the end of its name says which one it is.
 ANALYTIC_MARK = " with the analytic variance of ddpm_hf"
 # √ᾱ is then a tenth: that much of an image's amplitude is left where sampling starts from pure noise.
-NOISE_ENOUGH = 0.01
+MAX_TERMINAL_ALPHA_CUMPROD = 0.01
 
 
 class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
@@ -154,7 +154,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         return () if self.diffusion.variance_type == "analytic" else ("analytic_moments", "analytic_trained_betas")
 
     def _warn_unless_noise(self, t: int, advice: str) -> None:
-        if (left := self.diffusion.alphas_cumprod[t].item()) > NOISE_ENOUGH:
+        if (left := self.diffusion.alphas_cumprod[t].item()) > MAX_TERMINAL_ALPHA_CUMPROD:
             logger.warning(
                 "Sampling starts from pure noise at timestep %d, where %.0f %% of an image's amplitude is left "
                 "(ᾱ = %.3g): images will be off. %s",
@@ -198,7 +198,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         else:
             spacing = self.config.timestep_spacing
             chosen = spaced_timesteps(T, int(num_inference_steps), spacing, self.config.steps_offset)
-            if chosen[0] < T - 1 and self.diffusion.alphas_cumprod[-1] <= NOISE_ENOUGH:
+            if chosen[0] < T - 1 and self.diffusion.alphas_cumprod[-1] <= MAX_TERMINAL_ALPHA_CUMPROD:
                 self._warn_unless_noise(
                     int(chosen[0]), f"Use timestep_spacing='trailing' for {num_inference_steps} steps, not {spacing!r}."
                 )
@@ -214,8 +214,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         self._chain = chain
         self.timesteps = timesteps.to(device)
         # Here rather than in the first step: no copy from the host, nor in a compiled graph a second compilation.
-        self._chain.place(self.timesteps.device)
-        self.diffusion.place(self.timesteps.device)
+        self._chain.cache_tables(self.timesteps.device)
+        self.diffusion.cache_tables(self.timesteps.device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """The timestep that `step` goes to from `timestep`; −1 stands for the image."""
@@ -262,7 +262,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
                 f"variance_noise must have the sample's shape {tuple(sample.shape)} and no generator beside it, got "
                 f"shape {tuple(variance_noise.shape)}{' and a generator' if generator is not None else ''}."
             )
-        timestep = beside(timestep, sample)
+        timestep = to_index_device(timestep, sample)
         mean, std, x_0 = self._chain.p_mean_std(model_output, sample, timestep, self._clip)
         if not (isinstance(std, float) and std == 0.0):
             if variance_noise is None:

@@ -12,7 +12,7 @@ from ddpm_hf.data.builtin import EMBEDDED, digits
 from ddpm_hf.evaluation.digits import DigitsJudge
 from ddpm_hf.evaluation.measures import sample
 from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, loss_curve
-from ddpm_hf.files import write_whole
+from ddpm_hf.files import atomic_file
 from ddpm_hf.hub.model_card import make_card
 from ddpm_hf.pipelines.guidance import class_names_of, cycled_classes
 from ddpm_hf.training.config import TrainingConfig
@@ -34,7 +34,7 @@ def finish(
 
     pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]))
     for name, content in (pictures | {"loss.png": figure_bytes(curves(log))}).items():
-        write_whole(output_dir / name, content)
+        atomic_file(output_dir / name, content)
     metrics = {"training": training} | quality
     if names := class_names_of(unet):
         metrics["training"]["class_names"] = names
@@ -72,15 +72,15 @@ def strip_of(pipe: DDPMPipelineCustom, config: TrainingConfig) -> Figure:
 
 
 def curves(log: Sequence[dict]) -> Figure:
-    """The losses of training and of held-out images by the rows of a log."""
+    """The losses of training and of validation images by the rows of a log."""
 
     def column(name: str) -> tuple[list[int], list[float]]:
         points = [(row["images"], row[name]) for row in log if row.get(name) is not None]
         return tuple(map(list, zip(*points))) if points else ([], [])
 
-    names = {"held-out images": "validation_loss", "held-out images, averaged weights": "validation_loss_ema"}
-    held_out = {label: points for label, name in names.items() if (points := column(name))[0]}
-    return loss_curve(*column("loss"), held_out=held_out)
+    names = {"validation images": "validation_loss", "validation images, averaged weights": "validation_loss_ema"}
+    validation = {label: points for label, name in names.items() if (points := column(name))[0]}
+    return loss_curve(*column("loss"), validation=validation)
 
 
 def judge_digits(samples: np.ndarray, steps: int, seed: int) -> dict:
@@ -95,11 +95,11 @@ def read_metrics(folder: Path) -> dict:
 
 
 def write_metrics(folder: Path, metrics: dict) -> None:
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    atomic_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> None:
     """metrics.json, and the model card made from it."""
     write_metrics(folder, metrics)
     card = make_card(config_yaml, metrics)
-    write_whole(folder / "README.md", str(card))
+    atomic_file(folder / "README.md", str(card))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf.files import sync
-from ddpm_hf.training.sharding import copy_whole
+from ddpm_hf.training.sharding import copy_full
 
 try:
     import fcntl
@@ -118,7 +118,7 @@ def prune_checkpoints(root: Path, keep: int) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """An optimiser's per-parameter state, flat, as "<parameter name>/<entry>"."""
+    """An optimizer's per-parameter state, flat, as "<parameter name>/<entry>"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": torch.as_tensor(value)
@@ -130,7 +130,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) 
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, on the devices the optimiser wants it on."""
+    """Put back what `optimizer_tensors` gave, on the devices the optimizer wants it on."""
     parameters = dict(model.named_parameters())
     order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     entries: dict[int, dict[str, torch.Tensor]] = {}
@@ -138,9 +138,9 @@ def load_optimizer_tensors(
         name, entry = key.rsplit("/", 1)
         parameter = parameters[name]
         if value.shape == parameter.shape:
-            # In the parameter's own memory format: fused optimisers walk through memory, not through indices.
+            # In the parameter's own memory format: fused optimizers walk through memory, not through indices.
             placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-            copy_whole(placed, value)
+            copy_full(placed, value)
             value = placed
         entries.setdefault(order[parameter], {})[entry] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -43,18 +43,19 @@ class TrainingConfig:
     )
     split: str = "train"
     validation_split: str | None = field(
-        default=None, metadata={"help": "held-out images to measure the loss of; None: 'test', if the data set has it"}
+        default=None,
+        metadata={"help": "validation images to measure the loss of; None: 'test', if the data set has it"},
     )
     image_column: str | None = None
     label_column: str | None = field(default=None, metadata={"help": "classes 0, 1, ...; makes the model conditional"})
     num_classes: int | None = field(default=None, metadata={"help": "how many classes label_column has"})
     resolution: list[int] = field(default_factory=lambda: [32], metadata={"help": "one number, or height and width"})
-    channels: int = field(default=3, metadata={"help": "1 grey, 3 RGB, 4 RGBA"})
+    channels: int = field(default=3, metadata={"help": "1 gray, 3 RGB, 4 RGBA"})
     crop: str = field(
-        default="centre", metadata={"help": "fill the resolution and cut at the 'centre', or 'pad' to it"}
+        default="center", metadata={"help": "fill the resolution and cut at the 'center', or 'pad' to it"}
     )
     background: str = field(
-        default="white", metadata={"help": "colour under transparent images (channels 1 or 3) and around padded ones"}
+        default="white", metadata={"help": "color under transparent images (channels 1 or 3) and around padded ones"}
     )
     random_flip: bool = field(default=False, metadata={"help": "mirror each image with probability 1/2"})
     skip_broken_images: bool = field(default=False, metadata={"help": "leave unreadable images out, and say which"})
@@ -105,10 +106,10 @@ class TrainingConfig:
     input_perturbation: float = field(default=0.0, metadata={"help": "γ of Ning et al. 2023; 0: off"})
     offset_noise: float = field(default=0.0, metadata={"help": "noise shared by an image's pixels; 0: off"})
 
-    # Optimisation
+    # Optimization
     seed: int = 0
     total_images: int = field(default=0, metadata={"help": "length of the run, in images seen"})
-    batch_size: int = field(default=128, metadata={"help": "images per optimiser step, over all processes"})
+    batch_size: int = field(default=128, metadata={"help": "images per optimizer step, over all processes"})
     micro_batch_size: int | None = field(default=None, metadata={"help": "images per process at a time; None: all"})
     learning_rate: float = 2e-4
     adam_beta2: float = 0.999
@@ -139,12 +140,12 @@ class TrainingConfig:
         default=None, metadata={"help": "train the network compiled by this backend of torch.compile: 'inductor'"}
     )
 
-    # Records
+    # RunLogger
     dry_run: bool = field(default=False, metadata={"help": "print what the run would be, time a few steps, and stop"})
     checkpoint_every_steps: int = 5000
     keep_checkpoints: int = 2
     log_every_steps: int = 50
-    validate_every_steps: int = field(default=1000, metadata={"help": "the loss of held-out images; 0: never"})
+    validate_every_steps: int = field(default=1000, metadata={"help": "the loss of validation images; 0: never"})
     validation_images: int = field(default=256, metadata={"help": "as many of them, drawn once, at most"})
     sample_every_steps: int = field(default=0, metadata={"help": "samples and their denoising as pictures; 0: never"})
     report_to: Literal["none", "tensorboard", "wandb"] = "tensorboard"
@@ -244,7 +245,7 @@ class TrainingConfig:
 
     @property
     def objective(self) -> Objective:
-        """What is minimised."""
+        """What is minimized."""
         names = ("loss_weighting", "min_snr_gamma", "p2_k", "p2_gamma", "hybrid_lambda")
         return Objective(**{name: getattr(self, name) for name in names})
 
@@ -274,7 +275,7 @@ class TrainingConfig:
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of the run."""
+        """Optimizer steps of the run."""
         return self.total_images // self.batch_size
 
     def learning_rate_at(self, step: int) -> float:

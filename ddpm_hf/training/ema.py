@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ddpm_hf.training.sharding import copy_whole, local, spread_again
+from ddpm_hf.training.sharding import copy_full, reshard, to_local
 
 
 class EMA:
@@ -60,11 +60,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: torch.Tensor | None = None) -> None:
-        """Move the average towards the model's parameters, after an optimiser step.
+        """Move the average towards the model's parameters, after an optimizer step.
 
         `skipped`: 0-d on the parameters' device, 1 where the step was skipped; the average then stays, bit for bit.
         """
-        move(self._average, model, 1 - self.decay(images_seen, batch_size), skipped)
+        lerp_parameters(self._average, model, 1 - self.decay(images_seen, batch_size), skipped)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged parameters under the model's own names, float32."""
@@ -72,7 +72,7 @@ class EMA:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over averages saved by `state_dict`. Raises ValueError for other names or shapes."""
-        take_over(self.state_dict(), state)
+        load_averages(self.state_dict(), state)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -88,15 +88,17 @@ class EMA:
         try:
             yield
         finally:
-            spread_again(model)
+            reshard(model)
             with torch.no_grad():
                 for parameter, value in zip(model.parameters(), kept):
                     parameter.copy_(value)
 
 
-def move(average: list[torch.Tensor], model: nn.Module, share: float, skipped: torch.Tensor | None = None) -> None:
+def lerp_parameters(
+    average: list[torch.Tensor], model: nn.Module, share: float, skipped: torch.Tensor | None = None
+) -> None:
     """average += share · (parameters − average), in the average's float32; nothing at all where `skipped` is 1."""
-    average, parameters = [local(a) for a in average], [local(p).detach().float() for p in model.parameters()]
+    average, parameters = [to_local(a) for a in average], [to_local(p).detach().float() for p in model.parameters()]
     if skipped is not None:
         # A list of tensors, since a number would have to come from the device first.
         share = [(1 - skipped) * share] * len(average)
@@ -104,11 +106,11 @@ def move(average: list[torch.Tensor], model: nn.Module, share: float, skipped: t
 
 
 @torch.no_grad()
-def take_over(mine: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+def load_averages(mine: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Copy saved averages into `mine`. Raises ValueError for other names or shapes."""
     if set(state) != set(mine):
         raise ValueError(f"the saved average has other parameters: {sorted(set(state) ^ set(mine))[:5]} ...")
     for name, average in mine.items():
         if state[name].shape != average.shape:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(average.shape)}.")
-        copy_whole(average, state[name])
+        copy_full(average, state[name])

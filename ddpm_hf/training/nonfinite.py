@@ -21,9 +21,9 @@ def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
 
 
 def step_unless_skipped(optimizer: torch.optim.Optimizer, skipped: torch.Tensor) -> None:
-    """`optimizer.step()` if `skipped` (0-d, float) is 0; if it is 1, weights and optimiser stay as they are.
+    """`optimizer.step()` if `skipped` (0-d, float) is 0; if it is 1, weights and optimizer stay as they are.
 
-    Fused optimisers look at `found_inf` on the device, as they do for GradScaler. Others need the host to look.
+    Fused optimizers look at `found_inf` on the device, as they do for GradScaler. Others need the host to look.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if getattr(inner, "_step_supports_amp_scaling", False):
@@ -49,7 +49,7 @@ class SkippedSteps:
         """Keep what a step found; nothing is read yet."""
         self._reports.append((step, t, losses, skipped))
 
-    def read(self) -> bool:
+    def too_many_skipped(self) -> bool:
         """Read, count and report. True: `max_nonfinite_steps` in a row, training must stop. Every process must call."""
         reports, self._reports = self._reports, []
         flags = torch.stack([report[3] for report in reports]).tolist() if reports else []

@@ -9,7 +9,7 @@ of the profile over t, is (γ + 1)^½ (γ + 2)^(−1) (γ + 3)^(−½). Two such
 of them are kept. Any other profile is then nearly a weighted sum of the snapshots' profiles, and the average of that
 profile is the same weighted sum of the snapshots.
 
-The weights x minimise ‖Σ x_i p_i − p‖² in L²(0, t) under Σ x_i = 1, which makes the average of weights that stand still
+The weights x minimize ‖Σ x_i p_i − p‖² in L²(0, t) under Σ x_i = 1, which makes the average of weights that stand still
 those weights (EDM2 leaves the condition out). With the inner products, for s ≤ t,
 
     ⟨p_{α,s}, p_{β,t}⟩ = ∫₀ˢ (α + 1)(β + 1) τ^(α+β) / (s^(α+1) t^(β+1)) dτ = (α + 1)(β + 1)/(α + β + 1) · (s/t)^β / t,
@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ddpm_hf.files import write_whole
-from ddpm_hf.training.ema import move, take_over
+from ddpm_hf.files import atomic_file
+from ddpm_hf.training.ema import lerp_parameters, load_averages
 
 SIGMAS = (0.05, 0.10)  # of the two averages that are followed (EDM2, section 3.2)
 LONGEST = 12**-0.5  # σ_rel of γ = 0, the plain mean of all of the run
@@ -72,9 +72,9 @@ class PowerEMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: torch.Tensor | None = None) -> None:
-        """Take in the model's parameters, after every optimiser step from the first one on. `skipped` as in `EMA`."""
+        """Take in the model's parameters, after every optimizer step from the first one on. `skipped` as in `EMA`."""
         for sigma, average in self._averages.items():
-            move(average, model, 1 - self.decay(sigma, images_seen, batch_size), skipped)
+            lerp_parameters(average, model, 1 - self.decay(sigma, images_seen, batch_size), skipped)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averaged parameters as "<σ_rel>/<parameter's name>", float32."""
@@ -86,7 +86,7 @@ class PowerEMA:
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take over averages saved by `state_dict`. Raises ValueError for other names or shapes."""
-        take_over(self.state_dict(), state)
+        load_averages(self.state_dict(), state)
 
 
 class Snapshot(NamedTuple):
@@ -102,7 +102,7 @@ def save_snapshot(folder: Path, images_seen: int, averages: Mapping[str, torch.T
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in averages.items()}
     file = folder / f"{PREFIX}{images_seen:012d}.safetensors"
-    write_whole(file, save(tensors, metadata={"sha256": _digest(tensors), "images_seen": str(images_seen)}))
+    atomic_file(file, save(tensors, metadata={"sha256": _digest(tensors), "images_seen": str(images_seen)}))
     return file
 
 

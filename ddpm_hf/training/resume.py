@@ -26,7 +26,7 @@ from ddpm_hf.training.checkpoints import (
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.posthoc_ema import PowerEMA
-from ddpm_hf.training.sharding import whole_on_cpu
+from ddpm_hf.training.sharding import full_on_cpu
 
 logger = logging.getLogger("train")
 
@@ -60,9 +60,9 @@ def save(
     """
     main, root = accelerator.is_main_process, Path(config.output_dir) / "checkpoints"
     tensors = {
-        "model": whole_on_cpu(model.state_dict(), keep=main),
-        **{name: whole_on_cpu(average.state_dict(), keep=main) for name, average in averages.items()},
-        "optimizer": whole_on_cpu(optimizer_tensors(optimizer, model), keep=main),
+        "model": full_on_cpu(model.state_dict(), keep=main),
+        **{name: full_on_cpu(average.state_dict(), keep=main) for name, average in averages.items()},
+        "optimizer": full_on_cpu(optimizer_tensors(optimizer, model), keep=main),
     }
     if sampler_state := timestep_sampler.state_dict():
         tensors["timestep_sampler"] = sampler_state

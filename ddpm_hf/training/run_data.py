@@ -49,7 +49,7 @@ def open_images(config: TrainingConfig) -> tuple[Images | StreamedImages, Images
         images.check_labels(config.num_classes)
     validation = None
     if config.validation_fraction:
-        validation = images.held_out() if config.streaming else images.hold_out(config.validation_fraction)
+        validation = images.validation() if config.streaming else images.split_validation(config.validation_fraction)
     return images, validation
 
 

@@ -1,4 +1,4 @@
-"""What watches a run: its summary, log.jsonl, trackers, the loss of held-out images, pictures, snapshots of averages.
+"""What watches a run: its summary, log.jsonl, trackers, the loss of validation images, pictures, snapshots of averages.
 
 Nothing here changes the run: no number is drawn from a generator that training uses, and the weights are put back
 as they were. Figures are of the global batch, and are read from the device every `log_every_steps` alone. What cannot be written,
@@ -25,13 +25,13 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.measures import sample
 from ddpm_hf.evaluation.plots import figure_bytes, image_grid
-from ddpm_hf.files import write_whole
+from ddpm_hf.files import atomic_file
 from ddpm_hf.training.artifacts import strip_of
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.posthoc_ema import PowerEMA, drop_snapshots_after, save_snapshot
-from ddpm_hf.training.sharding import whole_on_cpu
-from ddpm_hf.training.validation import HeldOutLoss
+from ddpm_hf.training.sharding import full_on_cpu
+from ddpm_hf.training.validation import ValidationLoss
 
 logger = logging.getLogger("train")
 LOG, SNAPSHOTS, PICTURES = "log.jsonl", "ema_snapshots", "samples"
@@ -55,12 +55,12 @@ def read_log(file: Path) -> list[dict]:
     return rows
 
 
-class Records:
+class RunLogger:
     """Watches a run: call `after_step` after every step, and put `state()` into the checkpoints.
 
     Args:
         averages: "ema", and "power_ema" where snapshots are kept.
-        held_out: what `held_out_images` gave.
+        validation: what `load_validation_images` gave.
         first_step: the first step of this part of the run; what an earlier part wrote after it is cut off.
         state: what the checkpoint that the run goes on from holds of `state()`.
         train_examples: for the summary; None for a stream, which does not know.
@@ -73,25 +73,25 @@ class Records:
         unet: UNet2DModelCustom,
         scheduler: DDPMSchedulerCustom,
         averages: Mapping[str, EMA | PowerEMA],
-        held_out: Images | None,
+        validation: Images | None,
         first_step: int,
         state: dict | None,
         train_examples: int | None,
     ):
         self.config, self.accelerator, self.unet, self.scheduler = config, accelerator, unet, scheduler
         self.averages, self.first_step, self.folder = averages, first_step, Path(config.output_dir)
-        self.held_out_loss = None
+        self.validation_loss = None
         self.images_at_a_time = config.images_at_a_time(accelerator.num_processes)
-        if held_out is not None:
-            self.held_out_loss = HeldOutLoss(
-                held_out, scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
+        if validation is not None:
+            self.validation_loss = ValidationLoss(
+                validation, scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
             )
         self.last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
         self.is_writer = accelerator.is_main_process and not config.dry_run
         self.rows: list[dict] = []
 
         # Since the last row of the log, over the examples of steps that were not skipped: by quartile of t the losses'
-        # sum and number, then the sum of what is minimised; then over these steps the gradients' norms and their number.
+        # sum and number, then the sum of what is minimized; then over these steps the gradients' norms and their number.
         self._sums = torch.zeros(2 * QUARTILES + 3, device=accelerator.device)
         self._steps, seconds = 0, 0.0
         if state is not None:
@@ -140,10 +140,10 @@ class Records:
         if config.dry_run:
             return
         row = self._read(done) if self.is_logged(done) else {}
-        if self.held_out_loss is not None and (done % config.validate_every_steps == 0 or is_last):
-            row["validation_loss"] = self.held_out_loss(self.unet)
+        if self.validation_loss is not None and (done % config.validate_every_steps == 0 or is_last):
+            row["validation_loss"] = self.validation_loss(self.unet)
             with self.averages["ema"].in_place_of(self.unet):
-                row["validation_loss_ema"] = self.held_out_loss(self.unet)
+                row["validation_loss_ema"] = self.validation_loss(self.unet)
             self._start_row()
         if row:
             self._write({"step": done, "images": done * config.batch_size, "seconds": round(self.seconds, 3)} | row)
@@ -153,7 +153,7 @@ class Records:
         if (every := config.ema_snapshot_every_images) and (
             is_last or done * config.batch_size // every > (done - 1) * config.batch_size // every
         ):
-            tensors = whole_on_cpu(self.averages["power_ema"].state_dict(), keep=self.is_writer)
+            tensors = full_on_cpu(self.averages["power_ema"].state_dict(), keep=self.is_writer)
             if self.is_writer:
                 with self._reported(f"The snapshot of the averages at step {done}"):
                     save_snapshot(self.folder / SNAPSHOTS, done * config.batch_size, tensors)
@@ -245,7 +245,7 @@ class Records:
         was_behind, self._log_is_behind = self._log_is_behind, True
         with self._reported(f"Row {row['step']} of {LOG}"):
             if was_behind:
-                write_whole(self.folder / LOG, "".join(map(_line, self.rows)))
+                atomic_file(self.folder / LOG, "".join(map(_line, self.rows)))
             else:
                 with open(self.folder / LOG, "a") as file:
                     file.write(_line(row))
@@ -264,7 +264,7 @@ class Records:
             png = figure_bytes(figure)
             with self._reported(f"A picture of step {done}"):
                 (self.folder / PICTURES).mkdir(exist_ok=True)
-                write_whole(self.folder / PICTURES / f"step-{done:08d}{name}.png", png)
+                atomic_file(self.folder / PICTURES / f"step-{done:08d}{name}.png", png)
             pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[None]
             for tracker in self.accelerator.trackers:
                 # TensorBoard has to be told where the channels are; Weights & Biases knows.
@@ -276,7 +276,7 @@ class Records:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / LOG
         self.rows = [row for row in read_log(file) if row["step"] <= self.first_step]
-        write_whole(file, "".join(map(_line, self.rows)))
+        atomic_file(file, "".join(map(_line, self.rows)))
         for picture in (self.folder / PICTURES).glob("step-*.png"):
             if int(picture.stem.split("-")[1]) > self.first_step:
                 picture.unlink()
@@ -293,7 +293,7 @@ class Records:
         memory = {"parameters": size, "gradients": size, "Adam": 2 * size, "averages": 4 * parameters * lengths}
         shape = "×".join(str(n) for n in (*config.resolution, config.channels))
         data = "a stream of images" if train_examples is None else f"{train_examples:,} images"
-        held_out = f"{len(self.held_out_loss.images):,}" if self.held_out_loss else "no"
+        validation = f"{len(self.validation_loss.images):,}" if self.validation_loss else "no"
         written = [f"checkpoints/ every {config.checkpoint_every_steps:,} steps"]
         written.append(f"{LOG} every {config.log_every_steps:,}")
         if config.sample_every_steps:
@@ -306,7 +306,7 @@ class Records:
         precision = "" if config.mixed_precision == "no" else f", {config.mixed_precision}"
         return "\n".join(
             [
-                f"Data        {data} of {shape} from {config.dataset}; {held_out} held-out images",
+                f"Data        {data} of {shape} from {config.dataset}; {validation} validation images",
                 f"Network     {parameters:,} parameters on {processes} process{'es' * (processes > 1)} ({self.accelerator.device.type}{precision})",
                 f"Memory      {', '.join(f'{k} {_bytes(v)}' for k, v in memory.items())}; activations come on top",
                 f"Length      {config.num_steps:,} steps of {config.batch_size:,} images"

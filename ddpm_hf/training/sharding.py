@@ -7,28 +7,28 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds, as memory shared with it: all of an ordinary one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor. For a spread one every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_cpu(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+def full_on_cpu(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
     """All of each tensor, contiguous on the CPU. For spread ones every process must call this; {} where not `keep`."""
     result = {}
     for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if keep:
             result[name] = tensor.cpu().contiguous()
     return result
 
 
 @torch.no_grad()
-def copy_whole(destination: torch.Tensor, value: torch.Tensor) -> None:
+def copy_full(destination: torch.Tensor, value: torch.Tensor) -> None:
     """Write `value`, a whole tensor of the same shape, into `destination`, spread or not."""
     if isinstance(destination, DTensor):
         value = value.to(destination.device, destination.dtype)
@@ -36,7 +36,7 @@ def copy_whole(destination: torch.Tensor, value: torch.Tensor) -> None:
     destination.copy_(value)
 
 
-def spread_again(model: torch.nn.Module) -> None:
+def reshard(model: torch.nn.Module) -> None:
     """Spread the weights that a call without a backward pass has left whole, as FSDP2 does with the outermost module's."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps, make_timestep_sampler
-from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.seeds import make_generator
 from ddpm_hf.training.config import TrainingConfig
 
 
@@ -40,9 +40,9 @@ def draw(
     B, share = config.batch_size, slice(positions.start, positions.stop)
 
     def random(purpose: str, draw=torch.rand, shape: tuple[int, ...] = (B,)) -> torch.Tensor:
-        return draw(shape, generator=addressed_generator(device, config.seed, purpose, step), device=device)[share]
+        return draw(shape, generator=make_generator(device, config.seed, purpose, step), device=device)[share]
 
-    t, weight = (sampler or stateless_sampler(config))(B, addressed_generator(device, config.seed, "timesteps", step))
+    t, weight = (sampler or stateless_sampler(config))(B, make_generator(device, config.seed, "timesteps", step))
     noise = random("noise", torch.randn, (B, config.channels, *config.resolution))
     if config.offset_noise:
         # Noise that a whole channel of an image shares (Guttenberg 2023): z + s·z_c.

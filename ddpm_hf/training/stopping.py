@@ -53,7 +53,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self, num_processes: int) -> Iterator[None]:
-        """Signals wait for the end of a step. Look at `received` afterwards: some arrive too late for `asked`."""
+        """Signals wait for the end of a step. Look at `received` afterwards: some arrive too late for `should_stop`."""
         if num_processes > 1:
             self._group = torch.distributed.new_group(backend="gloo")
         self._deferred = True
@@ -64,7 +64,7 @@ class StopSignals:
         finally:
             self._deferred = False
 
-    def asked(self) -> int:
+    def should_stop(self) -> int:
         """After a step: the signal on which to stop now, the same on every process; 0: go on.
 
         Every process must call this after every step. The processes tell each other on the CPU, beside the

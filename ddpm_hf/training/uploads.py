@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.hub.publish import Published, check_destination, publish, tag_commit
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.transfer import Retries, in_one_sentence
+from ddpm_hf.transfer import Retries, explain_error
 
 logger = logging.getLogger("train")
 
@@ -93,7 +93,7 @@ class Pusher:
             try:
                 self.repo_id = check_destination(config.hub_model_id, config.hub_private, retries=retries)
             except (OSError, HTTPError, RuntimeError) as error:
-                raise ValueError(in_one_sentence(error, config.hub_model_id)) from error
+                raise ValueError(explain_error(error, config.hub_model_id)) from error
 
     def start(self) -> None:
         """Begin with what an earlier part of this run left. Call it once the run's folder is locked."""
@@ -147,7 +147,7 @@ class Pusher:
         except Exception as error:  # whatever it is, the training is worth more
             logger.warning(
                 "Could not push %s: %s\nIt is kept in %s; push it with: python training/publish.py %s --repo_id %s",
-                name, in_one_sentence(error, self.repo_id), self.folder, self.folder, self.repo_id,
+                name, explain_error(error, self.repo_id), self.folder, self.folder, self.repo_id,
             )  # fmt: skip
             return False
         logger.warning("Pushed %s: %s", name, done.url)

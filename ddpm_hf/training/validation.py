@@ -8,38 +8,38 @@ from ddpm_hf.data.decoding import to_signed
 from ddpm_hf.data.finding import NoSuchSplit, open_dataset
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.losses import Objective
-from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.seeds import make_generator
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.run_data import image_form
-from ddpm_hf.training.sharding import spread_again
+from ddpm_hf.training.sharding import reshard
 
 L_SIMPLE = Objective()
 BLOCK = 64  # images whose noise is drawn together
 
 
-def held_out_images(
+def load_validation_images(
     config: TrainingConfig, validation: Images | None = None, device: torch.device | str = "cpu"
 ) -> Images | None:
-    """At most `validation_images` images, drawn once: of `validation`, what `load_images` held out, or of the held-out split
+    """At most `validation_images` images, drawn once: of `validation`, what `load_images` held out, or of the validation split
     where there is one. In the memory of `device`. None where there is nothing held out, or no wish for it.
 
     Raises ValueError for a `validation_split` that is not there, and for images that cannot be read.
     """
     if not config.validate_every_steps:
         return None
-    images = validation if validation is not None else _held_out_split(config)
+    images = validation if validation is not None else _validation_split(config)
     if images is None:
         return None
-    order = torch.randperm(len(images), generator=addressed_generator("cpu", config.seed, "validation images", 0))
+    order = torch.randperm(len(images), generator=make_generator("cpu", config.seed, "validation images", 0))
     images = images.subset(order[: config.validation_images].tolist())
     if validation is None:
-        leave_out_broken(images, config.skip_broken_images, "held-out images")
+        leave_out_broken(images, config.skip_broken_images, "validation images")
     if not images.in_memory:
         images.keep_in_memory(device)
     return images
 
 
-def _held_out_split(config: TrainingConfig) -> Images | None:
+def _validation_split(config: TrainingConfig) -> Images | None:
     # All of a split is kept on the disk; a stream's test split only if somebody asks for it.
     if config.validation_split is None and config.streaming:
         return None
@@ -56,8 +56,8 @@ def _held_out_split(config: TrainingConfig) -> Images | None:
     return images
 
 
-class HeldOutLoss:
-    """L_simple (eq. 14) of held-out images at draws that never change, so that two values differ by the weights alone.
+class ValidationLoss:
+    """L_simple (eq. 14) of validation images at draws that never change, so that two values differ by the weights alone.
 
     Image i of N is looked at for t = ⌊(i + ½)T/N⌋, with noise that depends on (seed, i) alone. The processes share the
     images, each computing `images_at_a_time` at the most, and all of them get the mean. A class-conditional network is told
@@ -80,7 +80,7 @@ class HeldOutLoss:
         unet.eval()
         for start in range(0, len(self.images), BLOCK):
             block = range(start, min(start + BLOCK, len(self.images)))
-            generator = addressed_generator(device, self.seed, "validation", start)
+            generator = make_generator(device, self.seed, "validation", start)
             shape = (len(block), self.images.channels, *self.images.size)
             noise = torch.randn(shape, generator=generator, device=device)
             together = self.images_at_a_time * world
@@ -95,6 +95,6 @@ class HeldOutLoss:
                 losses = L_SIMPLE(unet, self.diffusion, x_0, t, drawn, batch.get("labels")).simple
                 sums += counts * torch.stack([losses.sum(), torch.full_like(losses[0], len(mine))])
         unet.train(was_training)
-        spread_again(unet)
+        reshard(unet)
         total, count = self.accelerator.reduce(sums, "sum").tolist()
         return total / count

@@ -69,7 +69,7 @@ def test_signed_pixels_span_minus_one_to_one():
 
 
 def transparent(mode: str) -> tuple[Image.Image, dict]:
-    """Two rows: red (or its grey) opaque, and red fully transparent."""
+    """Two rows: red (or its gray) opaque, and red fully transparent."""
     image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
     image.paste((255, 0, 0, 0), (0, 4, 8, 8))
     if mode in ("RGBA", "LA"):
@@ -81,9 +81,9 @@ def transparent(mode: str) -> tuple[Image.Image, dict]:
         return indices, {"transparency": 1}
     if mode == "P, by entry":
         return indices, {"transparency": bytes([255, 0])}
-    grey = Image.new("L", (8, 8), 76)
-    grey.paste(200, (0, 4, 8, 8))
-    return grey, {"transparency": 200}
+    gray = Image.new("L", (8, 8), 76)
+    gray.paste(200, (0, 4, 8, 8))
+    return gray, {"transparency": 200}
 
 
 @pytest.mark.parametrize("background", ["white", "black", "#808080"])
@@ -93,8 +93,8 @@ def test_what_is_transparent_shows_the_background_and_not_what_is_hidden(mode, b
     red = [76, 76, 76] if mode in ("LA", "L") else [255, 0, 0]
     found = pixels(image, (8, 8), 3, save=save, background=background)
     assert (found[:4] == red).all() and (found[4:] == ImageColor.getrgb(background)).all()
-    grey = pixels(image, (8, 8), 1, save=save, background=background)
-    assert (grey[:4] == 76).all() and (grey[4:] == ImageColor.getcolor(background, "L")).all()
+    gray = pixels(image, (8, 8), 1, save=save, background=background)
+    assert (gray[:4] == 76).all() and (gray[4:] == ImageColor.getcolor(background, "L")).all()
     alpha = pixels(image, (8, 8), 4, save=save, background=background)[..., 3]
     assert (alpha[:4] == 255).all() and (alpha[4:] == 0).all()
 
@@ -117,11 +117,11 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(values: np.ndarray, colour: int, *extra: bytes) -> bytes:
-    """A PNG of 16 bits a channel: Pillow writes grey ones alone."""
+def png(values: np.ndarray, color: int, *extra: bytes) -> bytes:
+    """A PNG of 16 bits a channel: Pillow writes gray ones alone."""
     rows = values.astype(">u2").reshape(len(values), -1)
     lines = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color, 0, 0, 0)
     parts = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -130,11 +130,11 @@ def with_transparent_value(values: np.ndarray, value: int) -> bytes:
     return png(values, 0, chunk(b"tRNS", struct.pack(">H", value)))
 
 
-def test_colours_of_16_bits_are_known_to_be_read_at_8():
-    colours = np.stack([RAMP, RAMP, RAMP], -1)
-    assert reads_at_8_bits(png(colours, 2)) and not reads_at_8_bits(png(RAMP, 0))
+def test_colors_of_16_bits_are_known_to_be_read_at_8():
+    colors = np.stack([RAMP, RAMP, RAMP], -1)
+    assert reads_at_8_bits(png(colors, 2)) and not reads_at_8_bits(png(RAMP, 0))
     assert not reads_at_8_bits(file(Image.fromarray(RAMP))) and not reads_at_8_bits(file(Image.new("RGB", (4, 4))))
-    found = decode_image(png(colours, 2), ImageFormat((16, 16), 3))
+    found = decode_image(png(colors, 2), ImageFormat((16, 16), 3))
     assert found.dtype == torch.uint8
     np.testing.assert_allclose(found[0], RAMP / 257, atol=1)
 
@@ -175,7 +175,7 @@ def test_what_has_no_range_that_could_be_known_is_refused_not_clipped(values):
     [
         ({"channels": 2}, r"channels must be one of \[1, 3, 4\], got 2"),
         ({"crop": "left"}, "crop must be one of"),
-        ({"background": "whitish"}, "background must be a colour"),
+        ({"background": "whitish"}, "background must be a color"),
         ({"bits": 16}, "bits must be 8 or None"),
     ],
 )

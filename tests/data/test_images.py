@@ -12,8 +12,8 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from ddpm_hf.data.builtin import digits, photos
 from ddpm_hf.data.finding import open_dataset
-from ddpm_hf.data.images import Images, held_out_place
-from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.data.images import Images, validation_hash
+from ddpm_hf.seeds import make_generator
 
 
 @pytest.fixture
@@ -112,47 +112,47 @@ def test_photos_are_patches_of_the_two_photographs_and_no_pixel_is_in_both_split
     assert all(splits[name]._fingerprint == again[name]._fingerprint for name in splits)
 
 
-def held_out_names(dataset, fraction):
+def validation_names(dataset, fraction):
     images = Images(dataset, (8, 8), 1)
-    held_out = images.hold_out(fraction)
-    names = [{Path(part.describe(i)).name for i in range(len(part))} for part in (images, held_out)]
+    validation = images.split_validation(fraction)
+    names = [{Path(part.describe(i)).name for i in range(len(part))} for part in (images, validation)]
     assert names[0].isdisjoint(names[1]) and len(names[0] | names[1]) == dataset.num_rows
     return names[1]
 
 
-def test_what_is_held_out_stays_so_when_images_are_added_moved_and_reordered_and_grows_with_the_fraction(tmp_path):
+def test_what_is_validation_stays_so_when_images_are_added_moved_and_reordered_and_grows_with_the_fraction(tmp_path):
     for i, row in enumerate(digits()["train"].select(range(120))):
         folder = tmp_path / ("some" if i < 80 else "more")
         folder.mkdir(exist_ok=True)
         row["image"].save(folder / f"{i}.png")
-    some = held_out_names(open_dataset(str(tmp_path / "some")), 0.2)
+    some = validation_names(open_dataset(str(tmp_path / "some")), 0.2)
     shutil.copytree(tmp_path, tmp_path.with_name("moved"))
     everything = open_dataset(str(tmp_path.with_name("moved")))
-    both = held_out_names(everything, 0.2)
+    both = validation_names(everything, 0.2)
     assert both & {f"{i}.png" for i in range(80)} == some
-    assert held_out_names(everything.shuffle(seed=1), 0.2) == both
-    assert both < held_out_names(everything, 0.5)
+    assert validation_names(everything.shuffle(seed=1), 0.2) == both
+    assert both < validation_names(everything, 0.5)
     assert 24 - 4 * 4.4 <= len(both) <= 24 + 4 * 4.4  # binomial: 120 images, deviation 4.4
 
 
 def test_places_are_uniform_and_copies_of_a_file_are_on_one_side():
-    places = np.sort([held_out_place(str(i).encode()) for i in range(2000)])
+    places = np.sort([validation_hash(str(i).encode()) for i in range(2000)])
     assert abs(places - np.linspace(0, 1, 2000)).max() < 1.95 / 2000**0.5  # Kolmogorov and Smirnov, 0.1 %
-    assert held_out_place(b"a") == held_out_place(b"a")
+    assert validation_hash(b"a") == validation_hash(b"a")
 
 
 def test_a_fraction_that_leaves_one_side_empty_is_refused():
     with pytest.raises(ValueError, match="validation_fraction = 1e-09 holds out 0 of 360 images"):
-        Images(open_dataset("digits", split="test"), (8, 8), 1).hold_out(1e-9)
+        Images(open_dataset("digits", split="test"), (8, 8), 1).split_validation(1e-9)
 
 
-def test_images_held_out_of_memory_are_those_held_out_of_a_file():
+def test_images_validation_of_memory_are_those_validation_of_a_file():
     images = Images(open_dataset("digits", split="test"), (8, 8), 1, label_column="label")
     images.keep_in_memory()
-    held_out = images.hold_out(0.3)
+    validation = images.split_validation(0.3)
     other = Images(open_dataset("digits", split="test"), (8, 8), 1, label_column="label")
-    expected = other.hold_out(0.3)
-    for a, b in ((images, other), (held_out, expected)):
+    expected = other.split_validation(0.3)
+    for a, b in ((images, other), (validation, expected)):
         assert all(torch.equal(a[range(len(a))][key], b[range(len(b))][key]) for key in ("images", "labels"))
 
 
@@ -174,7 +174,7 @@ def test_a_folder_of_parquet_files_is_a_data_set(tmp_path):
     assert len(open_dataset(str(tmp_path), split="test")) == 360
 
 
-def test_one_split_saved_alone_is_no_held_out_split_as_well(tmp_path):
+def test_one_split_saved_alone_is_no_validation_split_as_well(tmp_path):
     digits()["test"].save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match=r"no split 'test'; it has \['train'\]"):
         open_dataset(str(tmp_path / "saved"), split="test")
@@ -226,7 +226,7 @@ def test_a_column_is_chosen_when_there_is_one_and_asked_for_when_there_are_more(
 
 def test_random_numbers_depend_on_seed_purpose_and_index_alone():
     def numbers(*address):
-        return torch.rand(4, generator=addressed_generator("cpu", *address)).tolist()
+        return torch.rand(4, generator=make_generator("cpu", *address)).tolist()
 
     assert numbers(1, "noise", 5) == numbers(1, "noise", 5)
     others = [numbers(1, "noise", 6), numbers(2, "noise", 5), numbers(1, "flip", 5), numbers(5, "noise", 1)]

@@ -1,4 +1,4 @@
-"""A stream is shared out, shuffled and gone on with exactly, whatever reads it; broken and held-out images are kept off."""
+"""A stream is shared out, shuffled and gone on with exactly, whatever reads it; broken and validation images are kept off."""
 
 import io
 import json
@@ -153,13 +153,13 @@ def test_going_on_reads_no_more_of_the_past_than_the_unfinished_block(folders):
     assert len(reads) <= 3 * 16 + 12
 
 
-def test_held_out_images_are_those_of_the_whole_set_and_are_never_trained_on(folders):
+def test_validation_images_are_those_of_the_whole_set_and_are_never_trained_on(folders):
     whole = Images(open_dataset(str(folders[5])), (8, 8), 1)
-    held_out = whole.hold_out(0.2)
+    validation = whole.split_validation(0.2)
     images = stream(folders[5], validation_fraction=0.2)
-    streamed = images.held_out()
-    expected = Counter(keys([held_out[range(len(held_out))]]))
-    assert Counter(keys([streamed[range(len(streamed))]])) == expected and 5 <= len(held_out) <= 35
+    streamed = images.validation()
+    expected = Counter(keys([validation[range(len(validation))]]))
+    assert Counter(keys([streamed[range(len(streamed))]])) == expected and 5 <= len(validation) <= 35
     trained = set(keys(batches(images, steps=30)))
     assert trained == set(every_image(folders[5])) - set(expected)
 

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.gaussian import PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion, gaussian_kl
 from ddpm_hf.diffusion.schedules import BETA_SCHEDULES, make_betas
-from ddpm_hf.diffusion.timesteps import beside
+from ddpm_hf.diffusion.timesteps import to_index_device
 
 T = 1000
 KINDS = (*PREDICTION_TYPES, "score")
@@ -530,10 +530,10 @@ def test_timesteps_on_a_device_are_never_read_back(method, shape):
 
 def test_a_number_on_the_host_stays_there():
     image = torch.empty(2, 1, 2, 2, device="meta")
-    assert beside(torch.tensor(7), image) == 7 and beside(7, image) == 7
-    assert beside(torch.tensor([7, 8]), image).device.type == "meta"
+    assert to_index_device(torch.tensor(7), image) == 7 and to_index_device(7, image) == 7
+    assert to_index_device(torch.tensor([7, 8]), image).device.type == "meta"
     on_device = torch.empty((), dtype=torch.int64, device="meta")
-    assert beside(on_device, image) is on_device
+    assert to_index_device(on_device, image) is on_device
 
 
 def test_gradients_flow_through_every_prediction():

@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion
-from ddpm_hf.diffusion.likelihood import BoundSums, discretised_gaussian_log_likelihood, prior_bits, variational_bound
+from ddpm_hf.diffusion.likelihood import BoundSums, discretized_gaussian_log_likelihood, prior_bits, variational_bound
 from ddpm_hf.diffusion.schedules import make_betas
 
 LOG_2 = math.log(2)
@@ -62,14 +62,14 @@ def test_the_decoder_is_exact_far_out_in_the_tails_and_at_both_ends(mean, std):
     levels = [0, 1, 2, 100, 127, 128, 200, 253, 254, 255]
     x = torch.tensor([level / 127.5 - 1 for level in levels], dtype=torch.float64)
     expected = torch.tensor([exact_log_probability(v, mean, std) for v in x.tolist()], dtype=torch.float64)
-    actual = discretised_gaussian_log_likelihood(x, torch.full_like(x, mean), 2 * math.log(std))
+    actual = discretized_gaussian_log_likelihood(x, torch.full_like(x, mean), 2 * math.log(std))
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("std", [1e-3, 0.05, 10.0])
 def test_the_probabilities_of_all_levels_add_up_to_one(std):
     x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    logs = discretised_gaussian_log_likelihood(x, torch.full_like(x, 0.3), 2 * math.log(std))
+    logs = discretized_gaussian_log_likelihood(x, torch.full_like(x, 0.3), 2 * math.log(std))
     assert logs.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 

@@ -117,9 +117,9 @@ def reference_bits(target, variance, x, t, x_t, prediction, v_output) -> torch.T
         true_mean = (abar[t - 1].sqrt() * beta * x + (1 - beta).sqrt() * (1 - abar[t - 1]) * x_t) / (1 - abar[t])
         nats = kl_divergence(Normal(true_mean, small.sqrt()), Normal(mean, std))
     else:
-        centred, half = x - mean, 1 / 255
-        inside = phi((half - centred.abs()) / std) - phi((-half - centred.abs()) / std)
-        at_ends = torch.where(x > 0, phi((half - centred) / std), phi((half + centred) / std))
+        centered, half = x - mean, 1 / 255
+        inside = phi((half - centered.abs()) / std) - phi((-half - centered.abs()) / std)
+        at_ends = torch.where(x > 0, phi((half - centered) / std), phi((half + centered) / std))
         nats = -torch.where(x.abs() > 0.999, at_ends, inside).log()
     return nats.mean() / math.log(2)
 

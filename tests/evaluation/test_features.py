@@ -53,7 +53,7 @@ def photographs(n=3, channels=3, seed=0):
 
 
 @pytest.mark.parametrize(("name", "label", "dim"), [("dinov2", "DINOv2", 12), ("clip", "CLIP", 10), ("vit", "vit", 12)])
-def test_features_are_the_models_own_output_on_normalised_pixels(folders, name, label, dim):
+def test_features_are_the_models_own_output_on_normalized_pixels(folders, name, label, dim):
     root, models = folders
     backbone = TransformersBackbone(str(root / name))
     images = photographs()
@@ -72,11 +72,11 @@ def test_features_are_the_models_own_output_on_normalised_pixels(folders, name, 
 
 def test_grey_images_are_repeated_to_rgb_and_this_is_said(folders, caplog):
     backbone = TransformersBackbone(str(folders[0] / "dinov2"))
-    grey = photographs(channels=1)
+    gray = photographs(channels=1)
     with caplog.at_level(logging.INFO, logger="ddpm_hf"):
-        features = backbone(grey)
+        features = backbone(gray)
     assert "repeated to RGB" in caplog.text
-    torch.testing.assert_close(features, backbone(grey.repeat(3, axis=1)))
+    torch.testing.assert_close(features, backbone(gray.repeat(3, axis=1)))
 
 
 def test_a_backbone_with_missing_weights_is_refused(folders, tmp_path):

@@ -12,9 +12,9 @@ from ddpm_hf.evaluation.metrics import (
     density_coverage,
     frechet_distance,
     kernel_distance,
-    memorisation,
+    memorization,
     moments,
-    nearest_neighbours,
+    nearest_neighbors,
     precision_recall,
 )
 
@@ -120,10 +120,10 @@ def test_one_mode_only_has_precision_without_recall():
     assert precision_recall(real, normal(100, 3, 2) + 500) == (0, 0)
 
 
-def test_neighbours_are_the_nearest_and_a_copy_has_distance_zero():
+def test_neighbors_are_the_nearest_and_a_copy_has_distance_zero():
     others = normal(2000, 6) + 100
     queries = torch.cat([others[[7, 1500]], normal(20, 6, 1) + 100])
-    distances, indices = nearest_neighbours(queries, others)
+    distances, indices = nearest_neighbors(queries, others)
     assert distances[:2].tolist() == [0, 0] and indices[:2].tolist() == [7, 1500]
     expected = np.linalg.norm(queries.double().numpy()[:, None] - others.double().numpy(), axis=-1)
     np.testing.assert_allclose(distances, expected.min(1), rtol=1e-9)
@@ -131,12 +131,12 @@ def test_neighbours_are_the_nearest_and_a_copy_has_distance_zero():
 
 
 def test_copies_are_noticed_and_fresh_images_are_not():
-    training, held_out = normal(300, 8), normal(100, 8, 1)
-    fresh = memorisation(normal(100, 8, 2), held_out, training)
-    assert fresh.closer_p_value > 0.01 and fresh.closer_than_5_percent_of_held_out < 0.15
+    training, validation = normal(300, 8), normal(100, 8, 1)
+    fresh = memorization(normal(100, 8, 2), validation, training)
+    assert fresh.closer_p_value > 0.01 and fresh.closer_than_5_percent_of_validation < 0.15
     copies = training[:100] + normal(100, 8, 3, scale=0.01)
-    copied = memorisation(copies, held_out, training)
-    assert copied.closer_p_value < 1e-9 and copied.closer_than_5_percent_of_held_out == 1
+    copied = memorization(copies, validation, training)
+    assert copied.closer_p_value < 1e-9 and copied.closer_than_5_percent_of_validation == 1
     assert all(i == j for i, j, _ in copied.closest) and len(copied.closest) == 10
     distances = [d for _, _, d in copied.closest]
     assert distances == sorted(distances) and copied.as_dict()["closer_p_value"] == copied.closer_p_value
@@ -151,7 +151,7 @@ def test_copies_are_noticed_and_fresh_images_are_not():
         (lambda: kernel_distance(normal(2, 3), normal(9, 3)), "at least 3 images are needed on either side, got 2"),
         (lambda: kernel_distance(normal(9, 3), normal(9, 3), "cubic"), "kernel must be one of .* got 'cubic'"),
         (lambda: precision_recall(normal(9, 3), normal(3, 3)), "at least 4 images .* got 9 and 3"),
-        (lambda: nearest_neighbours(normal(9, 3), normal(9, 4)), "one dimension, got 3 and 4"),
+        (lambda: nearest_neighbors(normal(9, 3), normal(9, 4)), "one dimension, got 3 and 4"),
         (lambda: frechet_distance(moments(normal(9, 3)), moments(normal(9, 4))), "one dimension, got 3 and 4"),
     ],
 )

@@ -81,8 +81,8 @@ def test_the_loss_curve_shows_the_losses_and_a_smooth_line_through_them():
     np.testing.assert_allclose(smooth, losses)  # no start-up bias
 
 
-def test_losses_of_held_out_images_lie_beside_those_of_training():
-    figure = loss_curve(range(5), [1.0] * 5, held_out={"held out": ([2, 4], [1.2, 1.1])})
+def test_losses_of_validation_images_lie_beside_those_of_training():
+    figure = loss_curve(range(5), [1.0] * 5, validation={"held out": ([2, 4], [1.2, 1.1])})
     line = figure.axes[0].lines[-1]
     assert (list(line.get_xdata()), list(line.get_ydata()), line.get_label()) == ([2, 4], [1.2, 1.1], "held out")
 
@@ -105,7 +105,7 @@ def test_schedule_curves_are_the_tables():
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_png_holds_every_level_of_every_channel(channels, bits):
-    """Read by undoing the filter that is none, since Pillow reads colours of 16 bits as 8; and by Pillow."""
+    """Read by undoing the filter that is none, since Pillow reads colors of 16 bits as 8; and by Pillow."""
     levels = np.random.default_rng(0).integers(0, 2**bits, (5, 7, channels))
     png = png_bytes(levels / (2**bits - 1), bits)
     start = png.index(b"IDAT")
@@ -125,13 +125,13 @@ def test_a_png_holds_every_level_of_every_channel(channels, bits):
 
 def test_the_bound_is_drawn_term_by_term():
     bound = VariationalBound(4, 1, 3.5, 0.1, 0.5, [0, 9, 19], [2.0, 0.7, 0.3], [0.9, 0.1, 0.01], [0.01, 0.1, 0.9])
-    figure = bound_by_timestep({"training": bound, "held-out": bound})
+    figure = bound_by_timestep({"training": bound, "validation": bound})
     expected = (bound.terms, [2.0, 2.7, 3.0], bound.epsilon_mse, bound.x_0_mse)
     for axis, curve in zip(figure.axes, expected):
         for line in axis.lines:
             np.testing.assert_allclose(line.get_ydata(), curve)
             assert list(line.get_xdata()) == [1, 10, 20]  # the paper's t
-    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["training", "held-out"]
+    assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["training", "validation"]
 
 
 def test_closest_pairs_stand_one_above_the_other():

@@ -131,7 +131,7 @@ def scripts() -> None:
 
 def calls() -> None:
     from ddpm_hf.hub.publish import publish
-    from ddpm_hf.transfer import Retries, download_snapshot, in_one_sentence
+    from ddpm_hf.transfer import Retries, download_snapshot, explain_error
 
     retries = Retries(first_wait_seconds=0.05)
 
@@ -145,7 +145,7 @@ def calls() -> None:
             folder = download_snapshot(repo_id, retries=retries, **asked)
             return {"folder": str(folder)}
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {in_one_sentence(error, repo_id)}"}
+            return {"error": f"{type(error).__name__}: {explain_error(error, repo_id)}"}
 
     with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
         print(json.dumps(list(pool.map(make, json.load(sys.stdin)))))

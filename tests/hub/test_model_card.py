@@ -31,15 +31,15 @@ TRAINING = {
 }
 QUALITY = {
     "num_samples": 500,
-    "recognised": 0.8125,
-    "recognised_held_out": 0.875,
-    "recognised_ratio": 0.8125 / 0.875,
-    "accuracy_held_out": 0.99,
+    "recognized": 0.8125,
+    "recognized_validation": 0.875,
+    "recognized_ratio": 0.8125 / 0.875,
+    "accuracy_validation": 0.99,
     "smallest_class_share": 0.061,
     "largest_class_share": 0.139,
     "nearest_distance_quantiles": {"0.05": 0.71, "0.5": 1.05},
-    "nearest_distance_quantiles_held_out": {"0.05": 0.7, "0.5": 1.04},
-    "closer_than_5_percent_of_held_out": 0.043,
+    "nearest_distance_quantiles_validation": {"0.05": 0.7, "0.5": 1.04},
+    "closer_than_5_percent_of_validation": 0.043,
     "closer_p_value": 0.42,
     "sample_steps": 100,
     "seed": 0,
@@ -197,7 +197,7 @@ def test_the_plain_card_s_snippets_run(tmp_path, tiny_pipeline):
 
 def test_the_card_says_how_the_weights_are_averaged(card, tmp_path):
     assert "averaged over a half-life of 8,000 images" in " ".join(card().text.split())
-    chosen = {"length": 0.1, "images_seen": 200_000, "criterion": "loss of 256 held-out images", "curve": [{}, {}]}
+    chosen = {"length": 0.1, "images_seen": 200_000, "criterion": "loss of 256 validation images", "curve": [{}, {}]}
     text = card(ema=chosen).text
     assert "power function of length σ_rel = 0.1 over 200,000 images" in text and "best of 2 lengths by loss of" in text
     assert "(ema.png)" in text and "half-life of 8,000" not in text.split("```yaml")[0]

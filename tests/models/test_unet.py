@@ -76,7 +76,7 @@ CONFIGURATIONS = {
     "relu": {"act_fn": "relu"},
     "gelu": {"act_fn": "gelu"},
     "mish": {"act_fn": "mish"},
-    "centred input": {"center_input_sample": True},
+    "centered input": {"center_input_sample": True},
     "1 channel": {"in_channels": 1, "out_channels": 1},
     "2 channels": {"in_channels": 2, "out_channels": 2},
     "4 channels": {"in_channels": 4, "out_channels": 4},
@@ -415,7 +415,7 @@ def test_half_precision_loads_and_stays_near_full_precision(make_unet, tmp_path,
 # ------------------------------------------------------------------ training
 
 
-def test_a_zero_initialised_network_predicts_zero_and_its_first_loss_is_that_of_the_noise(make_unet):
+def test_a_zero_initialized_network_predicts_zero_and_its_first_loss_is_that_of_the_noise(make_unet):
     unet = make_unet(**LEVELS_3, zero_init_output=True)
     scheduler = DDPMSchedulerCustom()
     x_0, noise = torch.rand(64, 3, 8, 8) * 2 - 1, torch.randn(64, 3, 8, 8)
@@ -426,7 +426,7 @@ def test_a_zero_initialised_network_predicts_zero_and_its_first_loss_is_that_of_
     assert abs(F.mse_loss(prediction, noise).item() - 1) < 4 * (2 / noise.numel()) ** 0.5
 
 
-def test_a_zero_initialised_network_has_every_residual_branch_at_zero_and_trains(make_unet):
+def test_a_zero_initialized_network_has_every_residual_branch_at_zero_and_trains(make_unet):
     unet = make_unet(**LEVELS_3, zero_init_output=True).train()
     for module in unet.modules():
         if isinstance(module, (ResnetBlock, AttentionBlock)):
@@ -442,7 +442,7 @@ def test_a_zero_initialised_network_has_every_residual_branch_at_zero_and_trains
     assert still == []
 
 
-def test_zero_initialisation_is_neither_saved_nor_done_to_loaded_weights(make_unet, tmp_path):
+def test_zero_initialization_is_neither_saved_nor_done_to_loaded_weights(make_unet, tmp_path):
     unet = make_unet(zero_init_output=True)
     torch.nn.init.ones_(unet.conv_out.weight)
     unet.save_pretrained(tmp_path)

@@ -727,7 +727,7 @@ def test_compiled_step_is_one_graph_for_every_t(form, variance_type, clipping):
     assert graphs.frame_count == 1
 
 
-def test_a_compiled_int_timestep_is_generalised_once():
+def test_a_compiled_int_timestep_is_generalized_once():
     torch._dynamo.reset()
     scheduler = DDPMSchedulerCustom()
     graphs = CompileCounter()

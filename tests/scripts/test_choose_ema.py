@@ -47,7 +47,7 @@ def folder(trained):
 
 def sweep(folder, *options):
     ema_script.main(
-        ["--model", str(folder), "--seed", "3", "--held_out_images", "256", "--lengths", *LENGTHS, *options]
+        ["--model", str(folder), "--seed", "3", "--validation_images", "256", "--lengths", *LENGTHS, *options]
     )
 
 
@@ -83,11 +83,11 @@ def test_the_best_length_is_written_with_its_figures_and_stays_when_asked_again(
 @pytest.mark.parametrize("criterion", ["bits_per_dim", "fd"])
 def test_other_criteria_measure_without_writing(folder, tmp_path, capsys, criterion):
     before = files(folder)
-    options = ["--criterion", criterion, "--measure_only", "--held_out_images", "100", "--bound_stride", "50"]
+    options = ["--criterion", criterion, "--measure_only", "--validation_images", "100", "--bound_stride", "50"]
     options += ["--num_samples", "60", "--steps", "5", "--cache_dir", str(tmp_path)]
     sweep(folder, *options)
     printed = capsys.readouterr().out
-    assert {"bits_per_dim": "bits/dim of 100 held-out images", "fd": "FD-digits classifier, n = 60"}[
+    assert {"bits_per_dim": "bits/dim of 100 validation images", "fd": "FD-digits classifier, n = 60"}[
         criterion
     ] in printed
     assert len([line for line in printed.splitlines() if line.split()[:1] and line.split()[0] in LENGTHS]) == 3

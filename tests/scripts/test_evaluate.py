@@ -51,7 +51,7 @@ def measured(folder):
 def test_an_evaluation_writes_every_figure_with_its_protocol_and_the_cards_results(model, options, capsys):
     evaluate.main(options)
     printed, evaluation = capsys.readouterr().out, measured(model)
-    assert list(evaluation["bits_per_dim"]) == ["training, 20 steps", "held-out, 20 steps", "held-out, 5 steps"]
+    assert list(evaluation["bits_per_dim"]) == ["training, 20 steps", "validation, 20 steps", "validation, 5 steps"]
     for bound in evaluation["bits_per_dim"].values():
         assert bound["num_images"] == 12 and f"{bound['bits_per_dim']:.4f} ±" in printed
         assert len(bound["epsilon_mse"]) == len(bound["x_0_mse"]) == len(bound["terms"]) == len(bound["timesteps"])
@@ -67,13 +67,13 @@ def test_an_evaluation_writes_every_figure_with_its_protocol_and_the_cards_resul
             protocol["reference"] == "train split, 60 images"
             and protocol["weights"] == "averaged over a half-life of 8,000 images"
         )
-        assert protocol["channels"] == "grey repeated to RGB" and "fixed_small" in protocol["sampler"]
-    assert "repeated to RGB" in printed and set(evaluation["memorisation"]) == {"pixels", "features"}
+        assert protocol["channels"] == "gray repeated to RGB" and "fixed_small" in protocol["sampler"]
+    assert "repeated to RGB" in printed and set(evaluation["memorization"]) == {"pixels", "features"}
     assert all((model / name).is_file() for name in ("bound.png", "closest_pixels.png", "closest_features.png"))
     card = ModelCard.load(model / "README.md")
     values = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert values["FD-DINOv2"] == pytest.approx(evaluation["figures"][0]["value"], abs=1e-4)
-    assert "FD-DINOv2, n = 20" in card.text and "held-out, 5 steps" in card.text
+    assert "FD-DINOv2, n = 20" in card.text and "validation, 5 steps" in card.text
     # Measured again, only the samples' features are computed anew.
     files = {file: file.stat().st_mtime_ns for file in (model.parent / "cache").iterdir()}
     evaluate.main(options)
@@ -117,11 +117,11 @@ def test_two_processes_give_the_figures_of_one(model, options, tmp_path):
 
 def test_analytic_variance_has_a_lower_bound_on_a_short_chain(model, options):
     evaluate.main(options)
-    small = measured(model)["bits_per_dim"]["held-out, 5 steps"]["bits_per_dim"]
+    small = measured(model)["bits_per_dim"]["validation, 5 steps"]["bits_per_dim"]
     evaluate.main([*options, "--variance_type=analytic"])
     evaluation = measured(model)
     assert "analytic" in evaluation["protocol"]["sampler"]
-    assert evaluation["bits_per_dim"]["held-out, 5 steps"]["bits_per_dim"] < small
+    assert evaluation["bits_per_dim"]["validation, 5 steps"]["bits_per_dim"] < small
 
 
 def test_a_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp_path):
@@ -141,7 +141,7 @@ def test_a_card_of_any_origin_keeps_its_text_and_other_results(model, options, t
         (["--num_samples=0"], "num_samples must be at least 1, got 0"),
         (["--bound_images=5"], "bound_images must be at least 2 × bound_stride = 6, got 5"),
         (["--variance_type=learned"], "variance_type must be fixed_small, fixed_large or analytic, got 'learned'"),
-        (["--held_out_split=nowhere"], "no split 'nowhere'"),
+        (["--validation_split=nowhere"], "no split 'nowhere'"),
         (["--model=some/where"], "output_dir must be given for a model that is no folder here, 'some/where'"),
     ],
 )
@@ -162,7 +162,7 @@ def test_samples_of_another_resolution_are_refused(model, options, tmp_path):
         evaluate.main([*options, f"--samples={tmp_path / 'large'}"])
 
 
-def test_a_data_set_without_a_held_out_split_is_held_out_as_the_run_did(model, options, tmp_path, capsys):
+def test_a_data_set_without_a_validation_split_is_validation_as_the_run_did(model, options, tmp_path, capsys):
     some = digits()["train"].select(range(90))
     some.save_to_disk(tmp_path / "one_split")
     options = [*options, f"--dataset={tmp_path / 'one_split'}"]
@@ -173,9 +173,9 @@ def test_a_data_set_without_a_held_out_split_is_held_out_as_the_run_did(model, o
     evaluate.main(options)
     protocol = measured(model)["figures"][0]["protocol"]
     images = Images(some, (8, 8), 1)
-    held_out = images.hold_out(0.4)
-    assert protocol["reference"] == f"train split, {len(images)} images" and len(images) + len(held_out) == 90
-    assert protocol["held_out_split"] == "0.4 of train by hash" and len(protocol["dataset_revision"]) == 16
+    validation = images.split_validation(0.4)
+    assert protocol["reference"] == f"train split, {len(images)} images" and len(images) + len(validation) == 90
+    assert protocol["validation_split"] == "0.4 of train by hash" and len(protocol["dataset_revision"]) == 16
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -209,6 +209,6 @@ def test_the_table_of_steps_and_variances_has_a_row_for_each(model, options, tmp
     table = json.loads((model / "metrics.json").read_text())["steps_and_variances"]
     for row, printed in zip(table["rows"], rows, strict=True):
         alone = measured(tmp_path / "table" / f"{row['variance_type']}-5")
-        assert row["bits_per_dim"] == alone["bits_per_dim"]["held-out, 5 steps"]["bits_per_dim"]
+        assert row["bits_per_dim"] == alone["bits_per_dim"]["validation, 5 steps"]["bits_per_dim"]
         assert row["FD"] == alone["figures"][0]["value"] and printed[5] == f"{row['FD']:.3f}"
         assert f"| 5 | {row['variance_type']} | {row['bits_per_dim']:.2f} ± " in (model / "README.md").read_text()

@@ -161,11 +161,11 @@ def test_the_quality_script_prints_the_figures_says_what_is_missed_and_updates_t
     printed = capsys.readouterr().out
     quality = json.loads((model / "metrics.json").read_text())["quality"]
     assert quality["num_samples"] == 30 and quality["sample_steps"] == 2
-    assert f"{quality['recognised_held_out']:.1%}" in printed and "MISSED" in printed
+    assert f"{quality['recognized_validation']:.1%}" in printed and "MISSED" in printed
     assert "30 samples (2 steps, seed 0" in (model / "README.md").read_text()
     samples = sample(DDPMPipelineCustom.from_pretrained(model), range(30), 2, 0, batch_size=30)
     again = digits_quality.judge_digits(samples, 2, 0)
-    assert again["recognised"] == pytest.approx(quality["recognised"], abs=0.05)
+    assert again["recognized"] == pytest.approx(quality["recognized"], abs=0.05)
     assert again["nearest_distance_quantiles"] == pytest.approx(quality["nearest_distance_quantiles"], abs=1e-2)
 
 

@@ -23,8 +23,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.data.batches import MicroBatches
+from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints
 from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.step import training_step
+from ddpm_hf.training.step_randomness import draw
 from tests.conftest import TINY_TRAINING, flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,18 +103,16 @@ def test_what_is_published_is_the_average_of_the_weights(straight):
     assert any(not torch.equal(weights[name], saved["model"][name]) for name in weights)
 
 
-def test_the_first_loss_of_a_zero_initialised_network_is_one(straight):
+def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
     folder, _ = straight
     config = parse_config([*TINY, "--config", str(folder / "config.yaml")])
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
     images, _ = train.load_images(config)
     batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
     accelerator = Accelerator()
     losses = [
-        train.training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch])
-        .losses.mean()
-        .item()
+        training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch]).losses.mean().item()
         for step, batch in enumerate(batches)
     ]
     # The network gives 0, so each loss is the mean square of its noise; the rate is 0, so it stays so.
@@ -158,11 +159,11 @@ def test_overwrite_starts_again(straight, tmp_path):
 def test_draws_depend_on_seed_step_and_position_alone():
     everything = {"offset_noise": 0.1, "input_perturbation": 0.1, "label_dropout": 0.5, "num_classes": 10}
     config = dataclasses.replace(parse_config(TINY), label_column="label", **everything)
-    whole = train.draw(config, 5, range(16), torch.device("cpu"))
+    whole = draw(config, 5, range(16), torch.device("cpu"))
     for positions in (range(0, 8), range(8, 16), range(4, 6)):
-        part = train.draw(config, 5, positions, torch.device("cpu"))
+        part = draw(config, 5, positions, torch.device("cpu"))
         assert all(torch.equal(a, b[positions.start : positions.stop]) for a, b in zip(part, whole))
-    for other in (train.draw(config, 6, range(16), torch.device("cpu")),):
+    for other in (draw(config, 6, range(16), torch.device("cpu")),):
         assert [name for name, a, b in zip(whole._fields, other, whole) if torch.equal(a, b)] == ["weight"]
 
 
@@ -191,7 +192,7 @@ def test_a_broken_image_of_a_stream_ends_the_run_in_one_sentence(photos, tmp_pat
         run(tmp_path / "out", *photo_options(photos), "--streaming")
 
 
-def test_images_held_out_are_not_trained_on():
+def test_images_validation_are_not_trained_on():
     config = parse_config([*TINY, "--validation_fraction", "0.2"])
     images, validation = train.load_images(config)
     everything, none = train.load_images(parse_config(TINY))
@@ -218,14 +219,14 @@ def accelerators():
 def reports(accelerator, config, backend=None, steps=3):
     """Losses and gradient norms of some steps from one start."""
     torch.manual_seed(0)
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
     model, optimizer = accelerator.prepare(torch.compile(unet, backend=backend) if backend else unet, optimizer)
     images, _ = train.load_images(config)
     parts = config.micro_batches(1)
     batches = MicroBatches(images, config.batch_size, 0, 0, steps, micro_batches=parts)
     return [
-        train.training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, batches.step())
+        training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, batches.step())
         for step in range(steps)
     ]
 
@@ -247,18 +248,16 @@ def test_noise_and_noised_images_are_float32_in_mixed_precision_and_so_is_the_lo
         return lambda module, inputs, output: seen.update({name: (inputs[0].dtype, output)})
 
     accelerator = accelerators(mixed_precision="bf16")
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     unet.register_forward_hook(keep("network"))
     unet.conv_in.register_forward_hook(keep("convolution"))
     model, optimizer = accelerator.prepare(unet, torch.optim.Adam(unet.parameters()))
     images, _ = train.load_images(config)
-    report = train.training_step(
-        accelerator, model, optimizer, scheduler.diffusion, config, 0, [images[list(range(16))]]
-    )
+    report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, 0, [images[list(range(16))]])
     assert seen["network"][0] == torch.float32  # x_t, made of noise in float32
     assert seen["convolution"][1].dtype == torch.bfloat16  # and yet it is bf16 that is computed in
     assert report.losses.dtype == torch.float32
-    assert train.draw(config, 0, range(16), torch.device("cpu")).noise.dtype == torch.float32
+    assert draw(config, 0, range(16), torch.device("cpu")).noise.dtype == torch.float32
 
 
 def test_the_benchmark_of_training_runs_and_both_sides_train_alike(capsys):
@@ -306,7 +305,7 @@ def photo_options(photos):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_folder_of_colour_photographs_trains_at_a_size_that_is_not_square(photos, tmp_path, in_memory):
+def test_a_folder_of_color_photographs_trains_at_a_size_that_is_not_square(photos, tmp_path, in_memory):
     limit = [] if in_memory else ["--memory_limit_bytes", "0", "--num_workers", "1"]
     run(tmp_path / "out", *photo_options(photos), *limit)
     images = DDPMPipelineCustom.from_pretrained(tmp_path / "out")(2, num_inference_steps=2).images

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ddpm_hf.files import lock_folder, write_whole
+from ddpm_hf.files import atomic_file, lock_folder
 from ddpm_hf.training.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -60,7 +60,7 @@ def test_what_cannot_be_written_leaves_the_earlier_checkpoints_and_no_remains(sa
         with pytest.raises(OSError):
             save_checkpoint(tmp_path, 13, {"model": {"weight": torch.zeros(100_000)}}, {})
         with pytest.raises(OSError):
-            write_whole(tmp_path / "samples.png", bytes(200_000))
+            atomic_file(tmp_path / "samples.png", bytes(200_000))
     assert list(tmp_path.iterdir()) == [saved[0]]
     load_checkpoint(saved[0])
 
@@ -114,7 +114,7 @@ def test_saving_a_step_again_replaces_it(saved, tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_optimiser_goes_on_bit_for_bit_with_channels_last_weights(fused):
+def test_an_optimizer_goes_on_bit_for_bit_with_channels_last_weights(fused):
     torch.manual_seed(0)
     inputs = torch.randn(6, 4, 2, 5, 5)
 
@@ -147,8 +147,8 @@ def test_an_optimiser_goes_on_bit_for_bit_with_channels_last_weights(fused):
 
 def test_a_file_is_replaced_whole(tmp_path):
     file = tmp_path / "card.md"
-    write_whole(file, "one")
-    write_whole(file, b"two")
+    atomic_file(file, "one")
+    atomic_file(file, b"two")
     assert file.read_text() == "two" and list(tmp_path.iterdir()) == [file]
 
 

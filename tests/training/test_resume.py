@@ -19,12 +19,15 @@ from ddpm_hf.scripts import train
 
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.seeds import address_dropout
+from ddpm_hf.seeds import seed_dropout
+from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint, read_state
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.nonfinite import SkippedSteps
 from ddpm_hf.training.posthoc_ema import list_snapshots
+from ddpm_hf.training.step import training_step
+from ddpm_hf.training.step_randomness import draw
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals
 from tests.scripts.test_train import (
     ROOT,
@@ -244,7 +247,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_process_and_reported(trai
     config = parse_config(TINY)
     position = rank * 8 + 2
     index = GlobalBatches(NUM_IMAGES, 16, config.seed)(5)[position]
-    t = train.draw(config, 5, range(16), torch.device("cpu")).t[position]
+    t = draw(config, 5, range(16), torch.device("cpu")).t[position]
     assert output.count("was skipped") == 1
     assert (
         f"Step 6 was skipped: the loss of 1 of 16 images is not finite.\n  image {index}, t = {t}, loss {value}\n"
@@ -363,7 +366,7 @@ def test_a_run_goes_on_from_a_step_as_if_it_had_not_stopped(trainer, with_dropou
 
 def test_dropout_draws_masks_that_differ_from_step_to_step_and_place_to_place(with_dropout):
     def mask(*address):
-        address_dropout(*address)
+        seed_dropout(*address)
         return torch.nn.functional.dropout(torch.ones(1000), 0.5)
 
     first = mask(3, 7, 4)
@@ -408,7 +411,7 @@ def test_fsdp_on_two_processes_makes_the_same_run_and_the_same_files_and_either_
 def test_a_loss_scale_that_overflows_is_lowered_and_nothing_else_changes(tmp_path):
     # fp16 as on a GPU, with torch's own scaler for the CPU, at a scale that no gradient survives.
     config = parse_config([*TINY, "--log_every_steps", "1"])
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**32, growth_interval=1000)
     model, optimizer = accelerator.prepare(unet, torch.optim.Adam(unet.parameters(), lr=1e-3, fused=True))
@@ -422,7 +425,7 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_else_changes(tmp_pat
     for step in range(40):
         batch = images[batches(step)]
         with torch.autocast("cpu", torch.float16):
-            report = train.training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, [batch])
+            report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, [batch])
         ema.update(unet, 16 * (step + 1), 16, report.skipped)
         skipped.add(step, report.t, report.objective, report.skipped)
         flags.append(bool(report.skipped))
@@ -431,4 +434,4 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_else_changes(tmp_pat
             assert all(torch.equal(a, before) for a, before in zip(ema.state_dict().values(), started))
     assert flags[0] and not flags[-1] and flags == sorted(flags, reverse=True)
     assert not torch.equal(list(unet.parameters())[-1], started[-1])
-    assert not skipped.read() and skipped.total == 0
+    assert not skipped.too_many_skipped() and skipped.total == 0

@@ -19,11 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.diffusion.losses import Objective
-from ddpm_hf.seeds import addressed_generator
+from ddpm_hf.seeds import make_generator
+from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.posthoc_ema import list_snapshots, read_snapshot
-from ddpm_hf.training.run_logger import Records, read_log
-from ddpm_hf.training.validation import BLOCK, HeldOutLoss, held_out_images
+from ddpm_hf.training.run_logger import RunLogger, read_log
+from ddpm_hf.training.step import StepReport, training_step
+from ddpm_hf.training.validation import BLOCK, ValidationLoss, load_validation_images
 from tests.scripts.test_train import TINY, assert_bit_identical, checkpoint, rows
 
 RUN = [*TINY, "--checkpoint_every_steps", "4", "--log_every_steps", "3", "--ema_snapshot_every_images", "48"]
@@ -78,12 +80,12 @@ def test_the_log_holds_the_means_of_the_steps_by_quartile_of_t(watched, tmp_path
     t, losses, norms = [], [], []
     for step in range(3):
         batch = images[batches(step)]
-        report = train.training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch])
+        report = training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch])
         t, losses, norms = t + report.t.tolist(), losses + report.losses.tolist(), norms + [report.grad_norm.item()]
     (row,) = [row for row in read_log(folder / "log.jsonl") if row["step"] == 3]
     assert row["images"] == 48
     assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert row["objective"] == pytest.approx(row["loss"], rel=1e-6)  # L_simple is minimised here
+    assert row["objective"] == pytest.approx(row["loss"], rel=1e-6)  # L_simple is minimized here
     assert row["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-3)
     quartiles = [np.mean([x for x, at in zip(losses, t) if at // 250 == q]) for q in range(4)]
     assert row["loss_by_t_quartile"] == pytest.approx(quartiles, rel=1e-4)
@@ -93,7 +95,7 @@ def test_the_log_holds_the_means_of_the_steps_by_quartile_of_t(watched, tmp_path
 def initial(config):
     torch.manual_seed(config.seed)
     train.set_seed(config.seed)
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     return unet.to(memory_format=torch.channels_last), scheduler
 
 
@@ -105,12 +107,12 @@ def test_the_figures_of_the_last_step_are_in_the_metrics(watched):
     assert (folder / "loss.png").stat().st_size > 0
 
 
-def test_the_held_out_loss_is_that_of_the_saved_weights_raw_and_averaged(watched):
+def test_the_validation_loss_is_that_of_the_saved_weights_raw_and_averaged(watched):
     folder, saved = watched
     config = parse_config(["--config", str(folder / "config.yaml")])
-    images = held_out_images(config)
+    images = load_validation_images(config)
     assert len(images) == config.validation_images
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     unet.eval()
     with torch.no_grad():
         for name, key in (("model", "validation_loss"), ("ema", "validation_loss_ema")):
@@ -118,16 +120,16 @@ def test_the_held_out_loss_is_that_of_the_saved_weights_raw_and_averaged(watched
             losses = []
             for start in range(0, len(images), BLOCK):
                 batch = images[list(range(start, start + BLOCK))]["images"] / 127.5 - 1
-                noise = torch.randn(batch.shape, generator=addressed_generator("cpu", 3, "validation", start))
+                noise = torch.randn(batch.shape, generator=make_generator("cpu", 3, "validation", start))
                 t = ((torch.arange(start, start + BLOCK) + 0.5) * 1000 / len(images)).long()
                 losses.append(Objective()(unet, scheduler.diffusion, batch, t, noise).simple)
             assert torch.cat(losses).mean().item() == pytest.approx(rows(folder)[-1][key], rel=1e-5)
 
 
-def test_held_out_images_are_looked_at_over_the_whole_chain_at_draws_that_never_change(watched):
+def test_validation_images_are_looked_at_over_the_whole_chain_at_draws_that_never_change(watched):
     config = parse_config(["--config", str(watched[0] / "config.yaml"), "--validation_images", "100"])
-    unet, scheduler = train.build(config)
-    loss = HeldOutLoss(held_out_images(config), scheduler.diffusion, 0, Accelerator(), 16)
+    unet, scheduler = build(config)
+    loss = ValidationLoss(load_validation_images(config), scheduler.diffusion, 0, Accelerator(), 16)
     assert loss.timesteps.tolist() == list(range(5, 1000, 10))
     unet.train()
     first = loss(unet)
@@ -177,7 +179,9 @@ def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(watched, tmp_pa
     assert f"{parameters:,} parameters on 1 process (cpu)" in printed
     for name, size in (("parameters", 4 * parameters), ("gradients", 4 * parameters), ("Adam", adam), ("averages", averages)):  # fmt: skip
         assert f"{name} {size / 1e3:.3g} kB" in printed
-    assert "12 steps of 16 images" in printed and "256 held-out images" in printed and str(tmp_path / "out") in printed
+    assert (
+        "12 steps of 16 images" in printed and "256 validation images" in printed and str(tmp_path / "out") in printed
+    )
     assert "images/s over 5 steps" in printed and "to go" in printed and "nothing was written" in printed
     # Beside a run that is there, and with --overwrite, it takes nothing away either.
     before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
@@ -186,11 +190,11 @@ def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(watched, tmp_pa
 
 
 def fed(config, unet, *steps):
-    """Records that took in steps of (t, losses, grad_norm, skipped), one at a time."""
-    records = Records(config, Accelerator(cpu=True), unet, None, {}, None, 0, None, 100)
+    """RunLogger that took in steps of (t, losses, grad_norm, skipped), one at a time."""
+    records = RunLogger(config, Accelerator(cpu=True), unet, None, {}, None, 0, None, 100)
     for done, (t, losses, norm, skipped) in enumerate(steps, start=1):
         losses = torch.tensor(losses)
-        report = train.StepReport(torch.tensor(t), losses, torch.tensor(norm), 3 * losses, torch.tensor(skipped))
+        report = StepReport(torch.tensor(t), losses, torch.tensor(norm), 3 * losses, torch.tensor(skipped))
         records.after_step(done, report)
         yield
     records.close()
@@ -225,7 +229,7 @@ def test_rows_that_a_full_disk_did_not_take_are_in_the_log_once_there_is_room(tm
     assert [row["step"] for row in read_log(log)] == [1, 2, 3] and not log.is_symlink()
 
 
-def test_the_held_out_loss_of_a_class_conditional_network_is_told_the_labels(tmp_path):
+def test_the_validation_loss_of_a_class_conditional_network_is_told_the_labels(tmp_path):
     options = [
         "--label_column",
         "label",
@@ -237,34 +241,36 @@ def test_the_held_out_loss_of_a_class_conditional_network_is_told_the_labels(tmp
         "0.1",
     ]
     config = parse_config([*TINY, "--output_dir", str(tmp_path), *options, "--validation_images", "32"])
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     for parameter in unet.parameters():  # some begin at 0
         torch.nn.init.normal_(parameter, std=0.1)
     _, validation = train.load_images(config)
-    images = held_out_images(config, validation)
+    images = load_validation_images(config, validation)
     assert len(images) == 32 < len(validation)
-    loss = HeldOutLoss(images, scheduler.diffusion, 0, Accelerator(), 16)
+    loss = ValidationLoss(images, scheduler.diffusion, 0, Accelerator(), 16)
     told = loss(unet)
     images._labels = (images._labels + 1) % 10
     assert loss(unet) != told
 
 
-def test_a_data_set_without_a_held_out_split_is_validated_nowhere_and_a_split_that_is_not_there_is_named(tmp_path):
+def test_a_data_set_without_a_validation_split_is_validated_nowhere_and_a_split_that_is_not_there_is_named(tmp_path):
     source = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8), 9 * i) for i in range(20)]})
     source = source.cast_column("image", datasets.Image())
     source.save_to_disk(tmp_path / "plain")
     datasets.DatasetDict(train=source, extra=source.select(range(5))).save_to_disk(tmp_path / "splits")
     for name in ("plain", "splits"):
         config = parse_config([*TINY, "--dataset", str(tmp_path / name)])
-        assert held_out_images(config) is None
+        assert load_validation_images(config) is None
     config = parse_config([*TINY, "--dataset", str(tmp_path / "splits"), "--validation_split", "extra"])
-    assert len(held_out_images(config)) == 5
+    assert len(load_validation_images(config)) == 5
     for name, message in (("plain", "has no split 'test'"), ("splits", "has no split 'test'")):
         with pytest.raises(ValueError, match=message):
-            held_out_images(parse_config([*TINY, "--dataset", str(tmp_path / name), "--validation_split", "test"]))
+            load_validation_images(
+                parse_config([*TINY, "--dataset", str(tmp_path / name), "--validation_split", "test"])
+            )
 
 
-def test_a_broken_held_out_image_is_named_before_training(tmp_path):
+def test_a_broken_validation_image_is_named_before_training(tmp_path):
     photo = Image.fromarray(load_sample_image("china.jpg")[:64, :64])
     for split, number in (("train", 20), ("test", 3)):
         (tmp_path / "photos" / split).mkdir(parents=True)
@@ -272,10 +278,10 @@ def test_a_broken_held_out_image_is_named_before_training(tmp_path):
             photo.save(tmp_path / "photos" / split / f"{i}.png")
     (tmp_path / "photos" / "test" / "1.png").write_bytes(b"nothing")
     options = [*TINY, "--dataset", str(tmp_path / "photos"), "--channels", "3", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="1 of 3 held-out images cannot be read:\\n.*1.png"):
+    with pytest.raises(SystemExit, match="1 of 3 validation images cannot be read:\\n.*1.png"):
         train.main(options)
     assert not (tmp_path / "out").exists()
-    assert len(held_out_images(parse_config([*options, "--skip_broken_images"]))) == 2
+    assert len(load_validation_images(parse_config([*options, "--skip_broken_images"]))) == 2
 
 
 def test_a_pipeline_of_the_weights_in_the_folder_is_what_was_averaged(watched):

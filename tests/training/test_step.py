@@ -13,8 +13,11 @@ from safetensors.torch import load_file
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.pipelines.guidance import class_names_of, null_class_of
+from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints
 from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.step import training_step
+from ddpm_hf.training.step_randomness import draw
 from tests.scripts.test_train import TINY, assert_bit_identical, assert_same_run, checkpoint, launch, run
 
 # So few timesteps that importance sampling has left its uniform start after a few steps.
@@ -116,14 +119,14 @@ def test_a_run_on_the_bound_learns_a_variance_that_stock_s_pipeline_samples_with
 def conditional_step(**changes):
     """A step of a class-conditional network: configuration, draws, what the network was given, report, labels."""
     config = dataclasses.replace(parse_config([*TINY, *MIXED]), timestep_sampler="uniform", **changes)
-    unet, scheduler = train.build(config)
+    unet, scheduler = build(config)
     images, _ = train.load_images(config)
     batch = images[list(range(16))]
     given = []
     unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
-    report = train.training_step(Accelerator(), unet, optimizer, scheduler.diffusion, config, 5, [batch])
-    draws = train.draw(config, 5, range(16), torch.device("cpu"))
+    report = training_step(Accelerator(), unet, optimizer, scheduler.diffusion, config, 5, [batch])
+    draws = draw(config, 5, range(16), torch.device("cpu"))
     return config, draws, given[0], report, batch["labels"]
 
 
@@ -136,10 +139,10 @@ def test_labels_reach_the_network_and_those_left_out_are_the_null_class():
 def test_without_label_dropout_every_label_is_told_and_there_is_no_null_class():
     config, _, (_, _, labels), _, true_labels = conditional_step(label_dropout=0.0)
     assert torch.equal(labels, true_labels) and config.num_class_embeds == 10
-    assert null_class_of(train.build(config)[0]) is None
+    assert null_class_of(build(config)[0]) is None
 
 
-def test_the_report_has_l_simple_and_what_is_minimised():
+def test_the_report_has_l_simple_and_what_is_minimized():
     """A fresh network gives 0: L_simple is the mean square of the noise."""
     config, draws, _, report, _ = conditional_step(loss_weighting="simple", variance_type="fixed_small")
     torch.testing.assert_close(report.losses, draws.noise.square().flatten(1).mean(1))
@@ -152,9 +155,9 @@ def test_the_report_has_l_simple_and_what_is_minimised():
 def test_a_sampler_with_a_history_must_be_given():
     config = parse_config([*TINY, *MIXED])
     with pytest.raises(ValueError, match="sampler must be given.*loss_second_moment"):
-        train.draw(config, 0, range(16), torch.device("cpu"))
+        draw(config, 0, range(16), torch.device("cpu"))
     sampler = make_timestep_sampler("loss_second_moment", 8)
-    assert train.draw(config, 0, range(16), torch.device("cpu"), sampler).t.shape == (16,)
+    assert draw(config, 0, range(16), torch.device("cpu"), sampler).t.shape == (16,)
 
 
 def test_offset_noise_is_shared_by_a_channel_and_perturbation_is_the_input_s_alone():
@@ -162,7 +165,7 @@ def test_offset_noise_is_shared_by_a_channel_and_perturbation_is_the_input_s_alo
     plain = dataclasses.replace(parse_config(TINY), **shape)
     both = dataclasses.replace(plain, offset_noise=0.2, input_perturbation=0.1)
     device = torch.device("cpu")
-    draws, base = (train.draw(config, 3, range(512), device) for config in (both, plain))
+    draws, base = (draw(config, 3, range(512), device) for config in (both, plain))
     assert base.input_noise is base.noise or torch.equal(base.input_noise, base.noise)
     offset = draws.noise - base.noise
     assert (offset - offset[:, :, :1, :1]).abs().max() < 1e-5
@@ -174,7 +177,7 @@ def test_offset_noise_is_shared_by_a_channel_and_perturbation_is_the_input_s_alo
 
 def test_labels_are_left_out_as_often_as_asked():
     config = dataclasses.replace(parse_config([*TINY, *MIXED]), timestep_sampler="uniform")
-    left_out = [train.draw(config, step, range(16), torch.device("cpu")).drop_label for step in range(200)]
+    left_out = [draw(config, step, range(16), torch.device("cpu")).drop_label for step in range(200)]
     assert torch.stack(left_out).float().mean().item() == pytest.approx(0.3, abs=5 * (0.3 * 0.7 / 3200) ** 0.5)
 
 
