@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.evaluation.measures import sample
-from ddpm_hf.training.artifacts import judge_digits, read_metrics, write_metrics_and_card
+from ddpm_hf.evaluation.digits import judge
+from ddpm_hf.evaluation.sampling import sample_images
+from ddpm_hf.training.artifacts import read_metrics, write_metrics_and_card
 
 
 @dataclass
@@ -31,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not (folder / "metrics.json").is_file():
         sys.exit(f"digits_quality.py: error: {folder} holds no metrics.json: is it the output of training/train.py?")
     pipe = DDPMPipelineCustom.from_pretrained(folder)
-    samples = sample(pipe, range(args.num_samples), args.steps, args.seed, batch_size=250)
-    quality = judge_digits(samples, args.steps, args.seed)
+    samples = sample_images(pipe, range(args.num_samples), args.steps, args.seed, batch_size=250)
+    quality = judge(samples, args.steps, args.seed)
     metrics = read_metrics(folder) | {"quality": quality}
     write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
 

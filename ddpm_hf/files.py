@@ -17,7 +17,6 @@ UNFINISHED = ".unfinished"  # ends the name of what is not whole yet; the name b
 
 def atomic_file(file: Path, content: str | bytes) -> None:
     """Write a file under another name in its folder, then rename it: a reader sees the old one or all of this one."""
-    file = file.resolve()  # a link stays one
     staged = file.with_name(f".{file.name}{UNFINISHED}")
     try:
         staged.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -31,6 +31,7 @@ from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import read_metrics, show, write_metrics_and_card
 from ddpm_hf.training.config import TrainingConfig, load_preset
 from ddpm_hf.training.posthoc_ema import check_lengths, list_snapshots, rebuild
+from ddpm_hf.training.processes import fail
 from ddpm_hf.training.run_data import open_images
 from ddpm_hf.training.run_logger import SNAPSHOTS
 from ddpm_hf.training.validation import ValidationLoss, load_validation_images
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             accelerator.wait_for_everyone()
             ema, pipe = sweep(args, config, accelerator)
         except (ValueError, OSError) as error:
-            launch.fail("choose_ema.py", error)
+            fail("choose_ema.py", error)
         if accelerator.is_main_process:
             if args.measure_only:
                 print("Nothing was written.")

@@ -42,6 +42,7 @@ from ddpm_hf.files import atomic_file
 from ddpm_hf.hub.model_card import average_of_weights, update_results
 from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import read_metrics, write_metrics, write_metrics_and_card
+from ddpm_hf.training.processes import fail
 
 
 @dataclass
@@ -242,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         results = evaluate(args, accelerator)
     except (ValueError, OSError) as error:
-        launch.fail("evaluate.py", error)
+        fail("evaluate.py", error)
     if accelerator.is_main_process:
         folder = Path(args.output_dir or args.model)
         write(folder, **results)

@@ -32,6 +32,7 @@ from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.energy import EnergyMeter
 from ddpm_hf.training.nonfinite import SkippedSteps
 from ddpm_hf.training.posthoc_ema import PowerEMA
+from ddpm_hf.training.processes import fail, use_cpu_threads
 from ddpm_hf.training.resume import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
 from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.run_logger import RunLogger
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
             if is_sharded(accelerator) and config.compile:
                 raise ValueError(f"compile = {config.compile!r} does not go together with FSDP.")
             if accelerator.device.type == "cpu":
-                launch.use_cpu_threads(config.cpu_threads)
+                use_cpu_threads(config.cpu_threads)
             if not accelerator.is_main_process:
                 datasets.disable_progress_bars()
             config.micro_batches(accelerator.num_processes)
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             check_same_data(images, restored)
             pusher.start()
         except ValueError as error:
-            launch.fail("train.py", error)
+            fail("train.py", error)
         try:
             run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, pusher, signals)
         except StreamError as error:
@@ -93,9 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         except (RuntimeError, ConnectionError, EOFError) as error:
             if (sentence := lost_process(error)) is None:
                 raise
-            launch.fail(
-                "train.py", f"{sentence} The last checkpoint is as it was; the same command goes on from there."
-            )
+            fail("train.py", f"{sentence} The last checkpoint is as it was; the same command goes on from there.")
 
 
 def run(

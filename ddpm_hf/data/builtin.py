@@ -1,5 +1,8 @@
 """Data sets that need no download: scikit-learn ships what they are made of."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import datasets
 import numpy as np
 from PIL import Image
@@ -54,5 +57,17 @@ def photos() -> datasets.DatasetDict:
     return datasets.DatasetDict(train=split(4096, 0, TEST_COLUMN), test=split(512, TEST_COLUMN, pictures[0].shape[1]))
 
 
-EMBEDDED = {"digits": digits, "photos": photos}
-SOURCES = {"digits": "scikit-learn/load_digits", "photos": "scikit-learn/load_sample_images"}
+@dataclass(frozen=True)
+class BuiltinDataset:
+    """A data set that needs no download: what makes it, where it comes from, and the module that can judge samples of it
+    (see `ddpm_hf.evaluation.judges`), if there is one."""
+
+    load: Callable[[], datasets.DatasetDict]
+    source: str
+    judge: str | None = None
+
+
+BUILTIN = {
+    "digits": BuiltinDataset(digits, "scikit-learn/load_digits", judge="ddpm_hf.evaluation.digits"),
+    "photos": BuiltinDataset(photos, "scikit-learn/load_sample_images"),
+}

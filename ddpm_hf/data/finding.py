@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from ddpm_hf.data.builtin import EMBEDDED
+from ddpm_hf.data.builtin import BUILTIN
 
 TABLES = {".parquet", ".arrow", ".tar", ".zip"}
 
@@ -33,10 +33,10 @@ def open_dataset(
     there, and for a revision of what has none.
     """
     folder = Path(name)
-    if name in EMBEDDED:
+    if name in BUILTIN:
         if folder.is_dir():
             raise ValueError(f"dataset {name!r} is embedded here and is a folder too: './{name}' is the folder.")
-        found = EMBEDDED[name]()
+        found = BUILTIN[name].load()
     elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = datasets.load_from_disk(str(folder))
     elif folder.is_dir():

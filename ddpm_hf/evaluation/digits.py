@@ -5,11 +5,15 @@ For the embedded digits: a classifier fitted to the real training digits judges 
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import datasets
+import jinja2
 import numpy as np
 import torch
+from huggingface_hub import EvalResult
 
+from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.metrics import memorization
 
@@ -139,3 +143,37 @@ class DigitsBackbone:
             raise ValueError(f"the digits classifier takes images (N, 1, 8, 8), got {images.shape}.")
         margins = self.classifier.decision_function(images.reshape(len(images), -1) / 255.0)
         return torch.from_numpy(margins).float()
+
+
+def backbone() -> DigitsBackbone:
+    """The backbone, fitted to the digits."""
+    return DigitsBackbone(digits())
+
+
+def judge(samples: np.ndarray, steps: int, seed: int) -> dict:
+    """The quality of samples (N, 8, 8, 1) in [0, 1], with the protocol of the figures."""
+    return {**DigitsJudge(digits())(samples).as_dict(), "sample_steps": steps, "seed": seed}
+
+
+def card_section(quality: dict) -> str:
+    """The figures of `judge` in Markdown."""
+    return jinja2.Template(Path(__file__).with_name("digits_card.md").read_text(encoding="utf-8")).render(
+        quality=quality
+    )
+
+
+def card_results(quality: dict, dataset: str) -> list[EvalResult]:
+    """The figures of `judge` as the Hub keeps them."""
+    made = (
+        f"{quality['num_samples']} samples ({quality['sample_steps']} steps, seed {quality['seed']}, averaged weights)"
+    )
+    return [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=dataset,
+            dataset_name="scikit-learn digits, validation part",
+            metric_type="recognized_ratio",
+            metric_name=f"share of {made} recognized, of that of real digits",
+            metric_value=round(quality["recognized_ratio"], 4),
+        )
+    ]

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
+from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.files import atomic_file
 
 logger = logging.getLogger(__name__)
@@ -108,12 +109,10 @@ Backbone = TransformersBackbone | InceptionBackbone
 
 
 def load_backbone(name: str, device: torch.device | str = "cpu") -> Backbone:
-    """ "digits", "inception", or a vision model of transformers by folder or name."""
-    if name == "digits":
-        from ddpm_hf.data.builtin import digits
-        from ddpm_hf.evaluation.digits import DigitsBackbone
-
-        return DigitsBackbone(digits())
+    """The backbone of a built-in data set that has one ("digits"), "inception", or a vision model of transformers by
+    folder or name."""
+    if (judge := judge_of(name)) is not None:
+        return judge.backbone()
     return InceptionBackbone(device) if name == "inception" else TransformersBackbone(name, device)
 
 

@@ -3,7 +3,7 @@
 `args` are evaluate.py's `EvaluateArguments`; `run` is what config.yaml says of the run, {} where there is none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
 from ddpm_hf.evaluation.features import compute_features, dataset_revision, read_cached, write_cached
-from ddpm_hf.pipelines.guidance import cycled_classes
-from ddpm_hf.seeds import image_generators, make_generator
+from ddpm_hf.evaluation.sampling import sample_images
+from ddpm_hf.seeds import make_generator
 
 
 class Shares:
@@ -130,7 +130,7 @@ def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, ar
 
 def make_samples(pipe, args, shares: Shares) -> torch.Tensor:
     """The model's, uint8 (N, C, H, W), rounded as a PNG would be."""
-    images = sample(pipe, shares.mine(args.num_samples), args.steps, args.seed, args.batch_size)
+    images = sample_images(pipe, shares.mine(args.num_samples), args.steps, args.seed, args.batch_size)
     rows = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
     return shares.gather(rows.contiguous(), args.num_samples)
 
@@ -184,17 +184,3 @@ def real_features(backbone, images: Images, split: str, args, shares: Shares) ->
         if main:
             write_cached(folder, key, found[0])
     return found[0]
-
-
-def sample(
-    pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int, batch_size: int
-) -> np.ndarray:
-    """The images of these indices of a seed, (N, H, W, C) in [0, 1], `batch_size` at a time: each the same in any
-    company. Of a class-conditional model they go round through the classes, by index."""
-    batches = []
-    for start in range(0, len(indices), batch_size):
-        chosen = indices[start : start + batch_size]
-        labels = cycled_classes(pipe.unet, chosen)
-        generators = image_generators(seed, chosen)
-        batches.append(pipe(len(chosen), generators, steps, output_type="np", class_labels=labels).images)
-    return np.concatenate(batches)

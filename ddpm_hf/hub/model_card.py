@@ -10,7 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddpm_hf import __version__
-from ddpm_hf.data.builtin import SOURCES
+from ddpm_hf.data.builtin import BUILTIN
+from ddpm_hf.evaluation.judges import judge_of
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -26,21 +27,11 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
     config = yaml.safe_load(config_yaml)
     name = Path(config["output_dir"]).name
     quality = metrics.get("quality")
-    dataset = SOURCES.get(config["dataset"], config["dataset"])
-    on_hub = config["dataset"] not in SOURCES and not Path(config["dataset"]).exists()
-    results = []
-    if quality:
-        results.append(
-            EvalResult(
-                task_type="unconditional-image-generation",
-                dataset_type=dataset,
-                dataset_name="scikit-learn digits, validation part",
-                metric_type="recognized_ratio",
-                metric_name=f"share of {quality['num_samples']} samples ({quality['sample_steps']} steps, seed "
-                f"{quality['seed']}, averaged weights) recognized, of that of real digits",
-                metric_value=round(quality["recognized_ratio"], 4),
-            )
-        )
+    builtin = BUILTIN.get(config["dataset"])
+    dataset = builtin.source if builtin else config["dataset"]
+    on_hub = builtin is None and not Path(config["dataset"]).exists()
+    judge = judge_of(config["dataset"]) if quality else None
+    results = judge.card_results(quality, dataset) if judge else []
     results += evaluation_results(metrics.get("evaluation"))
     data = ModelCardData(
         license="apache-2.0",
@@ -60,6 +51,7 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
         config_yaml=config_yaml,
         training=metrics["training"],
         quality=quality,
+        quality_section=judge.card_section(quality).strip() if judge else None,
         evaluation=metrics.get("evaluation"),
         table=metrics.get("steps_and_variances"),
         average=average_of_weights(config, metrics),

@@ -4,14 +4,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.data.builtin import EMBEDDED, digits
-from ddpm_hf.evaluation.digits import DigitsJudge
-from ddpm_hf.evaluation.measures import sample
+from ddpm_hf.data.builtin import BUILTIN
+from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, loss_curve
+from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.hub.model_card import make_card
 from ddpm_hf.pipelines.guidance import class_names_of, cycled_classes
@@ -45,7 +44,7 @@ def finish(
         f"  sample:    python training/sample.py --model {output_dir} --num_images 64\n"
         + (
             f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}\n"
-            if config.dataset in EMBEDDED or training["validation_examples"]  # it needs images that were held out
+            if config.dataset in BUILTIN or training["validation_examples"]  # it needs images that were held out
             else ""
         )
         + f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>"
@@ -57,12 +56,13 @@ def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> t
     images are made at a time."""
     pipe.set_progress_bar_config(desc="Sampling", unit="step")
     indices = range(max(GRID, config.quality_samples))
-    samples = sample(pipe, indices, config.sample_steps, config.seed, batch_size)
+    samples = sample_images(pipe, indices, config.sample_steps, config.seed, batch_size)
     strip = strip_of(pipe, config)
     pictures = {"samples.png": figure_bytes(image_grid(samples[:GRID])), "denoising.png": figure_bytes(strip)}
-    if config.dataset != "digits" or not config.quality_samples:
+    judge = judge_of(config.dataset)
+    if judge is None or not config.quality_samples:
         return pictures, {}
-    return pictures, {"quality": judge_digits(samples[: config.quality_samples], config.sample_steps, config.seed)}
+    return pictures, {"quality": judge.judge(samples[: config.quality_samples], config.sample_steps, config.seed)}
 
 
 def strip_of(pipe: DDPMPipelineCustom, config: TrainingConfig) -> Figure:
@@ -81,11 +81,6 @@ def curves(log: Sequence[dict]) -> Figure:
     names = {"validation images": "validation_loss", "validation images, averaged weights": "validation_loss_ema"}
     validation = {label: points for label, name in names.items() if (points := column(name))[0]}
     return loss_curve(*column("loss"), validation=validation)
-
-
-def judge_digits(samples: np.ndarray, steps: int, seed: int) -> dict:
-    """The quality of samples (N, 8, 8, 1) of the digits, with the protocol of the figures."""
-    return {**DigitsJudge(digits())(samples).as_dict(), "sample_steps": steps, "seed": seed}
 
 
 def read_metrics(folder: Path) -> dict:

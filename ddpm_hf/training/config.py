@@ -150,7 +150,9 @@ class TrainingConfig:
     sample_every_steps: int = field(default=0, metadata={"help": "samples and their denoising as pictures; 0: never"})
     report_to: Literal["none", "tensorboard", "wandb"] = "tensorboard"
     sample_steps: int = field(default=250, metadata={"help": "sampling steps of the figures and of the quality check"})
-    quality_samples: int = field(default=0, metadata={"help": "digits only: samples to judge at the end; 0: none"})
+    quality_samples: int = field(
+        default=0, metadata={"help": "samples to judge at the end, for a data set that has a judge (digits); 0: none"}
+    )
 
     # Sharing
     push_to_hub: bool = field(default=False, metadata={"help": "push checkpoints and the model to hub_model_id"})

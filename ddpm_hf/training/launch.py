@@ -14,12 +14,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+
+from ddpm_hf.training.processes import use_cpu_threads
 
 ALREADY_DISTRIBUTED = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 GRACE_SECONDS = 30.0  # from the end of one process to that of the others, if they do not end by themselves
@@ -57,11 +58,6 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(128 - error.exit_code)
 
 
-def fail(script: str, message: object) -> NoReturn:
-    """End the process with code 1 and a sentence, which the first process of a run says."""
-    sys.exit(f"{script}: error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
-
-
 def _send(number: int, pids: list[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):  # it may have ended
@@ -80,13 +76,6 @@ def _worker(local_rank: int, main: Callable[[], None], local: int, world: int, m
         main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)  # torch's launcher takes it for success
-
-
-def use_cpu_threads(threads: int | None = None) -> None:
-    """Compute with `threads` threads; None: the CPU's cores shared among this machine's processes. (accelerate's
-    launcher sets one thread unless told otherwise.)"""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def launcher_options():

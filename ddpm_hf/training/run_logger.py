@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.data.images import Images
-from ddpm_hf.evaluation.measures import sample
 from ddpm_hf.evaluation.plots import figure_bytes, image_grid
+from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.training.artifacts import strip_of
 from ddpm_hf.training.config import TrainingConfig
@@ -256,7 +256,7 @@ class RunLogger:
         config, pipe = self.config, DDPMPipelineCustom(self.unet, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         with self.averages["ema"].in_place_of(self.unet):
-            samples = sample(pipe, range(GRID), config.sample_steps, config.seed, self.images_at_a_time)
+            samples = sample_images(pipe, range(GRID), config.sample_steps, config.seed, self.images_at_a_time)
             strip = strip_of(pipe, config)
         if not self.is_writer:
             return

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import digits_quality
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.evaluation.measures import sample
+from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.pipelines.guidance import mark_null_class
 
 
@@ -21,10 +21,10 @@ def pixels(folder):
 
 
 def test_an_image_of_a_seed_is_the_same_in_any_company(tiny_pipeline):
-    together = sample(tiny_pipeline, range(5), 4, 1, batch_size=5)
-    alone = np.concatenate([sample(tiny_pipeline, [i], 4, 1, batch_size=1) for i in range(5)])
+    together = sample_images(tiny_pipeline, range(5), 4, 1, batch_size=5)
+    alone = np.concatenate([sample_images(tiny_pipeline, [i], 4, 1, batch_size=1) for i in range(5)])
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    assert np.abs(sample(tiny_pipeline, [0], 4, 2, batch_size=1) - together[:1]).max() > 0.05
+    assert np.abs(sample_images(tiny_pipeline, [0], 4, 2, batch_size=1) - together[:1]).max() > 0.05
 
 
 def test_sampling_again_with_more_images_goes_on_where_it_ended(model, tmp_path, capsys):
@@ -163,8 +163,8 @@ def test_the_quality_script_prints_the_figures_says_what_is_missed_and_updates_t
     assert quality["num_samples"] == 30 and quality["sample_steps"] == 2
     assert f"{quality['recognized_validation']:.1%}" in printed and "MISSED" in printed
     assert "30 samples (2 steps, seed 0" in (model / "README.md").read_text()
-    samples = sample(DDPMPipelineCustom.from_pretrained(model), range(30), 2, 0, batch_size=30)
-    again = digits_quality.judge_digits(samples, 2, 0)
+    samples = sample_images(DDPMPipelineCustom.from_pretrained(model), range(30), 2, 0, batch_size=30)
+    again = digits_quality.judge(samples, 2, 0)
     assert again["recognized"] == pytest.approx(quality["recognized"], abs=0.05)
     assert again["nearest_distance_quantiles"] == pytest.approx(quality["nearest_distance_quantiles"], abs=1e-2)
 
