@@ -1,6 +1,7 @@
-"""The house: which package may import which, and how large a file or a function may become."""
+"""The structure of the repository: which package imports which, how long files and functions are, where tests lie."""
 
 import ast
+import re
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -11,7 +12,7 @@ import ddpm_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = Path(ddpm_hf.__file__).parent
-# Packages of one floor do not know each other; imports point to lower floors. The ground are the modules in no package.
+# Imports point to lower floors; packages on the same floor do not import each other. "ground" is the modules outside packages.
 FLOORS = [
     {"ground"},
     {"diffusion"},
@@ -29,6 +30,9 @@ PATHS = {
     if path.name != "__init__.py"
 }
 PATHS |= {f"ddpm_hf.scripts.{p.stem}": p for p in (ROOT / "training").glob("*.py") if p.name != "__init__.py"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TEST_NAME = 350, 80, 69
+# Modules with logic whose tests are in a file of another name, and the reason.
+TESTED_ELSEWHERE: dict[str, str] = {}
 FILES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
 
 
@@ -62,13 +66,13 @@ def test_imports_point_to_lower_floors(module):
     assert imports(module)[0] <= allowed
 
 
-def test_no_imports_go_in_a_circle():
+def test_imports_have_no_cycles():
     order = list(TopologicalSorter({module: imports(module)[0] for module in FILES}).static_order())
     assert set(order) == set(FILES)
 
 
 @pytest.mark.parametrize("module", sorted(m for m in FILES if package(m) == "diffusion"))
-def test_the_mathematics_imports_only_torch(module):
+def test_the_diffusion_package_imports_only_torch_and_numpy(module):
     assert imports(module)[1] <= {"torch", "numpy", *sys.stdlib_module_names}
 
 
@@ -76,3 +80,41 @@ def test_the_mathematics_imports_only_torch(module):
 def test_the_library_neither_prints_nor_parses_a_command_line(module):
     calls = [n.func.id for n in ast.walk(FILES[module]) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     assert "print" not in calls and "argparse" not in imports(module)[1]
+
+
+def functions(module: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(FILES[module]) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_no_file_is_longer_than_350_lines():
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in PATHS.items()}
+    assert not {module: length for module, length in lengths.items() if length > MAX_FILE_LINES}
+
+
+def test_no_function_is_longer_than_80_lines():
+    lengths = {f"{m}.{f.name}": f.end_lineno - f.lineno + 1 for m in FILES for f in functions(m)}
+    assert not {function: length for function, length in lengths.items() if length > MAX_FUNCTION_LINES}
+
+
+def test_each_module_with_functions_has_a_test_file_of_its_name():
+    missing = []
+    for module in sorted(FILES.keys() - TESTED_ELSEWHERE.keys()):
+        *packages, name = module.split(".")[1:]
+        if functions(module) and not (ROOT / "tests").joinpath(*packages, f"test_{name}.py").is_file():
+            missing.append(module)
+    assert not missing
+
+
+def test_the_search_path_is_never_changed():
+    folders = ("ddpm_hf", "training", "tests", "benchmarks", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    changes = re.compile(r"sys\.path\.(insert|append|extend)|sys\.path\s*(\[.*\])?\s*\+?=[^=]")
+    assert not [str(path) for path in files if changes.search(path.read_text(encoding="utf-8"))]
+
+
+def test_test_names_are_short():
+    names = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+    assert not sorted(name for name in names if len(name) > MAX_TEST_NAME)
