@@ -1,9 +1,12 @@
-# make train: a fresh machine to a trained digit generator. make test: the test suite. Both set up .venv first.
+# make install: create the environment .venv. make train: train the digits model. make test: run the test suite.
+# make lint: check style. Each of them creates .venv if it does not exist.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: train test lint clean
+.PHONY: install train test lint clean
+
+install: $(INSTALLED)
 
 train: $(INSTALLED)
 	$(VENV)/bin/accelerate launch training/train.py
