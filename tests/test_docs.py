@@ -117,7 +117,8 @@ def test_commands_have_the_options_that_they_are_given(name, options):
     for command in commands(TEXTS[name]):
         given = {word for word in command if word.startswith("--")}
         for script in SCRIPTS:
-            if any(word.endswith((f"/{script}.py", f"scripts.{script}")) for word in command):
+            names = (f"training/{script}.py", f"ddpm_hf.scripts.{script}", f"ddpm-{script.replace('_', '-')}")
+            if set(names) & set(command):
                 assert given <= options[script] | launcher_options(), " ".join(command)
 
 

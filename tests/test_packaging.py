@@ -14,8 +14,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import ddpm_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = (".git", ".venv*", "venv", "outputs", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
@@ -151,6 +154,13 @@ def test_tests_run_with_the_pinned_versions():
     text = (ROOT / "setup.cfg").read_text()
     declared = {canonicalize_name(name) for name in re.findall(r"^    ([\w-]+)>=", text, flags=re.M)}
     assert declared - {"torch-fidelity"} <= pinned  # the extra "fid" is not part of "test"
+
+
+def test_citation_and_changelog_have_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == ddpm_hf.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert f"## [{ddpm_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_an_installed_model_is_trained_sampled_and_loaded(bin_folder, tmp_path):
