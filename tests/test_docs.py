@@ -94,6 +94,15 @@ def test_linked_and_named_files_exist(name):
     assert not missing
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_named_tests_exist(name):
+    """Such as `test_eq_1_…`, the beginning of a test's name."""
+    files = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = {test for text in files for test in re.findall(r"def (test_\w+)", text)}
+    starts = {start for text in code(TEXTS[name]) for start in re.findall(r"\b(test_\w+)…", text)}
+    assert not {start for start in starts if not any(test.startswith(start) for test in tests)}
+
+
 @pytest.fixture(scope="module")
 def options() -> dict[str, set[str]]:
     """The options of each script, as its `--help` prints them."""
