@@ -88,12 +88,14 @@ def functions(module: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def test_no_file_is_longer_than_350_lines():
     lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in PATHS.items()}
-    assert not {module: length for module, length in lengths.items() if length > MAX_FILE_LINES}
+    long = {module: length for module, length in lengths.items() if length > MAX_FILE_LINES}
+    assert not long, str(long)
 
 
 def test_no_function_is_longer_than_80_lines():
     lengths = {f"{m}.{f.name}": f.end_lineno - f.lineno + 1 for m in FILES for f in functions(m)}
-    assert not {function: length for function, length in lengths.items() if length > MAX_FUNCTION_LINES}
+    long = {function: length for function, length in lengths.items() if length > MAX_FUNCTION_LINES}
+    assert not long, str(long)
 
 
 def test_each_module_with_functions_has_a_test_file_of_its_name():
@@ -102,7 +104,7 @@ def test_each_module_with_functions_has_a_test_file_of_its_name():
         *packages, name = module.split(".")[1:]
         if functions(module) and not (ROOT / "tests").joinpath(*packages, f"test_{name}.py").is_file():
             missing.append(module)
-    assert not missing
+    assert not missing, "\n".join(missing)
 
 
 def test_the_search_path_is_never_changed():
@@ -117,4 +119,5 @@ def test_test_names_are_short():
     for path in (ROOT / "tests").rglob("test_*.py"):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
-    assert not sorted(name for name in names if len(name) > MAX_TEST_NAME)
+    long = sorted(name for name in names if len(name) > MAX_TEST_NAME)
+    assert not long, "\n".join(long)
