@@ -27,7 +27,7 @@ from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.nonfinite import SkippedSteps
 from ddpm_hf.training.posthoc_ema import list_snapshots
 from ddpm_hf.training.step import training_step
-from ddpm_hf.training.step_randomness import draw
+from ddpm_hf.training.step_randomness import draw_randomness
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals
 from tests.scripts.test_train import (
     ROOT,
@@ -127,7 +127,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_weights_of_an_undis
         return {name for name in os.listdir(checkpoints) if name.startswith(prefix)}
 
     for kind in kinds:
-        saved, unfinished = there("checkpoint"), there("unfinished")
+        saved, unfinished = there("checkpoint"), there(".checkpoint")
         (pid,) = trainer.start(killed, *options, *EVERY_STEP, "--keep_checkpoints", "2")
         if kind == "while starting":
             time.sleep(moments.uniform(0, 0.5))
@@ -136,12 +136,12 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_weights_of_an_undis
                 time.sleep(0.002)
             time.sleep(moments.uniform(0, 0.05))
         else:
-            while not there("unfinished") - unfinished:
+            while not there(".checkpoint") - unfinished:
                 pass
             time.sleep(moments.uniform(0, 0.002))
         os.kill(pid, signal.SIGKILL)
         assert trainer.wait([pid]) == [-signal.SIGKILL]
-        inside += bool(there("unfinished") - unfinished)
+        inside += bool(there(".checkpoint") - unfinished)
     assert inside >= 2
 
     codes, output = trainer.run(killed, *options, *EVERY_STEP)
@@ -247,7 +247,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_process_and_reported(trai
     config = parse_config(TINY)
     position = rank * 8 + 2
     index = GlobalBatches(NUM_IMAGES, 16, config.seed)(5)[position]
-    t = draw(config, 5, range(16), torch.device("cpu")).t[position]
+    t = draw_randomness(config, 5, range(16), torch.device("cpu")).t[position]
     assert output.count("was skipped") == 1
     assert (
         f"Step 6 was skipped: the loss of 1 of 16 images is not finite.\n  image {index}, t = {t}, loss {value}\n"
@@ -419,7 +419,7 @@ def test_a_loss_scale_that_overflows_is_lowered_and_nothing_else_changes(tmp_pat
     accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer.optimizer)
     images, _ = train.load_images(config, torch.device("cpu"))
     batches = GlobalBatches(len(images), config.batch_size, config.seed)
-    skipped = SkippedSteps(config, accelerator, images)
+    skipped = SkippedSteps(accelerator, images, config.batch_size, config.seed, config.max_nonfinite_steps)
     ema, started = EMA(unet, 1000), [p.detach().clone() for p in unet.parameters()]
     flags = []
     for step in range(40):
