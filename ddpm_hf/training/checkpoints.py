@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 
 from ddpm_hf import __version__
 from ddpm_hf.files import UNFINISHED, atomic_folder
-from ddpm_hf.training.sharding import copy_full
+from ddpm_hf.training.sharding import copy_full, full_on_cpu
 
 PREFIX, SUMS = "checkpoint-", "SHA256SUMS"
 
@@ -30,9 +30,8 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, to
     folder = checkpoint_folder(root, step)
     with atomic_folder(folder) as staged:
         for name, group in tensors.items():
-            on_cpu = {key: value.detach().cpu().contiguous() for key, value in group.items()}
             # Written by Python, whose OSError has an errno. That of safetensors' own writer is in the message alone.
-            (staged / f"{name}.safetensors").write_bytes(save(on_cpu))
+            (staged / f"{name}.safetensors").write_bytes(save(full_on_cpu(group)))
         state = {**state, "step": step, "versions": versions()}
         (staged / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         (staged / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(staged.iterdir())))

@@ -32,6 +32,7 @@ from torch import nn
 from ddpm_hf.checks import check_float
 from ddpm_hf.files import atomic_file
 from ddpm_hf.training.ema import float32_parameters, lerp_parameters, load_averages
+from ddpm_hf.training.sharding import full_on_cpu
 
 SIGMAS = (0.05, 0.10)  # σ_rel of the two tracked averages (EDM2, section 3.2)
 MAX_SIGMA = 12**-0.5  # σ_rel of γ = 0, the mean over the whole run
@@ -87,8 +88,7 @@ class Snapshot(NamedTuple):
 def save_snapshot(folder: Path, images_seen: int, averages: Mapping[str, torch.Tensor]) -> Path:
     """Save what `PowerEMA.state_dict` returns, whole or not at all, with a SHA-256 checksum of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in averages.items()}
-    file = folder / f"{PREFIX}{images_seen:012d}.safetensors"
+    tensors, file = full_on_cpu(averages), folder / f"{PREFIX}{images_seen:012d}.safetensors"
     atomic_file(file, save(tensors, metadata={"sha256": _digest(tensors), "images_seen": str(images_seen)}))
     return file
 
@@ -164,16 +164,15 @@ def profile_weights(
 
 
 class Plan(NamedTuple):
-    """The weight of each average in a rebuilt one, by snapshot and σ_rel; the profile's error; the images seen."""
+    """The weight of each average in a rebuilt one, by (snapshot, σ_rel); the profile's error; the images seen."""
 
-    weights: dict[Snapshot, dict[float, float]]
+    weights: dict[tuple[Snapshot, float], float]
     profile_error: float
     images_seen: int
 
 
 def plan_rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int | None = None) -> Plan:
     """How `rebuild` makes the average of length σ_rel at `images_seen` images. Reads no weights; raises as `rebuild`."""
-    gamma = gamma_from_sigma(sigma)
     if not snapshots:
         raise ValueError("there are no snapshots to rebuild an average from.")
     time = snapshots[-1].images_seen if images_seen is None else images_seen
@@ -181,17 +180,15 @@ def plan_rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int |
     if not used:
         raise ValueError(f"images_seen must be at least {snapshots[0].images_seen}, the first snapshot's, got {time}.")
     keys = [(snapshot, length) for snapshot in used for length in snapshot.sigmas]
-    x, error = profile_weights([gamma_from_sigma(s) for _, s in keys], [k.images_seen for k, _ in keys], gamma, time)
+    gammas, times = [gamma_from_sigma(length) for _, length in keys], [snapshot.images_seen for snapshot, _ in keys]
+    x, error = profile_weights(gammas, times, gamma_from_sigma(sigma), time)
     if error > MAX_PROFILE_ERROR:
         raise ValueError(
             f"the length σ_rel = {sigma:g} is out of the range of these {len(used)} snapshots: the closest profile has "
             f"an error of {error:.0%}, at most {MAX_PROFILE_ERROR:.0%} is accepted. Lengths near "
             f"{' and '.join(f'{s:g}' for s in used[0].sigmas)} need the fewest snapshots."
         )
-    weights: dict[Snapshot, dict[float, float]] = {}
-    for (snapshot, length), weight in zip(keys, x.tolist()):
-        weights.setdefault(snapshot, {})[length] = weight
-    return Plan(weights, error, time)
+    return Plan(dict(zip(keys, x.tolist())), error, time)
 
 
 class Rebuilt(NamedTuple):
@@ -210,10 +207,10 @@ def rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int | None
     """
     plan = plan_rebuild(snapshots, sigma, images_seen)
     sums: dict[str, torch.Tensor] = {}
-    for snapshot, weights in plan.weights.items():
+    for snapshot in {snapshot: None for snapshot, _ in plan.weights}:
         for key, value in read_snapshot(snapshot).items():
             length, name = key.split("/", 1)
-            sums[name] = sums.get(name, 0) + value.double() * weights[float(length)]
+            sums[name] = sums.get(name, 0) + value.double() * plan.weights[snapshot, float(length)]
     return Rebuilt({name: value.float() for name, value in sums.items()}, plan.profile_error, plan.images_seen)
 
 

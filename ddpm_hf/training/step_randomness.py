@@ -59,9 +59,7 @@ def draw_randomness(
     if sampler is None:
         sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
         if sampler.uses_losses:
-            raise ValueError(
-                f"sampler must be given: timestep_sampler={config.timestep_sampler!r} learns from the losses."
-            )
+            raise ValueError(f"sampler must be given: {config.timestep_sampler!r} learns from the losses.")
     t, weight = sampler(config.batch_size, make_generator(device, config.seed, "timesteps", step))
     noise = random("noise", (C, *size))
     if config.offset_noise:

@@ -23,7 +23,7 @@ def test_the_output_has_the_shape_of_the_images_and_starts_at_zero(variance_type
     assert unet.config.sample_size == (16, 8)
 
 
-def test_only_the_outputs_of_blocks_and_of_the_network_are_initialized_to_zero():
+def test_only_outputs_of_blocks_and_network_are_zero_initialized():
     unet = build_unet(make_config())
     zero = {name.rsplit(".", 2)[-2] for name, p in unet.named_parameters() if name.endswith("weight") and not p.any()}
     assert zero == {"conv2", "0", "conv_out"}  # of residual blocks, of attention (to_out.0), of the network

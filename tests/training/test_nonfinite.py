@@ -78,7 +78,7 @@ def test_the_report_names_the_images_with_a_nonfinite_loss(caplog):
     assert lines[1:] == [f"  {names[0]}, t = 10, loss nan", f"  {names[1]}, t = 30, loss inf"]
 
 
-def test_the_report_lists_the_largest_losses_if_only_the_gradient_is_nonfinite(caplog):
+def test_the_report_lists_the_largest_losses_for_a_nonfinite_gradient(caplog):
     skipped_steps = make_skipped_steps(Mock(spec=StreamedImages), batch_size=12)
     add(skipped_steps, 0, [float(i) for i in range(12)])
     assert not skipped_steps.too_many_skipped()
