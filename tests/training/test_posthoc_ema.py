@@ -73,9 +73,9 @@ def sigma_from_gamma(gamma):
 def test_the_exponent_of_a_length_inverts_equation_15():
     for sigma in (1e-3, 0.02, 0.05, 0.1, 0.2, 0.28):
         assert sigma_from_gamma(gamma_from_sigma(sigma)) == pytest.approx(sigma, rel=1e-9)
-    assert gamma_from_sigma(0.05) == pytest.approx(16.97, abs=5e-3) and gamma_from_sigma(0.10) == pytest.approx(
-        6.94, abs=5e-3
-    )  # EDM2
+    # The exponents that EDM2 gives.
+    assert gamma_from_sigma(0.05) == pytest.approx(16.97, abs=5e-3)
+    assert gamma_from_sigma(0.10) == pytest.approx(6.94, abs=5e-3)
     assert gamma_from_sigma(MAX_SIGMA) == pytest.approx(0, abs=1e-9)
 
 
@@ -133,10 +133,8 @@ def test_the_weights_sum_to_one_and_minimize_the_profile_error():
     gammas, times = [16.97, 6.94] * 6, [t / 6 for t in range(1, 7) for _ in range(2)]
     x, error = profile_weights(gammas, times, gamma_from_sigma(0.15), 1.0)
     assert x.sum().item() == pytest.approx(1, abs=1e-12)
-    gram, b = (
-        inner_products(gammas, times, gammas, times),
-        inner_products(gammas, times, [gamma_from_sigma(0.15)], [1.0])[:, 0],
-    )
+    gram = inner_products(gammas, times, gammas, times)
+    b = inner_products(gammas, times, [gamma_from_sigma(0.15)], [1.0])[:, 0]
     # Lagrange condition: all components of the gradient are equal.
     gradient = gram @ x - b
     torch.testing.assert_close(gradient, gradient.mean().expand_as(gradient), rtol=0, atol=1e-8)
