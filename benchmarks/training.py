@@ -38,7 +38,7 @@ from ddpm_hf.training.build import build
 from ddpm_hf.training.config import TrainingConfig, load_preset
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.step import StepReport, training_step
-from ddpm_hf.training.step_randomness import draw
+from ddpm_hf.training.step_randomness import draw_randomness
 
 ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}  # the example's defaults
 CHECKED_STEPS = 4
@@ -110,7 +110,7 @@ class Stock:
 
     def loss_of(self, indices: list[int]) -> float:
         """A step with these images, and the timesteps and noise that training/train.py draws."""
-        draws = draw(self.config, self.step, range(len(indices)), self.accelerator.device)
+        draws = draw_randomness(self.config, self.step, range(len(indices)), self.accelerator.device)
         return self.train(self.images_of(indices), (draws.t, draws.noise))
 
     def train(self, clean: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:

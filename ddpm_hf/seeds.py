@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 
-def make_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
+def make_generator(device: torch.device | str, seed: int, purpose: str, *index: int) -> torch.Generator:
     """A random generator whose numbers depend on (seed, purpose, index) and the kind of device alone."""
-    return torch.Generator(device=device).manual_seed(_seed_at(seed, purpose, index))
+    return torch.Generator(device=device).manual_seed(_seed_at(seed, purpose, *index))
 
 
 def seed_dropout(seed: int, step: int, position: int) -> None:

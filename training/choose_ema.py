@@ -30,7 +30,7 @@ from ddpm_hf.files import atomic_file, lock_folder
 from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import read_metrics, show, write_metrics_and_card
 from ddpm_hf.training.config import TrainingConfig, load_preset
-from ddpm_hf.training.posthoc_ema import check_lengths, list_snapshots, rebuild
+from ddpm_hf.training.posthoc_ema import list_snapshots, plan_rebuild, rebuild
 from ddpm_hf.training.processes import fail
 from ddpm_hf.training.run_data import open_images
 from ddpm_hf.training.run_logger import SNAPSHOTS
@@ -145,7 +145,8 @@ def sweep(args: EMAArguments, config: TrainingConfig, accelerator: Accelerator) 
         raise ValueError(
             f"{folder} holds no snapshots of averages ({SNAPSHOTS}/): train with --ema_snapshot_every_images N."
         )
-    check_lengths(snapshots, args.lengths, args.images_seen)
+    for length in args.lengths:
+        plan_rebuild(snapshots, length, args.images_seen)  # raises ValueError for a length that cannot be rebuilt
     pipe = DDPMPipelineCustom.from_pretrained(folder)
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)

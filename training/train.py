@@ -136,7 +136,7 @@ def run(
     if config.ema_snapshot_every_images:
         averages["power_ema"] = PowerEMA(unet)
     timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, accelerator.device)
-    skipped = SkippedSteps(config, accelerator, images)
+    skipped = SkippedSteps(accelerator, images, config.batch_size, config.seed, config.max_nonfinite_steps)
     first_step, stream, recorded = 0, None, None
     if restored is not None:
         tensors, state = restored

@@ -1,78 +1,50 @@
-"""Training checkpoints: whole or absent, checked before they are used, and no pickle.
+"""Training checkpoints: whole or absent, verified before use, without pickle.
 
 A checkpoint is a folder `checkpoint-<step>` of safetensors files, `state.json` with the step, the configuration and the
-versions it was made with, and `SHA256SUMS` over all of these, which `sha256sum -c` reads too. It is written under another
-name and renamed when it is on the disk.
+package versions, and `SHA256SUMS` of all of these in the format of `sha256sum -c`.
 """
 
-import errno
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from ddpm_hf.files import sync
-from ddpm_hf.training.sharding import copy_full
+from ddpm_hf import __version__
+from ddpm_hf.files import UNFINISHED, atomic_folder
+from ddpm_hf.training.sharding import copy_full, full_on_cpu
 
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder are not kept apart
-    fcntl = None
-
-PREFIX, UNFINISHED, SUMS = "checkpoint-", "unfinished-", "SHA256SUMS"
+PREFIX, SUMS = "checkpoint-", "SHA256SUMS"
 
 
 def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict) -> Path:
-    """Write `root/checkpoint-<step>`: one safetensors file per entry of `tensors`, and `state` (JSON-able).
+    """Write `root/checkpoint-<step>`: one safetensors file per entry of `tensors`, and `state` as JSON.
 
-    Raises OSError if it cannot be written, a full disk for example; the checkpoints that are there stay as they are.
+    Raises OSError if it cannot be written, for example on a full disk; earlier checkpoints do not change.
     """
     folder = checkpoint_folder(root, step)
-    unfinished = root / f"{UNFINISHED}{folder.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    with atomic_folder(folder) as staged:
         for name, group in tensors.items():
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in group.items()},
-                unfinished / f"{name}.safetensors",
-            )
+            # Written by Python, whose OSError has an errno. That of safetensors' own writer is in the message alone.
+            (staged / f"{name}.safetensors").write_bytes(save(full_on_cpu(group)))
         state = {**state, "step": step, "versions": versions()}
-        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        files = sorted(unfinished.iterdir())
-        (unfinished / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in files))
-        for path in (*files, unfinished / SUMS, unfinished):
-            sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(unfinished, folder)
-        sync(root)
-    except SafetensorError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        # It tells of a full disk in words alone.
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        (staged / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (staged / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(staged.iterdir())))
     return folder
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Folder of the checkpoint of a step."""
     return root / f"{PREFIX}{step:08d}"
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-    """The tensors by file, and the state. Raises ValueError for a damaged checkpoint, naming what is wrong."""
+    """The tensors by file, and the state. Raises ValueError for a damaged checkpoint, naming the damaged file."""
     try:
         lines = (folder / SUMS).read_text().splitlines()
         digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
@@ -88,37 +60,36 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], d
 
 
 def read_state(folder: Path) -> dict:
-    """The state of a checkpoint, unchecked."""
+    """The state of a checkpoint, not verified."""
     return json.loads((folder / "state.json").read_text())
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers of a run."""
+    """Versions of the packages that the numbers of a run depend on."""
     packages = ("torch", "diffusers", "accelerate", "datasets", "numpy", "safetensors")
-    from ddpm_hf import __version__
-
-    return {
-        "ddpm_hf": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"ddpm_hf": __version__, "python": platform.python_version(), **installed}
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(folder for folder in root.glob(f"{PREFIX}*") if folder.is_dir())
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed run left half-written."""
-    for folder in list_checkpoints(root)[: -keep or None]:
-        shutil.rmtree(folder)
-    for folder in root.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(folder)
+    """Delete all but the newest `keep` checkpoints, and what a killed run has left unfinished.
+
+    A checkpoint that is a symbolic link is unlinked; its target is not deleted.
+    """
+    for folder in (*list_checkpoints(root)[: -keep or None], *root.glob(f".{PREFIX}*{UNFINISHED}")):
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """An optimizer's per-parameter state, flat, as "<parameter name>/<entry>"."""
+    """The per-parameter state of an optimizer as a flat dict, with keys "<parameter name>/<entry>"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{key}": torch.as_tensor(value)
@@ -130,7 +101,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) 
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, on the devices the optimizer wants it on."""
+    """Load what `optimizer_tensors` returned, on the devices and with the sharding that the optimizer expects."""
     parameters = dict(model.named_parameters())
     order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     entries: dict[int, dict[str, torch.Tensor]] = {}
@@ -138,7 +109,7 @@ def load_optimizer_tensors(
         name, entry = key.rsplit("/", 1)
         parameter = parameters[name]
         if value.shape == parameter.shape:
-            # In the parameter's own memory format: fused optimizers walk through memory, not through indices.
+            # In the parameter's memory format: fused optimizers iterate over memory, not over indices.
             placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
             copy_full(placed, value)
             value = placed

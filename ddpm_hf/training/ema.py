@@ -1,55 +1,48 @@
-"""Exponential moving averages of the weights: what is sampled from is the average, not the last iterate."""
+"""Exponential moving average (EMA) of the weights. Samples are drawn with the average, not with the last weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from ddpm_hf.checks import check_float
 from ddpm_hf.training.sharding import copy_full, reshard, to_local
 
 
 class EMA:
-    """Average of a model's parameters, float32 whatever the model's dtype: in bf16 it would stand still.
+    """Exponential moving average of a model's parameters, starting from a copy of them.
 
-    Its length is either `halflife_images`, after which the weight of the past has halved, or `decay`, the factor that
-    the past keeps at every step (0.9999 in DDPM, appendix B). Early in a run the past is mostly the random start, so
-    that with `warmup` the length grows with the run: the half-life is at most 5 % of the images seen so far (Karras et
-    al. 2022, EDM), the decay of step s = 0, 1, ... at most (1 + s)/(10 + s).
+    The average is float32 whatever the model's dtype: in bf16, small updates would be rounded away. Its length is
+    given by exactly one of `halflife_images` and `decay`. With `warmup` the average is shorter early in a run, when
+    the past is mostly the random initialization: the half-life is at most 5 % of the images seen (Karras et al. 2022,
+    EDM), the decay of step s = 0, 1, ... at most (1 + s)/(10 + s).
 
     Args:
-        model: whose parameters are followed; the average starts as a copy of them.
-        halflife_images: in images, not steps, so that it means the same at any batch size.
-        decay: in (0, 1), per step; in place of a half-life.
+        model: the model whose parameters are averaged.
+        halflife_images: images after which the weight of the past has halved, whatever the batch size; above 0.
+        decay: weight of the past at every step, in (0, 1); 0.9999 in DDPM, appendix B.
         warmup: False for a constant length.
 
-    Raises ValueError for a length out of range, and unless just one is given.
+    Raises ValueError for a length out of range, and if both or neither are given.
     """
 
     RAMPUP_RATIO = 0.05
 
     def __init__(
-        self,
-        model: nn.Module,
-        halflife_images: float | None = None,
-        *,
-        decay: float | None = None,
-        warmup: bool = True,
+        self, model: nn.Module, halflife_images: float | None = None, *, decay: float | None = None, warmup: bool = True
     ):
         if (halflife_images is None) == (decay is None):
-            raise ValueError(
-                f"either halflife_images or decay must be given, got halflife_images={halflife_images!r} and decay={decay!r}."
-            )
-        if halflife_images is not None and not halflife_images > 0:
-            raise ValueError(f"halflife_images must be positive, got {halflife_images!r}.")
-        if decay is not None and not 0 < decay < 1:
-            raise ValueError(f"decay must lie between 0 and 1, got {decay!r}.")
+            raise ValueError(f"either halflife_images or decay must be given, got {halflife_images!r} and {decay!r}.")
+        if decay is None:
+            halflife_images = check_float("halflife_images", halflife_images, "(0, inf)")
+        else:
+            decay = check_float("decay", decay, "(0, 1)")
         self.halflife_images, self.fixed_decay, self.warmup = halflife_images, decay, warmup
-        self._names = [name for name, _ in model.named_parameters()]
-        self._average = [p.detach().float().clone() for p in model.parameters()]
+        self._average = float32_parameters(model)
 
     def decay(self, images_seen: int, batch_size: int) -> float:
-        """The factor kept of the average at a step of `batch_size` images that ends at `images_seen`."""
+        """The weight of the past at a step of `batch_size` images that ends at `images_seen` images."""
         if self.fixed_decay is not None:
             step = images_seen // batch_size - 1
             return min(self.fixed_decay, (1 + step) / (10 + step)) if self.warmup else self.fixed_decay
@@ -58,31 +51,30 @@ class EMA:
             halflife = min(halflife, images_seen * self.RAMPUP_RATIO)
         return 0.5 ** (batch_size / halflife)
 
-    @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: torch.Tensor | None = None) -> None:
-        """Move the average towards the model's parameters, after an optimizer step.
+        """Move the average towards the model's parameters. Call it after each optimizer step.
 
-        `skipped`: 0-d on the parameters' device, 1 where the step was skipped; the average then stays, bit for bit.
+        `skipped`: 0-d on the parameters' device, 1 if the step was skipped; the average then does not change.
         """
-        lerp_parameters(self._average, model, 1 - self.decay(images_seen, batch_size), skipped)
+        lerp_parameters(self._average.values(), model, 1 - self.decay(images_seen, batch_size), skipped)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averaged parameters under the model's own names, float32."""
-        return dict(zip(self._names, self._average))
+        """The averaged parameters by the model's parameter names, float32."""
+        return dict(self._average)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over averages saved by `state_dict`. Raises ValueError for other names or shapes."""
-        load_averages(self.state_dict(), state)
+        """Load averages saved by `state_dict`. Raises ValueError for other names or shapes."""
+        load_averages(self._average, state)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Write the average into a model's parameters, in their dtype."""
-        for parameter, average in zip(model.parameters(), self._average):
+        """Copy the average into a model's parameters, in their dtype."""
+        for parameter, average in zip(model.parameters(), self._average.values()):
             parameter.copy_(average)
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """The average as the model's parameters for a while; afterwards they are what they were, bit for bit."""
+        """Within this context the model's parameters are the average; afterwards they are restored exactly."""
         kept = [p.detach().clone() for p in model.parameters()]
         self.copy_to(model)
         try:
@@ -94,23 +86,28 @@ class EMA:
                     parameter.copy_(value)
 
 
-def lerp_parameters(
-    average: list[torch.Tensor], model: nn.Module, share: float, skipped: torch.Tensor | None = None
-) -> None:
-    """average += share · (parameters − average), in the average's float32; nothing at all where `skipped` is 1."""
-    average, parameters = [to_local(a) for a in average], [to_local(p).detach().float() for p in model.parameters()]
-    if skipped is not None:
-        # A list of tensors, since a number would have to come from the device first.
-        share = [(1 - skipped) * share] * len(average)
-    torch._foreach_lerp_(average, parameters, share)
+def float32_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a model's parameters by name, float32."""
+    return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
-def load_averages(mine: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-    """Copy saved averages into `mine`. Raises ValueError for other names or shapes."""
-    if set(state) != set(mine):
-        raise ValueError(f"the saved average has other parameters: {sorted(set(state) ^ set(mine))[:5]} ...")
-    for name, average in mine.items():
+def lerp_parameters(
+    average: Iterable[torch.Tensor], model: nn.Module, weight: float, skipped: torch.Tensor | None = None
+) -> None:
+    """average += weight · (parameters − average), in float32; no change if `skipped` is 1."""
+    average, parameters = [to_local(a) for a in average], [to_local(p).detach().float() for p in model.parameters()]
+    if skipped is not None:
+        # A list of tensors: a single number would first have to be read from the device.
+        weight = [(1 - skipped) * weight] * len(average)
+    torch._foreach_lerp_(average, parameters, weight)
+
+
+def load_averages(averages: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved averages into `averages`. Raises ValueError for other names or shapes."""
+    if state.keys() != averages.keys():
+        raise ValueError(f"the saved average has other parameters: {sorted(state.keys() ^ averages.keys())[:5]} ...")
+    for name, average in averages.items():
         if state[name].shape != average.shape:
             raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(average.shape)}.")
         copy_full(average, state[name])

@@ -1,6 +1,7 @@
-"""Steps whose loss or gradient is not finite: skipped on the device, found out when the host reads values anyway."""
+"""Steps with a nonfinite loss or gradient: skipped on the device, counted and reported when the host reads values."""
 
 import logging
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -8,84 +9,101 @@ from accelerate import Accelerator
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamedImages
-from ddpm_hf.training.config import TrainingConfig
 
 logger = logging.getLogger("train")
-NAMED = 10  # images at most that a report names
+MAX_LISTED = 10  # images listed in the report of a skipped step
 
 
-def nan_unless_finite(loss: torch.Tensor) -> torch.Tensor:
-    """1 if every loss (b,) is finite, NaN otherwise. As a factor of the loss it makes every gradient NaN, which
-    reaches all processes in the exchange of gradients: they agree without another word."""
-    return 1 + 0 * loss.detach().sum()
+def nan_if_nonfinite(losses: torch.Tensor) -> torch.Tensor:
+    """1 (0-d) if all `losses` (b,) are finite, else NaN.
 
-
-def step_unless_skipped(optimizer: torch.optim.Optimizer, skipped: torch.Tensor) -> None:
-    """`optimizer.step()` if `skipped` (0-d, float) is 0; if it is 1, weights and optimizer stay as they are.
-
-    Fused optimizers look at `found_inf` on the device, as they do for GradScaler. Others need the host to look.
+    A loss multiplied by NaN has NaN gradients, and averaging the gradients hands them to every process. All processes
+    thus skip the same steps without extra communication.
     """
+    return 1 + 0 * losses.detach().sum()
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> torch.Tensor:
+    """Call `optimizer.step()` unless `grad_norm` (0-d) is nonfinite. Returns 1.0 if the step is skipped, else 0.0 (0-d).
+
+    A skipped step does not change the weights or the optimizer state. Fused optimizers read `found_inf`, which
+    GradScaler sets, on the device (torch 2.13). For other optimizers the host has to wait for the norm.
+    """
+    skipped = 1 - grad_norm.isfinite().float()
     inner = getattr(optimizer, "optimizer", optimizer)
-    if getattr(inner, "_step_supports_amp_scaling", False):
+    is_fused = inner.defaults.get("fused")
+    if is_fused:
         inner.found_inf = skipped
+    if is_fused or not skipped:
         optimizer.step()
-    elif not skipped:
-        optimizer.step()
+    return skipped
 
 
+@dataclass
 class SkippedSteps:
-    """Reports of the steps since the last look, and the count of those that were skipped.
+    """Counts and reports skipped steps, reading from the device only in `too_many_skipped`.
 
-    `total` counts skipped steps of the whole run, `in_a_row` those that the run has just made. fp16's search for a
-    loss scale that does not overflow is no failure: its steps are skipped, and not counted while the scale is ≥ 1.
+    In fp16, GradScaler skips steps while it lowers its loss scale. Those are not counted while the scale is ≥ 1.
+
+    Args:
+        images: the training images, to name those of a skipped step.
+        batch_size, seed: of the run; they determine the images of a step.
+        max_nonfinite_steps: consecutive skipped steps after which training must stop.
+        total: skipped steps of the whole run so far.
+        in_a_row: consecutive skipped steps up to now.
     """
 
-    def __init__(self, config: TrainingConfig, accelerator: Accelerator, images: Images | StreamedImages):
-        self.config, self.accelerator, self.images = config, accelerator, images
-        self.total = self.in_a_row = 0
-        self._reports = []
+    accelerator: Accelerator
+    images: Images | StreamedImages
+    batch_size: int
+    seed: int
+    max_nonfinite_steps: int
+    total: int = 0
+    in_a_row: int = 0
+    _pending: list[tuple] = field(default_factory=list, init=False, repr=False)
 
     def add(self, step: int, t: torch.Tensor, losses: torch.Tensor, skipped: torch.Tensor) -> None:
-        """Keep what a step found; nothing is read yet."""
-        self._reports.append((step, t, losses, skipped))
+        """Remember the result of a step without reading it: `t` and `losses` (b,), `skipped` 0-d."""
+        self._pending.append((step, t, losses, skipped))
 
     def too_many_skipped(self) -> bool:
-        """Read, count and report. True: `max_nonfinite_steps` in a row, training must stop. Every process must call."""
-        reports, self._reports = self._reports, []
-        flags = torch.stack([report[3] for report in reports]).tolist() if reports else []
-        for (step, t, losses, _), skipped in zip(reports, flags):
+        """Count and report the steps added since the last call. True if `max_nonfinite_steps` in a row were skipped.
+
+        Must be called on every process.
+        """
+        pending, self._pending = self._pending, []
+        flags = torch.stack([skipped for *_, skipped in pending]).tolist() if pending else []
+        for (step, t, losses, _), skipped in zip(pending, flags):
             if not skipped:
                 self.in_a_row = 0
-            elif not self._seeks_scale(losses := self.accelerator.gather(losses)):
+            elif not self._is_scale_search(losses := self.accelerator.gather(losses)):
                 self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
                 t = self.accelerator.gather(t)
                 if self.accelerator.is_main_process:
-                    logger.warning(self._describe(step, t, losses))
-            if self.in_a_row >= self.config.max_nonfinite_steps:
+                    logger.warning(self._describe(step, t.tolist(), losses))
+            if self.in_a_row >= self.max_nonfinite_steps:
                 return True
         return False
 
-    def _seeks_scale(self, losses: torch.Tensor) -> bool:
+    def _is_scale_search(self, losses: torch.Tensor) -> bool:
         scaler = self.accelerator.scaler
         return scaler is not None and scaler.get_scale() >= 1 and bool(losses.isfinite().all())
 
-    def _describe(self, step: int, t: torch.Tensor, losses: torch.Tensor) -> str:
+    def _describe(self, step: int, t: list[int], losses: torch.Tensor) -> str:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        what = f"the loss of {len(bad)} of {len(losses)} images is not finite" if bad else "the gradient is not finite"
-        # Finite losses tell nothing for sure; the largest are the likeliest.
+        reason = f"the loss of {len(bad)} of {len(losses)} images is" if bad else "the gradient is"
+        # If all losses are finite, the images with the largest losses are the most likely cause.
         positions = bad or losses.argsort(descending=True).tolist()
-        t, losses = t.tolist(), losses.tolist()
-        names = self._names(step, positions[:NAMED])
-        lines = [f"  {name}, t = {t[i]}, loss {losses[i]:.4g}" for name, i in zip(names, positions)]
-        more = [f"  and {len(positions) - NAMED} more"] if len(positions) > NAMED else []
-        return "\n".join([f"Step {step + 1} was skipped: {what}.", *lines, *more])
+        names = self._names(step, positions[:MAX_LISTED])
+        lines = [f"Step {step + 1} was skipped: {reason} not finite."]
+        lines += [f"  {name}, t = {t[i]}, loss {losses[i].item():.4g}" for name, i in zip(names, positions)]
+        if len(positions) > MAX_LISTED:
+            lines.append(f"  and {len(positions) - MAX_LISTED} more")
+        return "\n".join(lines)
 
     def _names(self, step: int, positions: list[int]) -> list[str]:
         if isinstance(self.images, StreamedImages):
             return [f"image {i} of the batch" for i in positions]
-        indices = GlobalBatches(len(self.images), self.config.batch_size, self.config.seed)(step)
-        paths = [self.images.describe(indices[i]) for i in positions]
-        return [
-            f"image {indices[i]}" + ("" if path.startswith("number ") else f" ({path})")
-            for i, path in zip(positions, paths)
-        ]
+        batch = GlobalBatches(len(self.images), self.batch_size, self.seed)(step)
+        paths = [(batch[i], self.images.describe(batch[i])) for i in positions]
+        return [f"image {i}" + ("" if path.startswith("number ") else f" ({path})") for i, path in paths]

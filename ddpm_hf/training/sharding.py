@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 spreads over processes (`DTensor`) and ordinary ones, under the same calls."""
+"""The same calls for ordinary tensors and for tensors that FSDP2 shards over processes (`DTensor`)."""
 
 from collections.abc import Mapping
 
@@ -8,17 +8,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds, as memory shared with it: all of an ordinary one."""
+    """The shard of a tensor on this process, sharing its memory. An ordinary tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor. For a spread one every process must call this."""
+    """The full tensor. Must be called on every process if the tensor is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_on_cpu(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
-    """All of each tensor, contiguous on the CPU. For spread ones every process must call this; {} where not `keep`."""
+    """The full tensors by name, contiguous and on the CPU; {} if not `keep`.
+
+    Must be called on every process if a tensor is sharded.
+    """
     result = {}
     for name, tensor in tensors.items():
         tensor = full_tensor(tensor.detach())
@@ -29,7 +32,7 @@ def full_on_cpu(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[
 
 @torch.no_grad()
 def copy_full(destination: torch.Tensor, value: torch.Tensor) -> None:
-    """Write `value`, a whole tensor of the same shape, into `destination`, spread or not."""
+    """Copy the full tensor `value` into `destination`, which has the same shape and may be sharded."""
     if isinstance(destination, DTensor):
         value = value.to(destination.device, destination.dtype)
         value = distribute_tensor(value, destination.device_mesh, destination.placements)
@@ -37,7 +40,7 @@ def copy_full(destination: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Spread the weights that a call without a backward pass has left whole, as FSDP2 does with the outermost module's."""
+    """Shard the weights that a forward pass without a backward pass leaves gathered (FSDP2's outermost module)."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""The random numbers of a training step: they depend on (seed, step, position in the global batch) alone."""
+"""Deterministic randomness of a training step: it depends on (seed, step, position in the global batch) alone."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,19 @@ from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps, make_timestep_
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training.config import TrainingConfig
 
+BLOCK = 16  # consecutive positions that share a random generator
 
-class Draws(NamedTuple):
-    """The random numbers of a step, one row per example.
 
-    Timesteps (B,), and the weight that the loss has at each (B,); the noise that the target is made of, and the noise
-    that x_t is made of, (B, C, H, W); whether the image is mirrored (B,), and whether it goes without its label (B,).
+class StepRandomness(NamedTuple):
+    """The random numbers of a training step, one row per example.
+
+    Attributes:
+        t: timesteps (B,), int64.
+        weight: weight of the loss at each timestep (B,), float32.
+        noise: noise that the training target is made of, (B, C, H, W), float32.
+        input_noise: noise that x_t is made of, (B, C, H, W), float32; `noise` unless there is input perturbation.
+        flip: whether to flip the image horizontally (B,), bool.
+        drop_label: whether to replace the label by the null class (B,), bool.
     """
 
     t: torch.Tensor
@@ -24,42 +31,44 @@ class Draws(NamedTuple):
     drop_label: torch.Tensor
 
 
-def draw(
-    config: TrainingConfig,
-    step: int,
-    positions: range,
-    device: torch.device,
-    sampler: UniformTimesteps | None = None,
-) -> Draws:
-    """The draws of a step for `positions` of the global batch.
+def draw_randomness(
+    config: TrainingConfig, step: int, positions: range, device: torch.device, sampler: UniformTimesteps | None = None
+) -> StepRandomness:
+    """The random numbers of a step for consecutive `positions` of the global batch.
 
-    They are made for the whole global batch and then cut, so that they depend on (seed, step, position) alone, however
-    many processes share the batch (and on the losses before, for a `sampler` that learns from them). Making too many
-    normal numbers is cheap beside a network.
+    They are drawn in blocks of `BLOCK` positions, so that the cost follows the number of positions and not the global
+    batch size, and the values do not depend on how the batch is divided. Timesteps are the exception: a sampler
+    draws the B numbers of the global batch, because their distribution may depend on the whole batch.
+
+    `sampler`: the timestep sampler of the run. None is accepted if `config.timestep_sampler` does not learn from the
+    losses; otherwise ValueError is raised.
     """
-    B, share = config.batch_size, slice(positions.start, positions.stop)
+    C, size, share = config.channels, config.resolution, slice(positions.start, positions.stop)
 
-    def random(purpose: str, draw=torch.rand, shape: tuple[int, ...] = (B,)) -> torch.Tensor:
-        return draw(shape, generator=make_generator(device, config.seed, purpose, step), device=device)[share]
+    def random(purpose: str, shape: tuple[int, ...] = (), draw=torch.randn) -> torch.Tensor:
+        blocks = range(positions.start // BLOCK, -(-positions.stop // BLOCK))
+        generators = (make_generator(device, config.seed, purpose, step, block) for block in blocks)
+        drawn = torch.cat([draw((BLOCK, *shape), generator=g, device=device) for g in generators])
+        return drawn[positions.start - BLOCK * blocks.start :][: len(positions)]
 
-    t, weight = (sampler or stateless_sampler(config))(B, make_generator(device, config.seed, "timesteps", step))
-    noise = random("noise", torch.randn, (B, config.channels, *config.resolution))
+    def bernoulli(purpose: str, probability: float) -> torch.Tensor:
+        if not probability:
+            return torch.zeros(len(positions), dtype=torch.bool, device=device)
+        return random(purpose, draw=torch.rand) < probability
+
+    if sampler is None:
+        sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
+        if sampler.uses_losses:
+            raise ValueError(f"sampler must be given: {config.timestep_sampler!r} learns from the losses.")
+    t, weight = sampler(config.batch_size, make_generator(device, config.seed, "timesteps", step))
+    noise = random("noise", (C, *size))
     if config.offset_noise:
-        # Noise that a whole channel of an image shares (Guttenberg 2023): z + s·z_c.
-        noise = noise + config.offset_noise * random("offset noise", torch.randn, (B, config.channels, 1, 1))
+        # Guttenberg 2023: z + s·z_c, where all pixels of a channel share z_c.
+        noise = noise + config.offset_noise * random("offset noise", (C, 1, 1))
     input_noise = noise
     if config.input_perturbation:
-        # Ning et al. 2023, algorithm 1: x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·(z + γ·ξ), with z for the target.
-        input_noise = noise + config.input_perturbation * random(
-            "input perturbation", torch.randn, (B, *noise.shape[1:])
-        )
-    drop_label = random("label dropout") < config.label_dropout
-    return Draws(t[share], weight[share], noise, input_noise, random("flip") < 0.5, drop_label)
-
-
-def stateless_sampler(config: TrainingConfig) -> UniformTimesteps:
-    """The timestep sampler of a configuration, if it needs none of a run's history."""
-    sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
-    if sampler.uses_losses:
-        raise ValueError(f"sampler must be given: timestep_sampler={config.timestep_sampler!r} learns from the losses.")
-    return sampler
+        # Ning et al. 2023, algorithm 1: x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·(z + γ·ξ), while the target is made of z.
+        input_noise = noise + config.input_perturbation * random("input perturbation", (C, *size))
+    flip = bernoulli("flip", 0.5 if config.random_flip else 0.0)
+    drop_label = bernoulli("label dropout", config.label_dropout)
+    return StepRandomness(t[share], weight[share], noise, input_noise, flip, drop_label)

@@ -1,6 +1,5 @@
 """The training script itself: real processes, real data, killed and resumed."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.step import training_step
-from ddpm_hf.training.step_randomness import draw
+from ddpm_hf.training.step_randomness import draw_randomness
 from tests.conftest import TINY_TRAINING, flags
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,17 +155,6 @@ def test_overwrite_starts_again(straight, tmp_path):
     assert_bit_identical(run(tmp_path, "--overwrite"), straight[1])
 
 
-def test_draws_depend_on_seed_step_and_position_alone():
-    everything = {"offset_noise": 0.1, "input_perturbation": 0.1, "label_dropout": 0.5, "num_classes": 10}
-    config = dataclasses.replace(parse_config(TINY), label_column="label", **everything)
-    whole = draw(config, 5, range(16), torch.device("cpu"))
-    for positions in (range(0, 8), range(8, 16), range(4, 6)):
-        part = draw(config, 5, positions, torch.device("cpu"))
-        assert all(torch.equal(a, b[positions.start : positions.stop]) for a, b in zip(part, whole))
-    for other in (draw(config, 6, range(16), torch.device("cpu")),):
-        assert [name for name, a, b in zip(whole._fields, other, whole) if torch.equal(a, b)] == ["weight"]
-
-
 def drop_checkpoints_after(folder, first):
     for stale in list_checkpoints(folder / "checkpoints")[first:]:
         shutil.rmtree(stale)
@@ -257,7 +245,7 @@ def test_noise_and_noised_images_are_float32_in_mixed_precision_and_so_is_the_lo
     assert seen["network"][0] == torch.float32  # x_t, made of noise in float32
     assert seen["convolution"][1].dtype == torch.bfloat16  # and yet it is bf16 that is computed in
     assert report.losses.dtype == torch.float32
-    assert draw(config, 0, range(16), torch.device("cpu")).noise.dtype == torch.float32
+    assert draw_randomness(config, 0, range(16), torch.device("cpu")).noise.dtype == torch.float32
 
 
 def test_the_benchmark_of_training_runs_and_both_sides_train_alike(capsys):

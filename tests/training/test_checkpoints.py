@@ -1,5 +1,6 @@
-"""Checkpoints are whole or absent, and a damaged one says so."""
+"""Checkpoints are whole or absent, and a damaged one is rejected with the name of the damaged file."""
 
+import errno
 import hashlib
 import json
 import resource
@@ -27,18 +28,18 @@ def saved(tmp_path):
     return save_checkpoint(tmp_path, 12, tensors, {"config": {"seed": 1}}), tensors
 
 
-def test_what_was_saved_is_loaded(saved):
+def test_a_saved_checkpoint_loads_unchanged(saved):
     folder, tensors = saved
     loaded, state = load_checkpoint(folder)
     assert state["step"] == 12 and state["config"] == {"seed": 1}
     assert all(torch.equal(loaded[name]["weight"], group["weight"]) for name, group in tensors.items())
 
 
-def test_no_file_of_a_checkpoint_is_a_pickle(saved):
+def test_a_checkpoint_holds_no_pickle(saved):
     assert {file.suffix or file.name for file in saved[0].iterdir()} == {".safetensors", ".json", "SHA256SUMS"}
 
 
-def test_a_checkpoint_s_sums_are_those_of_sha256sum_over_every_other_file(saved):
+def test_checksums_are_those_of_sha256sum_and_cover_all_other_files(saved):
     folder, _ = saved
     lines = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
     assert lines == {
@@ -48,17 +49,18 @@ def test_a_checkpoint_s_sums_are_those_of_sha256sum_over_every_other_file(saved)
     }
 
 
-def test_a_checkpoint_says_with_what_it_was_made(saved):
+def test_a_checkpoint_records_the_package_versions(saved):
     versions = load_checkpoint(saved[0])[1]["versions"]
     assert (
         versions["torch"] == torch.__version__ and {"ddpm_hf", "diffusers", "accelerate", "python"} <= versions.keys()
     )
 
 
-def test_what_cannot_be_written_leaves_the_earlier_checkpoints_and_no_remains(saved, tmp_path):
+def test_a_failed_save_leaves_earlier_checkpoints_and_no_files(saved, tmp_path):
     with resource_limit(resource.RLIMIT_FSIZE, 100_000):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError) as failure:
             save_checkpoint(tmp_path, 13, {"model": {"weight": torch.zeros(100_000)}}, {})
+        assert failure.value.errno == errno.EFBIG  # with its number: training makes room on a full disk only
         with pytest.raises(OSError):
             atomic_file(tmp_path / "samples.png", bytes(200_000))
     assert list(tmp_path.iterdir()) == [saved[0]]
@@ -76,7 +78,7 @@ def resource_limit(kind, value):
 
 
 @pytest.mark.parametrize("damage", ["flip a byte", "cut short", "lose a file", "garble the state", "lose the state"])
-def test_a_damaged_checkpoint_is_refused_and_named(saved, damage):
+def test_a_damaged_checkpoint_is_rejected_by_name(saved, damage):
     folder, _ = saved
     file = folder / ("state.json" if "state" in damage else "model.safetensors")
     content = bytearray(file.read_bytes())
@@ -93,18 +95,28 @@ def test_a_damaged_checkpoint_is_refused_and_named(saved, damage):
         load_checkpoint(folder)
 
 
-def test_a_half_written_checkpoint_is_not_seen_and_is_cleared_away(saved, tmp_path):
-    (tmp_path / "unfinished-checkpoint-00000020").mkdir()
+def test_an_unfinished_checkpoint_is_not_listed_and_is_deleted(saved, tmp_path):
+    (tmp_path / ".checkpoint-00000020.unfinished").mkdir()
     assert list_checkpoints(tmp_path) == [saved[0]]
     prune_checkpoints(tmp_path, keep=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == [saved[0].name]
 
 
-def test_the_newest_checkpoints_are_kept(tmp_path):
+def test_pruning_keeps_the_newest_checkpoints(tmp_path):
     for step in (5, 10, 100, 20):
         save_checkpoint(tmp_path, step, {}, {})
     prune_checkpoints(tmp_path, keep=2)
     assert [json.loads((f / "state.json").read_text())["step"] for f in list_checkpoints(tmp_path)] == [20, 100]
+
+
+def test_pruning_unlinks_a_linked_checkpoint_and_keeps_its_target(tmp_path):
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    saved = save_checkpoint(elsewhere, 5, {}, {})
+    newest = save_checkpoint(root, 10, {}, {})
+    (root / saved.name).symlink_to(saved)
+    assert list_checkpoints(root) == [root / saved.name, newest]
+    prune_checkpoints(root, keep=1)
+    assert list(root.iterdir()) == [newest] and load_checkpoint(saved)[1]["step"] == 5
 
 
 def test_saving_a_step_again_replaces_it(saved, tmp_path):
@@ -114,7 +126,8 @@ def test_saving_a_step_again_replaces_it(saved, tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_optimizer_goes_on_bit_for_bit_with_channels_last_weights(fused):
+def test_a_loaded_optimizer_continues_bit_identically(fused):
+    """With channels-last weights, from tensors saved in contiguous format."""
     torch.manual_seed(0)
     inputs = torch.randn(6, 4, 2, 5, 5)
 
