@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion, UNet2DModelCustom
-from ddpm_hf.pipelines.arguments import make_chain
+from ddpm_hf.pipelines.arguments import prepare_scheduler
 
 # Images in [0, 1] that should be the same up to the order in which float32 sums were taken.
 ROUNDING = 1e-5
@@ -170,7 +170,7 @@ def test_timesteps_given_are_the_chain(tiny_pipeline):
 def test_denoise_yields_every_step_and_ends_where_a_call_ends(make_pipeline, scheduler):
     pipe = make_pipeline(scheduler)
     steps = list(pipe.denoise(batch_size=2, generator=seeded(8), num_inference_steps=6))
-    chain = make_chain(pipe.scheduler, 6, None, "cpu").timesteps
+    chain = prepare_scheduler(pipe.scheduler, 6, None, "cpu").timesteps
     assert [float(step.t) for step in steps] == chain.tolist()
     assert all(step.x.shape == (2, 3, 8, 8) and not step.x.requires_grad for step in steps)
     called = images(pipe, batch_size=2, generator=seeded(8), num_inference_steps=6)

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.pipelines.guidance import make_denoiser, mark_null_class, null_class_of
+from ddpm_hf.pipelines.guidance import Denoiser, mark_null_class, null_class_of
 
 ROUNDING = 1e-5
 OPTIONS = {"num_inference_steps": 4, "output_type": "pt"}
@@ -48,7 +48,7 @@ def test_guidance_is_that_of_two_calls_of_the_network_in_terms_of_the_noise(cond
     diffusion, x, t, w = diffusion.diffusion, torch.randn(2, 3, 8, 8), torch.tensor(7), 2.5
     with torch.no_grad():
         outputs = [conditional.unet(x, t, class_labels=torch.tensor(labels)).sample for labels in ([0, 2], [3, 3])]
-        guided = make_denoiser(conditional.unet, 2, "cpu", [0, 2], w)(x, t)
+        guided = Denoiser(conditional.unet, 2, "cpu", [0, 2], w)(x, t)
     label, null = (diffusion.predict_epsilon(output, x, 7) for output in outputs)
     torch.testing.assert_close(diffusion.predict_epsilon(guided, x, 7), null + w * (label - null), rtol=1e-4, atol=1e-4)
 
@@ -66,8 +66,8 @@ def test_a_learned_variance_is_that_of_the_label(make_pipeline, scheduler_config
     )
     x, t = torch.randn(2, 3, 8, 8), torch.tensor(7)
     with torch.no_grad():
-        guided = make_denoiser(pipe.unet, 2, "cpu", 0, 5.0, null_class=3)(x, t)
-        plain = make_denoiser(pipe.unet, 2, "cpu", 0)(x, t)
+        guided = Denoiser(pipe.unet, 2, "cpu", 0, 5.0, null_class=3)(x, t)
+        plain = Denoiser(pipe.unet, 2, "cpu", 0)(x, t)
     torch.testing.assert_close(guided[:, 3:], plain[:, 3:], rtol=0, atol=ROUNDING)
     assert pipe(2, class_labels=0, guidance_scale=3.0, null_class=3, **OPTIONS).images.isfinite().all()
 

@@ -1,6 +1,7 @@
 """One set of weights in this package's class and in stock's, and saves that are whole or absent."""
 
 import os
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -8,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.pipelines.loading import replace_save
+from ddpm_hf.files import staging_folder
+from ddpm_hf.pipelines.loading import move_saved
 
 
 def storages(unet) -> dict[str, int]:
@@ -91,10 +93,33 @@ def test_a_save_beside_other_files_and_another_variant_leaves_them(tiny_pipeline
 
 
 def test_a_new_folder_appears_in_one_step(tmp_path):
-    (tmp_path / "beside").mkdir()
-    (tmp_path / "beside" / "file").write_text("x")
-    replace_save(tmp_path / "beside", tmp_path / "deep" / "model", None)
-    assert os.listdir(tmp_path / "deep" / "model") == ["file"] and not (tmp_path / "beside").exists()
+    with staging_folder(tmp_path / "deep" / "model") as staged:
+        (staged / "file").write_text("x")
+        move_saved(staged, tmp_path / "deep" / "model", None)
+    assert os.listdir(tmp_path / "deep" / "model") == ["file"] and os.listdir(tmp_path / "deep") == ["model"]
+
+
+def test_saving_to_the_current_folder_works(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline.save_pretrained(".")
+    assert sorted(os.listdir()) == ["model_index.json", "scheduler", "unet"]
+    DDPMPipelineCustom.from_pretrained(".")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_saving_to_a_link_writes_to_the_folder_it_points_to(tiny_pipeline, tmp_path, monkeypatch, exists):
+    """The target may lie on another disk, so files are staged there: none is ever renamed from elsewhere."""
+    target = tmp_path / "disk" / "model"
+    (target if exists else target.parent).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(target)
+    replace, sources = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda a, b: (sources.append(Path(a)), replace(a, b)))
+    for _ in range(2):  # the second save replaces the first
+        tiny_pipeline.save_pretrained(tmp_path / "link")
+    assert sources and all(target.parent in source.parents for source in sources)
+    assert (tmp_path / "link").is_symlink() and os.listdir(target.parent) == ["model"]
+    assert sorted(os.listdir(target)) == ["model_index.json", "scheduler", "unet"]
+    DDPMPipelineCustom.from_pretrained(tmp_path / "link")
 
 
 # ------------------------------------------------------------------ the model's T
