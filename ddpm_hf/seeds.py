@@ -8,9 +8,9 @@ import torch
 from ddpm_hf.checks import check_int
 
 
-def make_generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
+def make_generator(device: torch.device | str, seed: int, purpose: str, *index: int) -> torch.Generator:
     """A generator whose numbers depend only on (seed, purpose, index) and the type of the device."""
-    return torch.Generator(device=device).manual_seed(_derived_seed(seed, purpose, index))
+    return torch.Generator(device=device).manual_seed(_derived_seed(seed, purpose, *index))
 
 
 def seed_dropout(seed: int, step: int, position: int) -> None:
