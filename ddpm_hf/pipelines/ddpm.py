@@ -127,11 +127,14 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         return DenoisingIterator(self._denoise(inputs), len(inputs.scheduler.timesteps))
 
     def _denoise(self, inputs: SamplingInputs) -> Iterator[DenoisingStep]:
-        denoiser, scheduler, shape, generator, x, step_options = inputs
-        x = draw_noise(self, shape, generator) if x is None else x.to(self._execution_device, torch.float32)
-        x = x * scheduler.init_noise_sigma
+        x = inputs.latents
+        x = (
+            draw_noise(self, inputs.shape, inputs.generator)
+            if x is None
+            else x.to(self._execution_device, torch.float32)
+        )
         try:
-            yield from denoising_loop(denoiser, scheduler, x, generator, step_options, self._step_functions)
+            yield from denoising_loop(inputs, x * inputs.scheduler.init_noise_sigma, self._step_functions)
         finally:
             self.maybe_free_model_hooks()
 

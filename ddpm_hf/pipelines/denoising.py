@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ddpm_hf.pipelines.arguments import SamplingInputs
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
@@ -74,18 +74,12 @@ def compile_step_functions(options: dict) -> StepFunctions:
     return StepFunctions(*(_clone_outputs(torch.compile(function, **options)) for function in functions))
 
 
-def denoising_loop(
-    denoiser: Denoiser,
-    scheduler: SchedulerMixin,
-    x: torch.Tensor,
-    generator: torch.Generator | list[torch.Generator] | None,
-    options: dict,
-    functions: StepFunctions,
-) -> Iterator[DenoisingStep]:
+def denoising_loop(inputs: SamplingInputs, x: torch.Tensor, functions: StepFunctions) -> Iterator[DenoisingStep]:
     """Sample along the scheduler's timesteps, starting from x_T: (B, C, H, W), float32, scaled by `init_noise_sigma`.
 
-    `options` are passed to `scheduler.step`. The network is in eval mode while a step runs.
+    The network is in eval mode while a step runs.
     """
+    denoiser, scheduler, generator = inputs.denoiser, inputs.scheduler, inputs.generator
     is_own = isinstance(scheduler, DDPMSchedulerCustom)
     # An int saves this package's scheduler a table lookup on the device; others expect their own tensors.
     timesteps = scheduler.timesteps.tolist() if is_own else scheduler.timesteps
@@ -98,7 +92,7 @@ def denoising_loop(
                 result = functions.reverse_step(denoiser, scheduler, t_model, x, noise)
             else:
                 output = functions.predict(denoiser, scheduler.scale_model_input(x, t), t_model)
-                result = scheduler.step(output, t, x, **options)
+                result = scheduler.step(output, t, x, **inputs.step_options)
         step = DenoisingStep(t, result.prev_sample, getattr(result, "pred_original_sample", None))
         yield step
         x = step.x

@@ -178,4 +178,4 @@ def _sample_from(
     missing_std = math.sqrt(max(total_std**2 - (signal * image_std) ** 2, 0.0))
     x_t = torch.add(signal * images.to(noise), noise, alpha=missing_std)
     options = {"timesteps": timesteps, "latents": x_t, "output_type": output_type, **condition}
-    return ancestral(len(images), generator, **options).images
+    return ancestral(len(images), generator, **options)[0]

@@ -1,18 +1,15 @@
-"""What the tests of the pipelines share: schedulers of 20 timesteps, seeded generators, images that are not all clamped."""
+"""Shared by the tests of the pipelines: schedulers of 20 timesteps, seeded generators, images within their range."""
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
 from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
+from tests.conftest import TINY_SCHEDULER
 
-# Images in [0, 1] that should be the same up to the order in which float32 sums were taken.
+# Tolerance for images in [0, 1] that differ only in the order of float32 sums.
 ROUNDING = 1e-5
-
-
-SHORT = {"num_train_timesteps": 20, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
-
-
+SHORT = TINY_SCHEDULER
 SCHEDULERS = {
     "DDPM of this package": DDPMSchedulerCustom(**SHORT),
     "DDPM": DDPMScheduler(**SHORT),
@@ -36,9 +33,10 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def images(pipe, **kwargs) -> torch.Tensor:
+    """Images of a call, in [0, 1]; fails if nearly all values are clamped, which would hide differences."""
     result = pipe(**{"output_type": "pt", **kwargs}).images
     inside = ((result > 0) & (result < 1)).float().mean()
-    assert inside > 0.05  # an image that is all clamped would hide differences
+    assert inside > 0.05
     return result
 
 
@@ -47,7 +45,7 @@ def to_unit(x: torch.Tensor) -> torch.Tensor:
 
 
 def stock_unet(unet: UNet2DModelCustom) -> UNet2DModel:
-    """Stock's class with the same configuration and weights."""
+    """A UNet2DModel with the same configuration and weights."""
     config = {k: v for k, v in unet.config.items() if not k.startswith("_") and k != "zero_init_output"}
     stock = UNet2DModel(**config).eval()
     stock.load_state_dict(unet.state_dict())

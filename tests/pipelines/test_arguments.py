@@ -116,7 +116,7 @@ def test_arguments_that_the_model_does_not_support_are_refused(make_pipeline, ch
 
 
 def test_number_of_steps_that_visits_timestep_minus_1_is_refused():
-    """diffusers' trailing spacing of 61 steps gives 62, the last one −1 (docs of the scheduler's peer defects)."""
+    """diffusers' trailing spacing of 61 steps gives 62, the last one −1."""
     pipe = gaussian_pipeline(DDIMScheduler(timestep_spacing="trailing"))
     with pytest.raises(ValueError, match="num_inference_steps=61.*-1"):
         pipe(num_inference_steps=61)

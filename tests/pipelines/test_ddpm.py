@@ -17,7 +17,7 @@ from tests.pipelines.helpers import ROUNDING, SCHEDULERS, SHORT, images, seeded,
 
 @torch.no_grad()
 def plain_loop(unet: UNet2DModel, scheduler, steps: int, shape: tuple, seed: int) -> torch.Tensor:
-    """Sampling as a person writes it out of diffusers' parts; the last x."""
+    """A sampling loop written with diffusers alone; returns the last x."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     generator = seeded(seed)
@@ -31,7 +31,7 @@ def plain_loop(unet: UNet2DModel, scheduler, steps: int, shape: tuple, seed: int
     return x
 
 
-# Asked for T steps, these visit a timestep twice, and most of them divide by the difference of its noise levels.
+# With T steps these visit a timestep twice, and most of them divide by the difference of the two noise levels.
 BELOW_T = ("DPM-Solver++ 2M", "DPM-Solver++ 2M SDE", "DPM-Solver++ single step", "UniPC", "DEIS")
 
 
@@ -154,8 +154,8 @@ def test_given_timesteps_are_the_ones_visited(tiny_pipeline):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_gives_gaussian_data_its_moments(name):
-    """200 steps of T = 1000 with the exact network. The bounds are set by measurement: ancestral sampling, the farthest
-    off, has 0.185 for a spread of 0.2 there, and comes nearer with more steps."""
+    """200 steps of T = 1000 with the exact network. The bounds are measured: the largest error is that of ancestral
+    sampling, a standard deviation of 0.185 instead of 0.2, and decreases with more steps."""
     pipe = gaussian_pipeline()
     pipe.scheduler = make_sampler(name, pipe.scheduler)
     *_, last = pipe.denoise(4, seed=0, num_inference_steps=200)
@@ -213,7 +213,7 @@ def test_callback_sees_every_step_and_may_replace_the_latents(tiny_pipeline):
 
 
 def test_next_step_starts_from_replaced_latents(make_pipeline):
-    pipe = make_pipeline(SCHEDULERS["DDIM"])  # draws no noise on the way
+    pipe = make_pipeline(SCHEDULERS["DDIM"])  # draws no noise during sampling
     other = torch.randn(1, 3, 8, 8)
 
     def replace(pipe, i, t, tensors):
@@ -282,7 +282,7 @@ def test_samples_stay_float32_when_the_network_has_another_dtype(tiny_pipeline, 
 
 
 def test_offloading_does_not_change_the_images(make_pipeline, tmp_path):
-    """There is no accelerator everywhere: offloaded "to" the CPU, the hooks are the same."""
+    """Offloading to the CPU uses the same hooks and needs no accelerator."""
     pipe = make_pipeline()
     expected = pipe(2, seed=0, output_type="pt").images
     pipe.enable_model_cpu_offload(device="cpu")

@@ -1,4 +1,4 @@
-"""Image editing; where a number has to be right, with the exact network of Gaussian data."""
+"""Image editing. Tests of moments use the exact network of Gaussian data (`tests.gaussian_unet`)."""
 
 import math
 
@@ -25,13 +25,13 @@ def test_interpolation_ends_are_image_to_image_of_either_image(tiny_pipeline, ph
 
 
 def test_interpolated_images_have_the_moments_of_the_data():
-    """Of two images of the data's mean the mixture is one, however they are weighted: sampled, it has the moments."""
+    """Any mixture of two images of the data's mean is that mean; sampled from it, images have the data's moments."""
     pipe = gaussian_pipeline()
     flat = torch.full((2, 1, 64, 64), MEAN)
     for mixed in interpolate(pipe, flat, flat, 600, [0.3, 0.5], 100, seed=0, output_type="pt"):
         assert (2 * mixed - 1).mean().item() == pytest.approx(MEAN, abs=0.01)
     t, bar = 600, pipe.scheduler.diffusion.alphas_cumprod[600].item()
-    assert bar < 0.03, t  # little of the image is left at that t, so that its variance is the data's
+    assert bar < 0.03, t  # so little of the image is left at t that the variance is the data's
     assert (2 * mixed - 1).std().item() == pytest.approx(STD, rel=0.15)
 
 
@@ -44,7 +44,7 @@ def test_less_noise_keeps_more_of_the_image(gaussian_images):
         for t in (0, 50, 999)
     ]
     assert kept == sorted(kept) and kept[0] < 0.02
-    assert kept[-1] == pytest.approx(math.sqrt(2) * STD, rel=0.2)  # from pure noise: another image altogether
+    assert kept[-1] == pytest.approx(math.sqrt(2) * STD, rel=0.2)  # from pure noise: an unrelated image
 
 
 # ---------------------------------------------------------------------- denoising
@@ -55,7 +55,7 @@ def test_one_step_gives_the_posterior_mean_of_a_noisy_image(gaussian_images):
     noisy = gaussian_images + std * torch.randn(gaussian_images.shape, generator=torch.Generator().manual_seed(9))
     clean = 2 * denoise_image(gaussian_pipeline(), noisy, std, 1, seed=0, output_type="pt") - 1
     expected = MEAN + STD**2 / (STD**2 + std**2) * (noisy - MEAN)
-    # The timestep's own level lies up to 2 % above, which is topped up with noise.
+    # The noise level of the timestep is up to 2 % higher; the difference is added as noise.
     assert (clean - expected.clamp(-1, 1)).std() < 0.03
     assert (clean - gaussian_images).std() < 0.6 * std
 
@@ -95,7 +95,7 @@ def test_inpainting_changes_only_the_masked_pixels(tiny_pipeline, photos, jumps)
 
 
 def test_inpainted_pixels_have_the_moments_of_the_data(gaussian_images):
-    """Pixels of Gaussian data are independent, so that what is known around them must not matter."""
+    """Pixels of this data are independent, so the known pixels must not influence the new ones."""
     mask = torch.zeros(64, 64)
     mask[:, 32:] = 1
     black = torch.full_like(gaussian_images, -1)
@@ -117,7 +117,7 @@ def test_repaint_levels_repeat_each_stretch_as_often_as_asked():
     levels = list(repaint_levels(250, 10, 10))
     assert levels[0] == 249 and levels[-1] == -1
     assert all(abs(a - b) == 1 for a, b in zip(levels, levels[1:]))
-    # Each of the 24 turns is made 9 times, of 10 steps up and 10 down.
+    # Each of the 24 jumps is made 9 times, 10 steps up and 10 down.
     assert len(levels) == 251 + 24 * 9 * 20
 
 

@@ -15,7 +15,7 @@ OPTIONS = {"num_inference_steps": 4, "output_type": "pt"}
 
 @pytest.fixture
 def conditional(make_pipeline) -> DDPMPipelineCustom:
-    """Three classes and a null class, the last."""
+    """A pipeline with three classes and a null class, the last label."""
     pipe = make_pipeline(num_class_embeds=4)
     torch.nn.init.normal_(pipe.unet.class_embedding.weight, std=3)
     mark_null_class(pipe.unet)

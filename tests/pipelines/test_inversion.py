@@ -13,13 +13,13 @@ from tests.pipelines.helpers import ROUNDING
 
 @pytest.mark.parametrize(("iterations", "bound"), [(1, 0.2), (5, 2e-3)])
 def test_decoding_the_encoded_image_returns_it(gaussian_images, iterations, bound):
-    """Bounds on the largest error of a pixel in [-1, 1] at 50 steps: the plain inversion, and one that is iterated."""
+    """Bounds of the largest pixel error at 50 steps, for the usual inversion and for five iterations."""
     back = reconstruct(gaussian_pipeline(), gaussian_images, 50, iterations=iterations, output_type="pt")
     assert (2 * back - 1 - gaussian_images).abs().max() < bound
 
 
 def test_images_of_the_data_are_encoded_as_gaussian_noise(gaussian_images):
-    """The DDIM flow takes N(mean, std²) to N(0, 1); with the exact network and many steps x_T is nearly that."""
+    """With the exact network and many steps, DDIM maps N(mean, std²) close to N(0, 1)."""
     x_T = encode(gaussian_pipeline(), gaussian_images, 200)
     assert x_T.mean().item() == pytest.approx(0, abs=0.05) and x_T.std().item() == pytest.approx(1, rel=0.1)
 

@@ -196,7 +196,7 @@ def test_saving_to_the_current_folder_works(tiny_pipeline, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_saving_to_a_link_writes_to_the_folder_it_points_to(tiny_pipeline, tmp_path, monkeypatch, exists):
-    """The target may lie on another disk, so files are staged there: none is ever renamed from elsewhere."""
+    """The target may lie on another disk, so files are staged there and never renamed from elsewhere."""
     target = tmp_path / "disk" / "model"
     (target if exists else target.parent).mkdir(parents=True)
     (tmp_path / "link").symlink_to(target)
@@ -258,7 +258,7 @@ def test_saved_pipeline_gives_the_same_images_in_diffusers_alone(make_pipeline, 
     assert report["blocked"] and report["log"] == [] and report["warnings"] == []
     assert all(module.startswith("diffusers.") for module in report["classes"])
     mine = images(pipe, batch_size=3, generator=seeded(11)).permute(0, 2, 3, 1).numpy()
-    # Stock's float32 tables allow no more; other noise would differ by 0.1 and more.
+    # Limited by stock's float32 tables; other noise would give differences above 0.1.
     np.testing.assert_allclose(np.load(tmp_path / "images.npy"), mine, rtol=0, atol=2e-3)
 
 
@@ -316,7 +316,7 @@ def test_from_pipe_takes_the_components_of_a_diffusers_pipeline(stock_pipeline, 
 
 
 def test_diffusers_from_pipe_takes_this_packages_components(tiny_pipeline):
-    # Stock looks at the exact class of a network that it is not handed by name.
+    # Without `unet=`, stock accepts only components of exactly its own class.
     stock = DDPMPipeline.from_pipe(tiny_pipeline, unet=tiny_pipeline.unet)
     assert stock.unet is tiny_pipeline.unet and stock.scheduler is tiny_pipeline.scheduler
     stock.set_progress_bar_config(disable=True)
