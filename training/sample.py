@@ -96,7 +96,7 @@ def prepare(args: SampleArguments) -> DDPMPipelineCustom:
     if args.format != "npz" and channels not in PNG_COLOUR_TYPES:
         raise ValueError(f"format={args.format!r} holds 1 to 4 channels, the model has {channels}: use npz.")
     labels = labels_of(pipe, args, range(1))
-    pipe.check_inputs(1, None, args.steps, "np", class_labels=labels, guidance_scale=args.guidance_scale)
+    pipe.check_inputs(1, None, args.steps, output_type="np", class_labels=labels, guidance_scale=args.guidance_scale)
     return pipe
 
 

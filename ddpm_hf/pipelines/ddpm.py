@@ -103,17 +103,10 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         images = self.to_images(step.x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def check_inputs(
-        self,
-        batch_size: int = 1,
-        generator: Generators = None,
-        num_inference_steps: int | None = None,
-        output_type: str = "pil",
-        **options,
-    ) -> None:
-        """Check arguments without sampling. Arguments and errors are those of `__call__`."""
+    def check_inputs(self, *args, output_type: str = "pil", **options) -> None:
+        """Check the arguments of `denoise`, and `output_type`, without sampling. Errors are those of `__call__`."""
         check_output_type(output_type, self.unet.config.in_channels)
-        prepare_inputs(self, batch_size, generator, num_inference_steps, **options)
+        prepare_inputs(self, *args, **options)
 
     def denoise(
         self, batch_size: int = 1, generator: Generators = None, num_inference_steps: int | None = None, **options

@@ -76,7 +76,7 @@ def test_check_inputs_raises_what_a_call_raises_and_samples_nothing(tiny_pipelin
     tiny_pipeline.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
     generator = seeded(0)
     before = generator.get_state(), tiny_pipeline.scheduler.timesteps
-    assert tiny_pipeline.check_inputs(2, generator, 5, "np", guidance_scale=1.0) is None
+    assert tiny_pipeline.check_inputs(2, generator, 5, output_type="np", guidance_scale=1.0) is None
     assert torch.equal(generator.get_state(), before[0]) and torch.equal(tiny_pipeline.scheduler.timesteps, before[1])
     for given in ({"output_type": "jpeg"}, {"num_inference_steps": 21}, {"class_labels": 1}, {"eta": 0.5}):
         with pytest.raises(ValueError, match=next(iter(given))) as checked:
