@@ -1,12 +1,15 @@
-"""The public names, and how far the classes are those of diffusers."""
+"""The public names, and how the classes match those of diffusers."""
 
 import inspect
+import subprocess
+import sys
 
 import diffusers
 import pytest
 
 import ddpm_hf
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.interop import refuse_pickle, stock_config
 
 
 def test_every_public_name_is_importable():
@@ -17,8 +20,20 @@ def test_every_public_name_is_importable():
         assert getattr(ddpm_hf, name) is not None
 
 
+def test_import_does_not_import_torch():
+    code = "import sys, ddpm_hf; print(ddpm_hf.__version__, sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ran.stdout.strip(), ran.stderr) == (f"{ddpm_hf.__version__} []", "")
+
+
+def test_public_names_are_listed_and_unknown_ones_are_named():
+    assert set(ddpm_hf.__all__) <= set(dir(ddpm_hf))
+    with pytest.raises(AttributeError, match="'ddpm_hf' has no attribute 'DDIMPipelineCustom'"):
+        _ = ddpm_hf.DDIMPipelineCustom
+
+
 @pytest.mark.parametrize("part", ["unet", "scheduler"])
-def test_constructors_take_stocks_arguments_in_stocks_order_with_stocks_defaults(tiny_pipeline, part):
+def test_constructors_have_the_arguments_and_defaults_of_diffusers(tiny_pipeline, part):
     mine = getattr(tiny_pipeline, part)
     taken, stocks = (
         [(p.name, p.default) for p in inspect.signature(cls.__init__).parameters.values()]
@@ -42,7 +57,7 @@ def test_constructors_take_stocks_arguments_in_stocks_order_with_stocks_defaults
         (DDPMPipelineCustom, diffusers.DDPMPipeline, "__call__"),
     ],
 )
-def test_a_call_written_for_stock_fits(mine, stock, method):
+def test_positional_arguments_are_those_of_diffusers(mine, stock, method):
     def positional(cls) -> list[str]:
         parameters = inspect.signature(getattr(cls, method)).parameters.values()
         return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -52,11 +67,24 @@ def test_a_call_written_for_stock_fits(mine, stock, method):
     assert positional(mine)[: len(expected)] == expected
 
 
+def test_saved_configurations_hold_no_local_path(tiny_pipeline):
+    tiny_pipeline.unet.register_to_config(_name_or_path="/home/somebody/model")
+    assert "somebody" not in tiny_pipeline.unet.to_json_string()
+    assert "_name_or_path" not in stock_config(tiny_pipeline.unet)
+    assert stock_config(diffusers.DDIMScheduler())["_class_name"] == "DDIMScheduler"
+
+
+def test_pickle_is_refused():
+    refuse_pickle(True)
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        refuse_pickle(False)
+
+
 @pytest.mark.parametrize(
     "attribute",
     ["_supports_gradient_checkpointing", "_no_split_modules", "_repeated_blocks", "_skip_layerwise_casting_patterns"],
 )
-def test_the_network_tells_diffusers_tools_what_they_ask(tiny_unet, attribute):
+def test_network_has_the_attributes_that_diffusers_tools_read(tiny_unet, attribute):
     value = getattr(tiny_unet, attribute)
     assert value
     kinds = {type(module).__name__ for module in tiny_unet.modules()}

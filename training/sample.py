@@ -18,11 +18,12 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.checks import check_int
 from ddpm_hf.evaluation.plots import PNG_COLOUR_TYPES, png_bytes, quantized
 from ddpm_hf.files import atomic_file
 from ddpm_hf.pipelines.guidance import cycled_classes
 from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
-from ddpm_hf.seeds import check_seed, image_generators
+from ddpm_hf.seeds import image_generators
 from ddpm_hf.training.launch import run
 
 FORMATS = ("png", "npz", "parquet")
@@ -83,7 +84,7 @@ def prepare(args: SampleArguments) -> DDPMPipelineCustom:
     for name, value in (("num_images", args.num_images), ("batch_size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    check_seed("seed", args.seed)
+    check_int("seed", args.seed, 0)
     if args.format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {args.format!r}.")
     if args.bits not in (8, 16):
@@ -95,7 +96,7 @@ def prepare(args: SampleArguments) -> DDPMPipelineCustom:
     if args.format != "npz" and channels not in PNG_COLOUR_TYPES:
         raise ValueError(f"format={args.format!r} holds 1 to 4 channels, the model has {channels}: use npz.")
     labels = labels_of(pipe, args, range(1))
-    pipe.denoise(1, num_inference_steps=args.steps, class_labels=labels, guidance_scale=args.guidance_scale)
+    pipe.check_inputs(1, None, args.steps, output_type="np", class_labels=labels, guidance_scale=args.guidance_scale)
     return pipe
 
 

@@ -1,1 +1,1 @@
-"""Sampling: the pipeline, guidance, editing and inversion."""
+"""Sampling: the pipeline, classifier-free guidance, image editing and DDIM inversion."""

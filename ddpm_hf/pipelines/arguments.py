@@ -1,31 +1,71 @@
-"""What a sampling call is given, checked before any work: errors name the argument, its value and what is accepted."""
+"""Check and prepare the arguments of sampling and editing before the first step.
+
+Every function raises ValueError or TypeError that names the argument, its value and what is accepted.
+"""
 
 import copy
 import inspect
-import math
 from collections.abc import Sequence
-from numbers import Real
 from types import NoneType
+from typing import NamedTuple
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 
+from ddpm_hf.checks import check_choice, check_float, check_int
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES
-from ddpm_hf.seeds import check_seed, image_generators, seed_generators
+from ddpm_hf.diffusion.timesteps import spaced_timesteps
+from ddpm_hf.pipelines.guidance import Denoiser
+from ddpm_hf.seeds import image_generators, seed_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def check_output_type(output_type: str, channels: int) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-    if output_type == "pil" and channels not in (1, 3, 4):
-        raise ValueError(f"output_type='pil' needs 1, 3 or 4 channels, the model has {channels}; use 'np' or 'pt'.")
+class SamplingInputs(NamedTuple):
+    """What the sampling loop needs. `latents` is None where x_T is to be drawn; `step_options` go to
+    `scheduler.step`, and the scheduler is a copy whose timesteps are set."""
+
+    denoiser: Denoiser
+    scheduler: SchedulerMixin
+    shape: tuple[int, ...]
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: torch.Tensor | None
+    step_options: dict
+
+
+def prepare_inputs(
+    pipe: DiffusionPipeline,
+    batch_size: int = 1,
+    generator: Generators = None,
+    num_inference_steps: int | None = None,
+    *,
+    timesteps: Sequence[int] | None = None,
+    latents: torch.Tensor | None = None,
+    eta: float | None = None,
+    seeds: Sequence[int] | None = None,
+    seed: int | None = None,
+    first_index: int = 0,
+    **condition,
+) -> SamplingInputs:
+    """Check and prepare the arguments of a pipeline call, which documents them. `condition`: see `prepare_denoiser`."""
+    batch_size, generator = check_batch(batch_size, generator, seeds, seed, first_index)
+    shape = check_shape(pipe.unet, batch_size, latents)
+    denoiser = prepare_denoiser(pipe, batch_size, **condition)
+    options = prepare_step_options(pipe.scheduler, generator, eta)
+    scheduler = prepare_scheduler(pipe.scheduler, num_inference_steps, timesteps, pipe._execution_device)
+    return SamplingInputs(denoiser, scheduler, shape, generator, latents, options)
+
+
+def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> Denoiser:
+    """The network with `class_labels`, `guidance_scale` and `null_class`; the scheduler must fit the network."""
+    check_scheduler(pipe.unet, pipe.scheduler, pipe._trained_T)
+    return Denoiser(pipe.unet, batch_size, pipe._execution_device, **condition)
 
 
 def check_scheduler(unet, scheduler: SchedulerMixin, trained_T: int | None) -> None:
-    """ValueError for a scheduler that cannot run the network."""
+    """The scheduler must have the T that the network was trained with, and a variance type that fits its output."""
     T = unet.config.get("num_train_timesteps") or trained_T
     if T is not None and scheduler.config.num_train_timesteps != T:
         raise ValueError(
@@ -42,16 +82,25 @@ def check_scheduler(unet, scheduler: SchedulerMixin, trained_T: int | None) -> N
         )
 
 
+def check_output_type(output_type: str, channels: int) -> None:
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if output_type == "pil" and channels not in (1, 3, 4):
+        raise ValueError(f"output_type='pil' needs 1, 3 or 4 channels, the model has {channels}; use 'np' or 'pt'.")
+
+
 def check_batch(
-    batch_size: int, generator: Generators, seeds: Sequence[int] | None, seed: int | None, first_index: int
+    batch_size: int,
+    generator: Generators,
+    seeds: Sequence[int] | None = None,
+    seed: int | None = None,
+    first_index: int = 0,
 ) -> tuple[int, torch.Generator | list[torch.Generator] | None]:
-    """The number of images and the generators of their noise."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}.")
+    """The number of images, and the generators of their noise."""
+    batch_size = check_int("batch_size", batch_size, 1)
     given = {"generator": generator, "seeds": seeds, "seed": seed}
     if len(given := [name for name, value in given.items() if value is not None]) > 1:
         raise ValueError(f"give one of generator, seeds and seed, got {' and '.join(given)}.")
-    check_seed("first_index", first_index)
+    first_index = check_int("first_index", first_index, 0)
     if first_index and seed is None:
         raise ValueError(f"first_index={first_index} counts the images of a seed: give seed as well.")
     if seeds is not None:
@@ -72,7 +121,7 @@ def check_batch(
 
 
 def check_shape(unet, batch_size: int, latents: torch.Tensor | None) -> tuple[int, ...]:
-    """The shape of x_T, that of `latents` where they are given."""
+    """The shape of x_T, (B, C, H, W). `latents` must have it, and give H and W if the configuration does not."""
     config = unet.config
     if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point()):
         raise TypeError(f"latents must be a floating-point tensor (B, C, H, W), got {type(latents).__name__}.")
@@ -87,7 +136,7 @@ def check_shape(unet, batch_size: int, latents: torch.Tensor | None) -> tuple[in
 
 
 def check_size(name: str, unet, shape: Sequence[int]) -> None:
-    """ValueError for images that cannot be halved at every level of the network but the last."""
+    """Height and width must be divisible by 2 once for each downsampling of the network."""
     multiple = 2 ** (len(unet.config.block_out_channels) - 1)
     if len(shape) != 4 or shape[-1] % multiple or shape[-2] % multiple or 0 in shape:
         raise ValueError(
@@ -96,33 +145,30 @@ def check_size(name: str, unet, shape: Sequence[int]) -> None:
         )
 
 
-def make_chain(
+def prepare_scheduler(
     scheduler: SchedulerMixin, num_inference_steps: int | None, timesteps: Sequence[int] | None, device
 ) -> SchedulerMixin:
-    """A copy of the scheduler set to the chain asked for: the pipeline's own stays usable for training."""
+    """A copy of the scheduler with its timesteps set: the pipeline's own stays as it is, for training."""
     name = type(scheduler).__name__
     scheduler = copy.deepcopy(scheduler)
     if timesteps is not None:
         if num_inference_steps is not None:
             raise ValueError("give num_inference_steps or timesteps, not both.")
         if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name} takes no timesteps of its own: give num_inference_steps.")
+            raise ValueError(f"timesteps cannot be given to {name}: give num_inference_steps.")
         scheduler.set_timesteps(timesteps=timesteps, device=device)
         return scheduler
     T = scheduler.config.num_train_timesteps
     steps = T if num_inference_steps is None else num_inference_steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_inference_steps must be an integer of at least 1, got {steps!r}.")
-    if steps > T:
-        raise ValueError(f"num_inference_steps must lie in 1..{T}, the model's own T, got {steps}.")
+    steps = check_int("num_inference_steps", steps, 1, T, note="the model's own T")
     scheduler.set_timesteps(steps, device=device)
     if (torch.as_tensor(scheduler.timesteps) < 0).any():
         raise ValueError(
             f"num_inference_steps={steps} makes {name} with timestep_spacing={scheduler.config.timestep_spacing!r} "
             "visit timestep -1, by its rounding: give one step more or less."
         )
-    # At T steps diffusers' multistep solvers round two timesteps to one, and divide by zero there: all is NaN.
-    # (A step of order 2 may stay where it is, and so may the last one of all.)
+    # At T steps diffusers' multistep solvers round two timesteps to one and divide by zero there: all is NaN.
+    # (A step of order 2 may stay where it is, and so may the very last step.)
     sigmas = getattr(scheduler, "sigmas", None)
     if scheduler.order == 1 and sigmas is not None and (torch.as_tensor(sigmas)[:-1].diff() == 0).any():
         raise ValueError(
@@ -131,16 +177,67 @@ def make_chain(
     return scheduler
 
 
-def step_options(scheduler: SchedulerMixin, generator, eta: float | None) -> dict:
-    """What `scheduler.step` is to be given by name: the generator where it takes one, and eta."""
-    takes = inspect.signature(scheduler.step).parameters
-    options = {"generator": generator} if "generator" in takes else {}
+def prepare_step_options(scheduler: SchedulerMixin, generator, eta: float | None) -> dict:
+    """The keyword arguments of `scheduler.step`: the generator, if it takes one, and eta."""
+    parameters = inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if "generator" in parameters else {}
     if eta is not None:
-        if isinstance(eta, bool) or not isinstance(eta, Real) or not math.isfinite(eta) or eta < 0:
-            raise ValueError(f"eta must be a number of at least 0, got {eta!r}.")
-        if "eta" not in takes:
+        options["eta"] = check_float("eta", eta, "[0, inf)")
+        if "eta" not in parameters:
             raise ValueError(
-                f"eta={eta!r} is for schedulers whose step takes it, as DDIM; {type(scheduler).__name__} does not."
+                f"eta={eta!r} is for schedulers whose step takes it, such as DDIMScheduler; "
+                f"{type(scheduler).__name__} does not."
             )
-        options["eta"] = float(eta)
     return options
+
+
+# ---------------------------------------------------------------------- editing and inversion
+
+
+def draw_noise(pipe: DiffusionPipeline, shape: Sequence[int], generator: Generators) -> torch.Tensor:
+    """Standard Gaussian noise of this shape, float32, on the pipeline's device."""
+    return randn_tensor(tuple(shape), generator=generator, device=pipe._execution_device, dtype=torch.float32)
+
+
+def timesteps_from(pipe: DiffusionPipeline, timestep: int, num_inference_steps: int | None) -> list[int]:
+    """`num_inference_steps` timesteps from `timestep` down, evenly spaced; all timestep + 1 for None."""
+    timestep = check_int("timestep", timestep, 0, pipe.scheduler.config.num_train_timesteps - 1)
+    steps = timestep + 1 if num_inference_steps is None else num_inference_steps
+    steps = check_int("num_inference_steps", steps, 1, timestep + 1, note=f"counted from timestep {timestep}")
+    return spaced_timesteps(timestep + 1, steps, "trailing").tolist()
+
+
+def check_images(pipe: DiffusionPipeline, name: str, images: torch.Tensor, in_range: bool = True) -> None:
+    """Images must be a floating-point tensor (B, C, H, W) of the model's channels, in [-1, 1] if `in_range`."""
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        raise TypeError(f"{name} must be a floating-point tensor (B, C, H, W){in_range * ' in [-1, 1]'}, got {kind}.")
+    channels = pipe.unet.config.in_channels
+    if images.ndim != 4 or images.shape[1] != channels or not len(images):
+        raise ValueError(f"{name} must have shape (B, {channels}, H, W), got {tuple(images.shape)}.")
+    check_size(name, pipe.unet, images.shape)
+    # Written so that NaN is refused.
+    if in_range and not images.abs().max() <= 1 + 1e-4:
+        raise ValueError(f"{name} must lie in [-1, 1], got {images.min().item():g} to {images.max().item():g}.")
+
+
+def check_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The mask, (H, W) or (B, C, H, W) with B and C possibly 1, as booleans that broadcast against the images."""
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}.")
+    mask = mask.reshape(1, 1, *mask.shape) if mask.ndim == 2 else mask
+    B, C, *size = images.shape
+    if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, C) or [*mask.shape[2:]] != size:
+        raise ValueError(
+            f"mask must have shape (H, W) or (B, C, H, W) of images {tuple(images.shape)}, got {tuple(mask.shape)}."
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask must hold only 0 (known pixel) and 1 (pixel to fill in).")
+    return mask == 1
+
+
+def check_weights(weights: Sequence[float]) -> list[float]:
+    weights = [float(w) for w in weights]
+    if not weights or not all(0 <= w <= 1 for w in weights):
+        raise ValueError(f"weights must hold at least one number, all in [0, 1], got {weights}.")
+    return weights

@@ -1,52 +1,41 @@
-"""DDPMPipelineCustom: from noise to images, and in and out of the Hub."""
+"""DDPMPipelineCustom: sampling, saving and loading, and conversion from and to diffusers' DDPMPipeline."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
-from diffusers.utils.torch_utils import randn_tensor
 
+from ddpm_hf.files import staging_folder
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
 from ddpm_hf.models.unet import UNet2DModelCustom
-from ddpm_hf.pipelines.arguments import (
-    Generators,
-    check_batch,
-    check_output_type,
-    check_scheduler,
-    check_shape,
-    make_chain,
-    step_options,
-)
-from ddpm_hf.pipelines.denoising import DenoisingStep, StepFunctions, Steps, compiled_step_functions, reverse_process
-from ddpm_hf.pipelines.guidance import Labels, make_denoiser
-from ddpm_hf.pipelines.loading import (
-    load_scheduler,
-    part_folder,
-    replace_save,
-    saved_T,
-    scheduler_as,
-    snapshot,
-    unet_as,
+from ddpm_hf.pipelines import loading
+from ddpm_hf.pipelines.arguments import Generators, SamplingInputs, check_output_type, draw_noise, prepare_inputs
+from ddpm_hf.pipelines.denoising import (
+    DenoisingIterator,
+    DenoisingStep,
+    StepFunctions,
+    compile_step_functions,
+    denoising_loop,
 )
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
 
 class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
-    """Image generation with a DDPM, unconditional or by class.
+    """Image generation with a DDPM, unconditional or class-conditional.
 
     Args:
-        unet: the noise predictor, `UNet2DModelCustom` or diffusers' `UNet2DModel`.
-        scheduler: `DDPMSchedulerCustom` or a diffusers scheduler that can run the model. The length T of its chain
-            is taken for the one the model was trained on: a scheduler put in its place later must have the same.
+        unet: the network, `UNet2DModelCustom` or diffusers' `UNet2DModel`.
+        scheduler: `DDPMSchedulerCustom` or a diffusers scheduler that can run the model. The model is taken to be
+            trained with its number of timesteps T; another scheduler assigned later must have the same.
 
     Example:
         >>> pipe = DDPMPipelineCustom.from_pretrained("outputs/digits")
         >>> images = pipe(batch_size=16, seed=0).images
 
-    What else can be done with a trained model (inpainting, interpolation, inversion, ...) is in `ddpm_hf.pipelines.editing` and `ddpm_hf.pipelines.inversion`.
+    Image editing (image to image, interpolation, inpainting, denoising) is in `ddpm_hf.pipelines.editing`, DDIM
+    inversion in `ddpm_hf.pipelines.inversion`.
     """
 
     stock_class = DDPMPipeline
@@ -70,38 +59,31 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
-        timesteps: Sequence[int] | None = None,
-        latents: torch.Tensor | None = None,
-        class_labels: Labels = None,
-        guidance_scale: float = 1.0,
-        null_class: int | None = None,
-        eta: float | None = None,
-        seeds: Sequence[int] | None = None,
-        seed: int | None = None,
-        first_index: int = 0,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **options,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
         Args:
-            batch_size: number of images (of `seeds`, as many as there are).
-            generator: of the noise; one for the batch, or a list of one per image, which makes an image independent
-                of the batch it is in.
-            num_inference_steps: length of the chain; the model's own T when left out.
+            batch_size: number of images. With `seeds` it may be left out.
+            generator: of the noise, one for the batch or a list of one per image. With a list an image does not
+                depend on the others in its batch.
+            num_inference_steps: number of sampling steps; the model's own T for None.
             output_type: "pil" (list of images), "np" (B, H, W, C) or "pt" (B, C, H, W), the last two in [0, 1].
-            return_dict: an `ImagePipelineOutput` rather than a tuple.
-            timesteps: the chain itself, descending, in place of `num_inference_steps`.
-            latents: x_T, (B, C, H, W), in place of drawing it.
-            class_labels: one for all, or one per image; for a class-conditional model, which needs them.
-            guidance_scale: of classifier-free guidance; 1 is none. Needs a model with a null class.
-            null_class: the label that stands for no class, for a network whose configuration does not name it
+            return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end: called as (pipe, i, t, {"latents": x}) after each step; may return new latents.
+            callback_on_step_end_tensor_inputs: which tensors the callback is given.
+            timesteps: the timesteps themselves, descending, instead of `num_inference_steps`.
+            latents: x_T, (B, C, H, W), instead of drawing it.
+            class_labels: one label for all images, or one per image; required by class-conditional models.
+            guidance_scale: of classifier-free guidance, which needs a model with a null class; 1 (default): none.
+            null_class: the label that means "no class", if the network's configuration does not record it
                 (`ddpm_hf.pipelines.guidance.mark_null_class`).
-            eta: for schedulers whose step takes it, as DDIM: the noise of a step, 0 none, 1 that of DDPM.
-            seeds: one per image, in place of a generator: image 0 of each of these seeds.
-            seed, first_index: in place of a generator: images first_index, first_index + 1, ... of this seed. An
-                image is the same in any batch and on any number of processes.
-            callback_on_step_end: called as (pipe, i, t, {"latents": x}) after each step; may return other latents.
+            eta: amount of noise per step, 0 (none) to 1 (that of DDPM), for schedulers that take it, such as DDIM.
+            seeds: one seed per image, instead of a generator: each gives its image 0.
+            seed, first_index: instead of a generator: images first_index (default 0), first_index + 1, ... of this
+                seed. An image is the same in any batch and on any number of processes.
 
         Raises ValueError or TypeError, before the first step, for arguments that do not fit the model.
         """
@@ -110,20 +92,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
             )
-        steps = self.denoise(
-            batch_size,
-            generator,
-            num_inference_steps,
-            timesteps=timesteps,
-            latents=latents,
-            class_labels=class_labels,
-            guidance_scale=guidance_scale,
-            null_class=null_class,
-            eta=eta,
-            seeds=seeds,
-            seed=seed,
-            first_index=first_index,
-        )
+        steps = self.denoise(batch_size, generator, num_inference_steps, **options)
         with self.progress_bar(total=len(steps)) as bar:
             for i, step in enumerate(steps):
                 if callback_on_step_end is not None:
@@ -134,48 +103,36 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         images = self.to_images(step.x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def check_inputs(self, *args, output_type: str = "pil", **options) -> None:
+        """Check the arguments of `denoise`, and `output_type`, without sampling. Errors are those of `__call__`."""
+        check_output_type(output_type, self.unet.config.in_channels)
+        prepare_inputs(self, *args, **options)
+
     def denoise(
-        self,
-        batch_size: int = 1,
-        generator: Generators = None,
-        num_inference_steps: int | None = None,
-        *,
-        timesteps: Sequence[int] | None = None,
-        latents: torch.Tensor | None = None,
-        class_labels: Labels = None,
-        guidance_scale: float = 1.0,
-        null_class: int | None = None,
-        eta: float | None = None,
-        seeds: Sequence[int] | None = None,
-        seed: int | None = None,
-        first_index: int = 0,
-    ) -> "Steps":
-        """The reverse process as an iterator: yields a `DenoisingStep` after each step, `len()` of them; arguments
-        and errors as for a call, the errors at once.
+        self, batch_size: int = 1, generator: Generators = None, num_inference_steps: int | None = None, **options
+    ) -> DenoisingIterator:
+        """Sample step by step: an iterator that yields a `DenoisingStep` after each step; `len()` is their number.
 
-        The U-Net is in eval mode while a step runs, and the pipeline's scheduler is left as it was.
+        Arguments and errors are those of `__call__`; errors are raised here, not at the first step. The U-Net is in
+        eval mode while a step runs, and the pipeline's scheduler is not changed.
         """
-        batch_size, generator = check_batch(batch_size, generator, seeds, seed, first_index)
-        shape = check_shape(self.unet, batch_size, latents)
-        check_scheduler(self.unet, self.scheduler, self._trained_T)
-        device = self._execution_device
-        denoiser = make_denoiser(self.unet, batch_size, device, class_labels, guidance_scale, null_class)
-        options = step_options(self.scheduler, generator, eta)
-        scheduler = make_chain(self.scheduler, num_inference_steps, timesteps, device)
-        return Steps(self._denoise(denoiser, scheduler, shape, generator, latents, options), len(scheduler.timesteps))
+        inputs = prepare_inputs(self, batch_size, generator, num_inference_steps, **options)
+        return DenoisingIterator(self._denoise(inputs), len(inputs.scheduler.timesteps))
 
-    def _denoise(self, denoiser, scheduler, shape, generator, latents, options) -> Iterator[DenoisingStep]:
-        device = self._execution_device
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        x = latents.to(device=device, dtype=torch.float32) * scheduler.init_noise_sigma
+    def _denoise(self, inputs: SamplingInputs) -> Iterator[DenoisingStep]:
+        x = inputs.latents
+        x = (
+            draw_noise(self, inputs.shape, inputs.generator)
+            if x is None
+            else x.to(self._execution_device, torch.float32)
+        )
         try:
-            yield from reverse_process(denoiser, scheduler, x, generator, options, self._step_functions)
+            yield from denoising_loop(inputs, x * inputs.scheduler.init_noise_sigma, self._step_functions)
         finally:
             self.maybe_free_model_hooks()
 
     def to_images(self, x: torch.Tensor, output_type: str = "pil"):
-        """Images (B, C, H, W) in [-1, 1] as `output_type` says: what a call returns; values outside are clamped."""
+        """Convert x, (B, C, H, W) in [-1, 1] and clamped to that, to the images that a call returns."""
         check_output_type(output_type, x.shape[1])
         images = (x.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
@@ -184,58 +141,56 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         return self.numpy_to_pil(images) if output_type == "pil" else images
 
     def compile(self, **options) -> None:
-        """Compile the reverse step, network, guidance and scheduler in one graph; `options` are `torch.compile`'s,
-        such as `mode="reduce-overhead"` for CUDA graphs. Only noise is drawn outside. Of schedulers that are
-        diffusers' own the network and its guidance are compiled. The images stay the same up to rounding.
-        """
-        self._step_functions = compiled_step_functions({"fullgraph": True, "dynamic": False, **options})
+        """Compile a sampling step: network, guidance and scheduler in one graph, with only the noise drawn outside.
 
-    # ------------------------------------------------------------------ in and out of diffusers
+        With a scheduler of diffusers, network and guidance are compiled. Images stay the same up to rounding.
+        `options` are those of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
+        """
+        self._step_functions = compile_step_functions({"fullgraph": True, "dynamic": False, **options})
+
+    # ------------------------------------------------------------------ conversion from and to diffusers
 
     def to_diffusers(self) -> DDPMPipeline:
-        """Stock's pipeline around the same weights: not a copy, training or moving one is training or moving both.
+        """A diffusers pipeline with the same weights, not a copy: training or moving one trains or moves both.
 
-        A scheduler of this package becomes stock's; others are handed on. Raises NotImplementedError for what stock
-        cannot express (analytic variance).
+        This package's scheduler becomes a `DDPMScheduler`; other schedulers are kept. Raises NotImplementedError for
+        what diffusers cannot express (analytic variance).
         """
-        return DDPMPipeline(unet_as(UNet2DModel, self.unet), scheduler_as(DDPMScheduler, self.scheduler))
+        return DDPMPipeline(
+            loading.convert_unet(self.unet, UNet2DModel), loading.convert_scheduler(self.scheduler, DDPMScheduler)
+        )
 
     @classmethod
     def from_diffusers(cls, stock: DiffusionPipeline) -> "DDPMPipelineCustom":
-        """This package's pipeline around the weights of a stock one (anything with a `unet` and a `scheduler`): not
-        a copy, see `to_diffusers`."""
+        """The counterpart of `to_diffusers`, for any pipeline with a `unet` and a `scheduler`: same weights, no copy."""
         return cls(
-            unet_as(UNet2DModelCustom, stock.unet),
-            scheduler_as(DDPMSchedulerCustom, stock.scheduler),
+            loading.convert_unet(stock.unet, UNet2DModelCustom),
+            loading.convert_scheduler(stock.scheduler, DDPMSchedulerCustom),
         )
 
     # ------------------------------------------------------------------ saving and loading
 
     def to_json_string(self) -> str:
-        """model_index.json with every part under its stock name."""
+        """The content of model_index.json, which names each component's stock class."""
         config = json.loads(super().to_json_string())
-        for name, part in self.components.items():
-            if isinstance(part, SavesAsStock):
-                config[name] = ["diffusers", part.stock_class.__name__]
+        for name, component in self.components.items():
+            if isinstance(component, SavesAsStock):
+                config[name] = ["diffusers", component.stock_class.__name__]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True, **kwargs) -> None:
-        """Write a folder that this package and stock diffusers both load: safetensors and JSON.
+        """Write a folder of safetensors and JSON files that both this package and diffusers load.
 
-        Arguments as for `DiffusionPipeline.save_pretrained`; pickled weights (`safe_serialization=False`) are refused.
-        It is written beside its place and moved there whole; other files of an existing folder stay.
+        Arguments are those of `DiffusionPipeline.save_pretrained`; pickled weights (`safe_serialization=False`) are
+        refused. Files appear in the folder only when all of them are written. Other files in it are kept.
         """
         refuse_pickle(safe_serialization)
         folder = Path(save_directory)
-        beside = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(beside, ignore_errors=True)
         if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", folder.name)
-        try:
-            super().save_pretrained(str(beside), **kwargs)
-            replace_save(beside, folder, kwargs.get("variant"))
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            kwargs.setdefault("repo_id", folder.absolute().name)
+        with staging_folder(folder) as staged:
+            super().save_pretrained(str(staged), **kwargs)
+            loading.move_saved(staged, folder.resolve(), kwargs.get("variant"))
 
     @classmethod
     def from_pretrained(
@@ -244,54 +199,35 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         *,
         unet: UNet2DModelCustom | UNet2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        **model_kwargs,
+        **kwargs,
     ) -> "DDPMPipelineCustom":
-        """Load any DDPM pipeline of diffusers' layout, from a folder or the Hub, as this package's classes.
+        """Load a DDPM pipeline saved by this package or diffusers, from a folder or the Hub, as this package's classes.
 
         Args:
-            pretrained_model_name_or_path: a folder, or a repository on the Hub (`google/ddpm-cifar10-32`, say). Parts
-                lie in `unet/` and `scheduler/`, or all in the root.
-            unet, scheduler: used as they are in place of the saved ones.
-            revision, token, cache_dir, force_download, local_files_only: as for `snapshot_download`.
-            model_kwargs: `torch_dtype`, `variant`, `use_safetensors`, `device_map` and what else
-                `UNet2DModelCustom.from_pretrained` takes.
+            pretrained_model_name_or_path: a folder, or a repository on the Hub (`google/ddpm-cifar10-32`, say). The
+                components are in `unet/` and `scheduler/`, or all in the root.
+            unet, scheduler: used instead of the saved ones.
+            revision, token, cache_dir, force_download, local_files_only: as for
+                `huggingface_hub.snapshot_download`.
+            kwargs: other options of `UNet2DModelCustom.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
+                `device_map`, ...
 
-        Raises FileNotFoundError for a folder that holds no pipeline, and for what is not on the Hub; PermissionError
-        for what may not be read; ConnectionError without a network; OSError for files that arrive damaged.
+        Raises FileNotFoundError for a folder without a pipeline and for what is not on the Hub, PermissionError for a
+        repository that may not be read, ConnectionError without a network, OSError for files damaged in transit.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            try:
-                folder = snapshot(
-                    str(pretrained_model_name_or_path),
-                    allow_pickle=not model_kwargs.get("use_safetensors"),
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                )
-            except Exception as error:
-                error.add_note(f"There is no folder {str(folder)!r} here, so it was looked for on the Hub.")
-                raise
         name = str(pretrained_model_name_or_path)
-        if scheduler is None:
-            scheduler = load_scheduler(part_folder(folder, "scheduler", "scheduler_config.json", name))
-        is_saved_unet = unet is None
-        if is_saved_unet:
-            weights = part_folder(folder, "unet", "config.json", name)
-            if not any(weights.glob("*.safetensors")):
-                model_kwargs.setdefault("use_safetensors", False)  # diffusers logs an error before it tries .bin
-            unet = UNet2DModelCustom.from_pretrained(weights, **model_kwargs)
-        elif model_kwargs:
-            raise TypeError(f"{sorted(model_kwargs)} say how to load the U-Net, but a U-Net was given.")
+        folder = Path(name)
+        download_options = {option: kwargs.pop(option) for option in loading.DOWNLOAD_OPTIONS if option in kwargs}
+        if not folder.is_dir():
+            folder = loading.download_pipeline(name, allow_pickle=not kwargs.get("use_safetensors"), **download_options)
+        scheduler = loading.load_scheduler(folder, name) if scheduler is None else scheduler
+        trained_T = None
+        if unet is None:
+            unet = loading.load_unet(folder, name, **kwargs)
+            trained_T = loading.saved_num_train_timesteps(folder)
+        elif kwargs:
+            raise TypeError(f"{sorted(kwargs)} are options for loading the U-Net, but unet was given.")
         pipe = cls(unet=unet, scheduler=scheduler)
-        if is_saved_unet:
-            pipe._trained_T = saved_T(folder) or pipe._trained_T
+        pipe._trained_T = trained_T or pipe._trained_T
         pipe.register_to_config(_name_or_path=name)
         return pipe

@@ -1,12 +1,12 @@
-"""What a trained model can do with an image that is there: mix it, fill it in, redo it, clean it.
+"""Edit images with a trained model: image to image, interpolation, denoising, inpainting.
 
-Functions of a pipeline. Images go in as tensors (B, C, H, W) in [-1, 1] and come out as a call of the pipeline gives
-them (`output_type`). They sample
-by DDPM's ancestral steps on the chain of the pipeline's scheduler, whichever scheduler that is.
+These functions take a pipeline, and images as tensors (B, C, H, W) in [-1, 1]. They return images as a call of the
+pipeline does (`output_type`). They sample by DDPM's ancestral steps with the betas of the pipeline's scheduler,
+whichever class that is.
 
-`condition` stands for `class_labels`, `guidance_scale` and `null_class`, as for a call. Noise comes from `generator`
-(one, or a list of one per image) or from `seed`: image i of a batch then gets that of image i of the seed. Every
-function raises ValueError or TypeError, naming the argument, before the first step.
+`options` and `condition` are keyword arguments of a pipeline call: `generator` (one, or a list of one per image) or
+`seed` (image i of the batch gets the noise of image i of the seed), `output_type`, and for class-conditional models
+`class_labels`, `guidance_scale` and `null_class`. ValueError or TypeError is raised before the first step.
 """
 
 import copy
@@ -15,42 +15,24 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ddpm_hf.pipelines.arguments import Generators, check_batch, check_output_type
+from ddpm_hf.checks import check_float, check_int
+from ddpm_hf.pipelines import arguments
+from ddpm_hf.pipelines.arguments import Generators
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.denoising import eval_mode
-from ddpm_hf.pipelines.editing_arguments import (
-    chain_from,
-    check_images,
-    check_mask,
-    check_weights,
-    denoiser_of,
-    noise_for,
-)
 from ddpm_hf.schedulers.samplers import as_ddpm
 
 
 def image_to_image(
-    pipe: DDPMPipelineCustom,
-    images: torch.Tensor,
-    timestep: int,
-    num_inference_steps: int | None = None,
-    *,
-    generator: Generators = None,
-    seed: int | None = None,
-    output_type: str = "pil",
-    **condition,
+    pipe: DDPMPipelineCustom, images: torch.Tensor, timestep: int, num_inference_steps: int | None = None, **options
 ):
     """Noise the images up to `timestep`, x_t ~ q(x_t | x_0), and sample from there (SDEdit, Meng et al. 2022).
 
-    The larger t, the more is made anew. `num_inference_steps`: of the way from t to the image; all t + 1 if None.
+    The larger t is, the more of the image changes. `num_inference_steps` is the number of steps from t to the image;
+    None runs all t + 1.
     """
-    check_images(pipe, "images", images)
-    check_output_type(output_type, images.shape[1])
-    _, generator = check_batch(len(images), generator, None, seed, 0)
-    chain = chain_from(pipe, timestep, num_inference_steps)
-    noise = noise_for(pipe, images, generator)
-    x_t = as_ddpm(pipe.scheduler).diffusion.q_sample(images.to(noise), timestep, noise)
-    return _sample_from(pipe, x_t, chain, generator, output_type, condition)
+    arguments.check_images(pipe, "images", images)
+    return _sample_from(pipe, images, 0.0, timestep, num_inference_steps, **options)
 
 
 def interpolate(
@@ -62,57 +44,40 @@ def interpolate(
     num_inference_steps: int | None = None,
     *,
     seed: int = 0,
-    output_type: str = "pil",
-    **condition,
+    **options,
 ) -> list:
-    """Mix pairs of images in the latent of `timestep`, (1−λ)·x_t + λ·x'_t, and sample from there (DDPM, section 4.3).
+    """Mix pairs of images in the latent space of `timestep`, (1−λ)·x_t + λ·x'_t, and sample from there (DDPM,
+    section 4.3).
 
-    Returns one entry for each weight λ: what `image_to_image` returns of the mixed images. Noise is the same for
-    every λ and for both images of a pair, so that the mixture has the variance that the network expects, and so that
-    λ = 0 and 1 give exactly what `image_to_image` makes of the one and the other with that seed.
+    Returns one entry for each weight λ: what `image_to_image` returns for the mixed images. Both images of a pair
+    and all λ share the noise. The mixture therefore has the variance that the network expects, and λ = 0 and 1 give
+    exactly what `image_to_image` gives for the two images with that seed.
     """
-    check_images(pipe, "images", images)
-    check_images(pipe, "others", others)
+    arguments.check_images(pipe, "images", images)
+    arguments.check_images(pipe, "others", others)
     if others.shape != images.shape:
         raise ValueError(f"others must have the shape of images, {tuple(images.shape)}, got {tuple(others.shape)}.")
-    weights = check_weights(weights)
-    options = {"seed": seed, "output_type": output_type, **condition}
-    # The noise being shared, mixing x_t and x'_t is mixing the images.
+    # With shared noise, mixing x_t and x'_t is the same as mixing the images.
     return [
-        image_to_image(pipe, (1 - w) * images + w * others, timestep, num_inference_steps, **options) for w in weights
+        image_to_image(pipe, (1 - w) * images + w * others, timestep, num_inference_steps, seed=seed, **options)
+        for w in arguments.check_weights(weights)
     ]
 
 
 def denoise_image(
-    pipe: DDPMPipelineCustom,
-    images: torch.Tensor,
-    noise_std: float,
-    num_inference_steps: int | None = None,
-    *,
-    generator: Generators = None,
-    seed: int | None = None,
-    output_type: str = "pil",
-    **condition,
+    pipe: DDPMPipelineCustom, images: torch.Tensor, noise_std: float, num_inference_steps: int | None = None, **options
 ):
-    """Take Gaussian noise of a known standard deviation (of images in [-1, 1]) off: a sample of p(x_0 | image).
+    """Remove Gaussian noise of a known standard deviation (for images in [-1, 1]): a sample of p(x_0 | image).
 
-    An image y = x_0 + σ·n is √ᾱ_t·y = x_t for the t with (1−ᾱ_t)/ᾱ_t = σ². The first t at or above σ is taken, and
-    what is missing to its noise is added. With `num_inference_steps=1` the result is E[x_0 | x_t], which has the
-    least mean squared error; None runs all t + 1 steps, for a sample as sharp as the model's own.
+    An image y = x_0 + σ·n is √ᾱ_t·y = x_t for the t with (1−ᾱ_t)/ᾱ_t = σ². The first t at or above σ is used, and
+    the noise that y lacks is added. With `num_inference_steps=1` the result is E[x_0 | x_t], which has the least mean
+    squared error; None runs all t + 1 steps, for a sample as sharp as the model's own.
     """
-    check_images(pipe, "images", images, in_range=False)
-    check_output_type(output_type, images.shape[1])
-    diffusion = as_ddpm(pipe.scheduler).diffusion
-    levels = diffusion.sqrt_recipm1_alphas_cumprod
-    if isinstance(noise_std, bool) or not isinstance(noise_std, (int, float)) or not 0 < noise_std <= levels[-1]:
-        raise ValueError(f"noise_std must lie above 0 and at most at {levels[-1]:.4g}, got {noise_std!r}.")
-    _, generator = check_batch(len(images), generator, None, seed, 0)
-    t = int(torch.searchsorted(levels, torch.tensor(noise_std, dtype=torch.float64)))
-    chain = chain_from(pipe, t, num_inference_steps)
-    noise = noise_for(pipe, images, generator)
-    missing = math.sqrt(max(levels[t].item() ** 2 - noise_std**2, 0.0))
-    x_t = diffusion.sqrt_alphas_cumprod[t].item() * (images.to(noise) + missing * noise)
-    return _sample_from(pipe, x_t, chain, generator, output_type, condition)
+    arguments.check_images(pipe, "images", images, in_range=False)
+    noise_to_signal = as_ddpm(pipe.scheduler).diffusion.sqrt_recipm1_alphas_cumprod
+    noise_std = check_float("noise_std", noise_std, f"(0, {noise_to_signal[-1].item()}]")
+    t = int(torch.searchsorted(noise_to_signal, torch.tensor(noise_std, dtype=torch.float64)))
+    return _sample_from(pipe, images, noise_std, t, num_inference_steps, **options)
 
 
 @torch.no_grad()
@@ -129,72 +94,88 @@ def inpaint(
     output_type: str = "pil",
     **condition,
 ):
-    """Fill in what the mask covers, in keeping with the rest (RePaint, Lugmayr et al. 2022, algorithm 1).
+    """Fill in the masked pixels to match the others (RePaint, Lugmayr et al. 2022, algorithm 1).
 
     Args:
-        mask: 1 or True where pixels are made anew; the others stay exactly as they are. (H, W), or (B, C, H, W)
-            where B and C may be 1.
-        num_inference_steps: of the chain; the model's own T when left out.
-        jump_length, jump_n_sample: each stretch of `jump_length` steps is gone through `jump_n_sample` times, being
-            noised back up in between, which brings the new pixels into line with the known ones. 1 and 1: once.
+        mask: 1 or True for pixels to fill in; the others keep their exact values. (H, W), or (B, C, H, W) where B and
+            C may be 1.
+        num_inference_steps: number of timesteps; the model's own T for None.
+        jump_length, jump_n_sample: every `jump_length` steps the result is noised back up by as many, so that each
+            stretch is run `jump_n_sample` times, which makes the new pixels fit the known ones. 1 and 1: no jumps.
     """
-    check_images(pipe, "images", images)
-    check_output_type(output_type, images.shape[1])
-    mask = check_mask(mask, images)
-    for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
-    _, generator = check_batch(len(images), generator, None, seed, 0)
-    denoiser = denoiser_of(pipe, len(images), condition)
+    arguments.check_images(pipe, "images", images)
+    arguments.check_output_type(output_type, images.shape[1])
+    mask = arguments.check_mask(mask, images)
+    jump_length, jump_n_sample = check_int("jump_length", jump_length, 1), check_int("jump_n_sample", jump_n_sample, 1)
+    _, generator = arguments.check_batch(len(images), generator, seed=seed)
+    denoiser = arguments.prepare_denoiser(pipe, len(images), **condition)
     scheduler = copy.deepcopy(as_ddpm(pipe.scheduler))
-    T = len(scheduler)
-    chain = chain_from(pipe, T - 1, num_inference_steps)
-    scheduler.set_timesteps(timesteps=chain, device=pipe._execution_device)
-    strided = scheduler.diffusion.strided(chain)
+    timesteps = arguments.timesteps_from(pipe, len(scheduler) - 1, num_inference_steps)
+    scheduler.set_timesteps(timesteps=timesteps, device=pipe._execution_device)
+    strided = scheduler.diffusion.strided(timesteps)
 
-    x = noise_for(pipe, images, generator)
+    x = arguments.draw_noise(pipe, images.shape, generator)
     images, mask = images.to(x), mask.to(x.device)
-    ascending = chain[::-1]
-    levels = list(repaint_levels(len(chain), jump_length, jump_n_sample))
+    ascending = timesteps[::-1]
+    levels = list(repaint_levels(len(timesteps), jump_length, jump_n_sample))
     with eval_mode(pipe.unet), pipe.progress_bar(total=len(levels) - 1) as bar:
-        for level, following in zip(levels, levels[1:]):
-            if following > level:
-                x = strided.q_step(x, ascending[following], noise_for(pipe, x, generator))
+        for level, next_level in zip(levels, levels[1:]):
+            if next_level > level:
+                x = strided.q_step(x, ascending[next_level], arguments.draw_noise(pipe, x.shape, generator))
             else:
                 t = ascending[level]
                 output = denoiser(x, torch.tensor(t, device=x.device))
-                made = scheduler.step(output, t, x, generator=generator).prev_sample
+                generated = scheduler.step(output, t, x, generator=generator).prev_sample
                 known = images
-                if following >= 0:
-                    known = scheduler.diffusion.q_sample(images, ascending[following], noise_for(pipe, x, generator))
-                x = torch.where(mask, made, known)
+                if next_level >= 0:
+                    noise = arguments.draw_noise(pipe, x.shape, generator)
+                    known = scheduler.diffusion.q_sample(images, ascending[next_level], noise)
+                x = torch.where(mask, generated, known)
             bar.update()
     pipe.maybe_free_model_hooks()
     return pipe.to_images(x, output_type)
 
 
 def repaint_levels(steps: int, jump_length: int, jump_n_sample: int) -> Iterator[int]:
-    """The noise levels that RePaint goes through (its appendix): steps − 1 is that of x_T, −1 is the image. At each
-    multiple of `jump_length` it turns back by as much, `jump_n_sample` − 1 times."""
-    turns = dict.fromkeys(range(0, steps - jump_length, jump_length), jump_n_sample - 1)
+    """The noise levels that RePaint visits (its appendix): steps − 1 is that of x_T, −1 that of the image. At each
+    multiple of `jump_length` it jumps back up by as much, `jump_n_sample` − 1 times."""
+    jumps = dict.fromkeys(range(0, steps - jump_length, jump_length), jump_n_sample - 1)
     level = steps - 1
     yield level
     while level >= 0:
         level -= 1
         yield level
-        if turns.get(level, 0) > 0:
-            turns[level] -= 1
+        if jumps.get(level, 0) > 0:
+            jumps[level] -= 1
             for _ in range(jump_length):
                 level += 1
                 yield level
 
 
-def _sample_from(pipe, x_t, chain, generator, output_type, condition):
-    ddpm = copy.copy(pipe)
-    ddpm.scheduler = as_ddpm(pipe.scheduler)
-    steps = ddpm.denoise(len(x_t), generator, timesteps=chain, latents=x_t, **condition)
-    with pipe.progress_bar(total=len(steps)) as bar:
-        for step in steps:
-            x = step.x
-            bar.update()
-    return pipe.to_images(x, output_type)
+def _sample_from(
+    pipe: DDPMPipelineCustom,
+    images: torch.Tensor,
+    image_std: float,
+    t: int,
+    num_inference_steps: int | None,
+    *,
+    generator: Generators = None,
+    seed: int | None = None,
+    output_type: str = "pil",
+    **condition,
+):
+    """Sample from x_t = √ᾱ_t·y + √(1 − ᾱ_t − ᾱ_t·σ²)·z, where the images y hold noise of standard deviation σ."""
+    arguments.check_output_type(output_type, images.shape[1])
+    _, generator = arguments.check_batch(len(images), generator, seed=seed)
+    timesteps = arguments.timesteps_from(pipe, t, num_inference_steps)
+    ancestral = copy.copy(pipe)
+    ancestral.scheduler = as_ddpm(pipe.scheduler)
+    diffusion = ancestral.scheduler.diffusion
+    signal, total_std = (
+        diffusion.tables[name][t].item() for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+    )
+    noise = arguments.draw_noise(pipe, images.shape, generator)
+    missing_std = math.sqrt(max(total_std**2 - (signal * image_std) ** 2, 0.0))
+    x_t = torch.add(signal * images.to(noise), noise, alpha=missing_std)
+    options = {"timesteps": timesteps, "latents": x_t, "output_type": output_type, **condition}
+    return ancestral(len(images), generator, **options)[0]

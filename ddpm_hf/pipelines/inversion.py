@@ -1,11 +1,10 @@
-"""There and back without noise: images to latents, latents to images, and the way from one to another (DDIM).
+"""Deterministic DDIM (η = 0): encode images as latents, decode latents to images, interpolate between seeds.
 
-Functions of a pipeline. Images go in as tensors (B, C, H, W) in [-1, 1] and come out as a call of the pipeline gives
-them (`output_type`). They run DDIM with η = 0 on the chain
-of the pipeline's scheduler, whichever scheduler that is.
+These functions take a pipeline. Images are tensors (B, C, H, W) in [-1, 1] on input, and on output what a call of
+the pipeline returns (`output_type`). Sampling uses the betas of the pipeline's scheduler, whichever class that is.
 
-`condition` stands for `class_labels`, `guidance_scale` and `null_class`, as for a call. Every
-function raises ValueError or TypeError, naming the argument, before the first step.
+`condition` are `class_labels`, `guidance_scale` and `null_class`, as for a pipeline call. ValueError or TypeError is
+raised before the first step.
 """
 
 import math
@@ -13,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
+from ddpm_hf.checks import check_int
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
-from ddpm_hf.pipelines.arguments import check_output_type, check_shape
+from ddpm_hf.pipelines import arguments
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.denoising import eval_mode
-from ddpm_hf.pipelines.editing_arguments import chain_from, check_images, check_weights, denoiser_of
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.samplers import as_ddpm
 from ddpm_hf.seeds import seed_generators
@@ -31,21 +30,18 @@ def encode(
     iterations: int = 3,
     **condition,
 ) -> torch.Tensor:
-    """The x_T, (B, C, H, W), from which `decode` makes the images: DDIM run backwards (Song et al. 2021, section 4.3).
+    """DDIM inversion (Song et al. 2021, section 4.3): the x_T, (B, C, H, W), from which `decode` gives the images.
 
     The DDIM step from x_s to x_t, x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε with x_0 and ε those of the network at (x_s, s), is
-    solved for x_s by fixed-point iteration from ε at (x_t, s). One iteration is the usual inversion; each more is
-    another call of the network per step, and brings `decode(encode(images))` closer to the images.
+    solved for x_s by fixed-point iteration, starting with ε at (x_t, s). One iteration is the usual inversion. Each
+    further one costs a call of the network per step, and brings `decode(encode(images))` closer to the images.
     """
-    check_images(pipe, "images", images)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}.")
-    denoiser = denoiser_of(pipe, len(images), condition)
-    diffusion = as_ddpm(pipe.scheduler).diffusion
-    x = images.to(device=pipe._execution_device, dtype=torch.float32)
+    arguments.check_images(pipe, "images", images)
+    iterations = check_int("iterations", iterations, 1)
+    denoiser, diffusion, timesteps, x = _prepare(pipe, images, num_inference_steps, condition)
     bar_t, rest_t = 1.0, 0.0  # √ᾱ and √(1−ᾱ) of the image itself
     with eval_mode(pipe.unet):
-        for s in chain_from(pipe, len(diffusion) - 1, num_inference_steps)[::-1]:
+        for s in timesteps[::-1]:
             bar_s, rest_s = (
                 diffusion.tables[n][s].item() for n in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
             )
@@ -66,17 +62,12 @@ def decode(
     output_type: str = "pil",
     **condition,
 ):
-    """The images that DDIM without noise (η = 0, nothing clipped) makes of x_T, (B, C, H, W)."""
-    if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
-        raise ValueError(f"latents must be a tensor (B, C, H, W), got {getattr(latents, 'shape', latents)!r}.")
-    check_shape(pipe.unet, len(latents), latents)
-    check_output_type(output_type, latents.shape[1])
-    denoiser = denoiser_of(pipe, len(latents), condition)
-    diffusion = as_ddpm(pipe.scheduler).diffusion
-    chain = chain_from(pipe, len(diffusion) - 1, num_inference_steps)
-    x = latents.to(device=pipe._execution_device, dtype=torch.float32)
-    with eval_mode(pipe.unet), pipe.progress_bar(total=len(chain)) as bar:
-        for s, t in zip(chain, [*chain[1:], None]):
+    """The images that DDIM with η = 0 and no clipping makes of x_T, (B, C, H, W)."""
+    arguments.check_images(pipe, "latents", latents, in_range=False)
+    arguments.check_output_type(output_type, latents.shape[1])
+    denoiser, diffusion, timesteps, x = _prepare(pipe, latents, num_inference_steps, condition)
+    with eval_mode(pipe.unet), pipe.progress_bar(total=len(timesteps)) as bar:
+        for s, t in zip(timesteps, [*timesteps[1:], None]):
             x_0, epsilon = _x_0_and_epsilon(denoiser, diffusion, x, s)
             x = x_0 if t is None else diffusion.q_sample(x_0, t, epsilon)
             bar.update()
@@ -84,13 +75,18 @@ def decode(
     return pipe.to_images(x, output_type)
 
 
-def reconstruct(pipe: DDPMPipelineCustom, images: torch.Tensor, num_inference_steps: int | None = None, **options):
-    """`decode(encode(images))`: what of the images survives; options as for the two."""
-    output_type = options.pop("output_type", "pil")
-    check_output_type(output_type, pipe.unet.config.in_channels)
-    iterations = options.pop("iterations", 3)
-    latents = encode(pipe, images, num_inference_steps, iterations, **options)
-    return decode(pipe, latents, num_inference_steps, output_type, **options)
+def reconstruct(
+    pipe: DDPMPipelineCustom,
+    images: torch.Tensor,
+    num_inference_steps: int | None = None,
+    iterations: int = 3,
+    output_type: str = "pil",
+    **condition,
+):
+    """`decode(encode(images))`, which shows how much of the images the latents keep."""
+    arguments.check_output_type(output_type, pipe.unet.config.in_channels)
+    latents = encode(pipe, images, num_inference_steps, iterations, **condition)
+    return decode(pipe, latents, num_inference_steps, output_type, **condition)
 
 
 def interpolate_seeds(
@@ -102,21 +98,31 @@ def interpolate_seeds(
     output_type: str = "pil",
     **condition,
 ):
-    """The images on the great circle between x_T of two seeds, by DDIM: one for each weight from 0 to 1."""
-    weights = check_weights(weights)
-    shape = check_shape(pipe.unet, 1, None)
+    """DDIM from latents between the x_T of two seeds (spherical interpolation): one image for each weight."""
+    weights = arguments.check_weights(weights)
+    shape = arguments.check_shape(pipe.unet, 1, None)
     ends = [torch.randn(shape, generator=g) for g in seed_generators([seed, other])]
     return decode(pipe, torch.cat([slerp(*ends, w) for w in weights]), num_inference_steps, output_type, **condition)
 
 
 def slerp(x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
-    """sin((1−w)θ)/sin θ·x + sin(wθ)/sin θ·y, θ the angle between x and y as vectors, (1, C, H, W): it keeps the
-    length of a Gaussian sample, which a straight line does not."""
+    """Spherical interpolation, sin((1−w)θ)/sin θ·x + sin(wθ)/sin θ·y, where θ is the angle between x and y,
+    (1, C, H, W), as vectors. It keeps the norm of a Gaussian sample, which linear interpolation does not."""
     cosine = torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), 0).double().clamp(-1, 1)
     theta = torch.arccos(cosine).item()
-    if math.sin(theta) < 1e-4:  # along one line: the circle is not determined, or is the chord
+    if math.sin(theta) < 1e-4:  # (anti)parallel: the circle is undefined, or the same as the line
         return (1 - weight) * x + weight * y
     return (math.sin((1 - weight) * theta) * x + math.sin(weight * theta) * y) / math.sin(theta)
+
+
+def _prepare(
+    pipe: DDPMPipelineCustom, x: torch.Tensor, num_inference_steps: int | None, condition: dict
+) -> tuple[Denoiser, GaussianDiffusion, list[int], torch.Tensor]:
+    """The network, the formulas, the timesteps (descending), and x as the network's device wants it."""
+    denoiser = arguments.prepare_denoiser(pipe, len(x), **condition)
+    diffusion = as_ddpm(pipe.scheduler).diffusion
+    timesteps = arguments.timesteps_from(pipe, len(diffusion) - 1, num_inference_steps)
+    return denoiser, diffusion, timesteps, x.to(pipe._execution_device, torch.float32)
 
 
 def _x_0_and_epsilon(

@@ -1,40 +1,22 @@
-"""`editing` and `inversion`, on the closed-form network of Gaussian data where a number has to be right."""
+"""Image editing. Tests of moments use the exact network of Gaussian data (`tests.gaussian_unet`)."""
 
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate, repaint_levels
-from ddpm_hf.pipelines.inversion import decode, encode, interpolate_seeds, reconstruct, slerp
+from ddpm_hf.pipelines.inversion import decode, encode, interpolate_seeds, reconstruct
 from ddpm_hf.schedulers.samplers import make_sampler
-from ddpm_hf.seeds import image_generators, seed_generators
 from tests.gaussian_unet import MEAN, STD, gaussian_pipeline
+from tests.pipelines.helpers import ROUNDING, to_unit
 
-ROUNDING = 1e-5
-
-
-@pytest.fixture
-def photos() -> torch.Tensor:
-    return torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 1.6 - 0.8
+# ---------------------------------------------------------------------- image to image, interpolation
 
 
-@pytest.fixture
-def gaussian_images() -> torch.Tensor:
-    noise = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(5))
-    return (MEAN + STD * noise).clamp(-1, 1)
-
-
-def to_unit(x: torch.Tensor) -> torch.Tensor:
-    return (x / 2 + 0.5).clamp(0, 1)
-
-
-# ------------------------------------------------------------------ image to image, interpolation
-
-
-def test_interpolation_ends_are_the_reconstructions_of_the_two_images(tiny_pipeline, photos):
+def test_interpolation_ends_are_image_to_image_of_either_image(tiny_pipeline, photos):
     one, other = photos[:1], photos[1:]
     ends = interpolate(tiny_pipeline, one, other, 9, [0.0, 1.0], seed=4, output_type="pt")
     for image, end in zip((one, other), ends, strict=True):
@@ -42,18 +24,18 @@ def test_interpolation_ends_are_the_reconstructions_of_the_two_images(tiny_pipel
     assert (ends[0] - ends[1]).abs().max() > 0.01
 
 
-def test_what_is_mixed_in_between_is_distributed_as_the_model_expects():
-    """Of two images of the data's mean the mixture is one, however they are weighted: sampled, it has the moments."""
+def test_interpolated_images_have_the_moments_of_the_data():
+    """Any mixture of two images of the data's mean is that mean; sampled from it, images have the data's moments."""
     pipe = gaussian_pipeline()
     flat = torch.full((2, 1, 64, 64), MEAN)
     for mixed in interpolate(pipe, flat, flat, 600, [0.3, 0.5], 100, seed=0, output_type="pt"):
         assert (2 * mixed - 1).mean().item() == pytest.approx(MEAN, abs=0.01)
     t, bar = 600, pipe.scheduler.diffusion.alphas_cumprod[600].item()
-    assert bar < 0.03, t  # little of the image is left at that t, so that its variance is the data's
+    assert bar < 0.03, t  # so little of the image is left at t that the variance is the data's
     assert (2 * mixed - 1).std().item() == pytest.approx(STD, rel=0.15)
 
 
-def test_the_less_noise_is_put_in_the_more_of_the_image_stays(gaussian_images):
+def test_less_noise_keeps_more_of_the_image(gaussian_images):
     pipe = gaussian_pipeline()
     kept = [
         (2 * image_to_image(pipe, gaussian_images, t, min(t + 1, 100), seed=1, output_type="pt") - 1 - gaussian_images)
@@ -62,10 +44,10 @@ def test_the_less_noise_is_put_in_the_more_of_the_image_stays(gaussian_images):
         for t in (0, 50, 999)
     ]
     assert kept == sorted(kept) and kept[0] < 0.02
-    assert kept[-1] == pytest.approx(math.sqrt(2) * STD, rel=0.2)  # from pure noise: another image altogether
+    assert kept[-1] == pytest.approx(math.sqrt(2) * STD, rel=0.2)  # from pure noise: an unrelated image
 
 
-# ------------------------------------------------------------------ denoising
+# ---------------------------------------------------------------------- denoising
 
 
 def test_one_step_gives_the_posterior_mean_of_a_noisy_image(gaussian_images):
@@ -73,12 +55,12 @@ def test_one_step_gives_the_posterior_mean_of_a_noisy_image(gaussian_images):
     noisy = gaussian_images + std * torch.randn(gaussian_images.shape, generator=torch.Generator().manual_seed(9))
     clean = 2 * denoise_image(gaussian_pipeline(), noisy, std, 1, seed=0, output_type="pt") - 1
     expected = MEAN + STD**2 / (STD**2 + std**2) * (noisy - MEAN)
-    # The timestep's own level lies up to 2 % above, which is topped up with noise.
+    # The noise level of the timestep is up to 2 % higher; the difference is added as noise.
     assert (clean - expected.clamp(-1, 1)).std() < 0.03
     assert (clean - gaussian_images).std() < 0.6 * std
 
 
-def test_a_denoised_sample_has_the_datas_variance_and_a_wrong_level_has_not(gaussian_images):
+def test_denoised_samples_have_the_datas_variance_at_the_right_level(gaussian_images):
     pipe, std = gaussian_pipeline(), 0.3
     noisy = gaussian_images + std * torch.randn(gaussian_images.shape, generator=torch.Generator().manual_seed(9))
     for level, factor in ((std, 1.0), (std / 3, None)):
@@ -89,11 +71,19 @@ def test_a_denoised_sample_has_the_datas_variance_and_a_wrong_level_has_not(gaus
             assert x.std() > 1.2 * STD
 
 
-# ------------------------------------------------------------------ inpainting
+def test_any_noise_can_be_removed_with_zero_terminal_snr(make_pipeline, scheduler_config, photos):
+    pipe = make_pipeline(DDPMSchedulerCustom(**scheduler_config, rescale_betas_zero_snr=True))
+    levels = pipe.scheduler.diffusion.sqrt_recipm1_alphas_cumprod
+    assert levels[-1].isinf()
+    noisy = 2 * levels[-2].item() * torch.randn_like(photos)
+    assert denoise_image(pipe, noisy, 2 * levels[-2].item(), 3, seed=0, output_type="np").min() >= 0  # false for NaN
+
+
+# ---------------------------------------------------------------------- inpainting
 
 
 @pytest.mark.parametrize("jumps", [(1, 1), (3, 2)])
-def test_inpainting_leaves_known_pixels_exactly_as_they_are_and_makes_the_others_anew(tiny_pipeline, photos, jumps):
+def test_inpainting_changes_only_the_masked_pixels(tiny_pipeline, photos, jumps):
     mask = torch.zeros(8, 8)
     mask[2:5, 3:] = 1
     result = inpaint(tiny_pipeline, photos, mask, 7, *jumps, seed=0, output_type="pt")
@@ -105,7 +95,7 @@ def test_inpainting_leaves_known_pixels_exactly_as_they_are_and_makes_the_others
 
 
 def test_inpainted_pixels_have_the_moments_of_the_data(gaussian_images):
-    """Pixels of Gaussian data are independent, so that what is known around them must not matter."""
+    """Pixels of this data are independent, so the known pixels must not influence the new ones."""
     mask = torch.zeros(64, 64)
     mask[:, 32:] = 1
     black = torch.full_like(gaussian_images, -1)
@@ -114,62 +104,25 @@ def test_inpainted_pixels_have_the_moments_of_the_data(gaussian_images):
     assert new.std().item() == pytest.approx(STD, rel=0.15)
 
 
-def test_nothing_masked_is_the_image_and_all_masked_is_a_sample_of_the_chain(tiny_pipeline, photos):
+def test_inpainting_with_an_empty_or_a_full_mask(tiny_pipeline, photos):
     result = inpaint(tiny_pipeline, photos, torch.zeros(8, 8), 3, 1, 1, seed=0, output_type="pt")
     assert torch.equal(result, to_unit(photos))
     other = inpaint(tiny_pipeline, -photos, torch.ones(8, 8), 3, 1, 1, seed=0, output_type="pt")
     assert torch.equal(other, inpaint(tiny_pipeline, photos, torch.ones(8, 8), 3, 1, 1, seed=0, output_type="pt"))
 
 
-def test_repaint_goes_through_each_stretch_as_often_as_asked():
+def test_repaint_levels_repeat_each_stretch_as_often_as_asked():
     assert list(repaint_levels(5, 1, 1)) == [4, 3, 2, 1, 0, -1]
     assert list(repaint_levels(4, 2, 2)) == [3, 2, 1, 0, 1, 2, 1, 0, -1]
     levels = list(repaint_levels(250, 10, 10))
     assert levels[0] == 249 and levels[-1] == -1
     assert all(abs(a - b) == 1 for a, b in zip(levels, levels[1:]))
-    # Each of the 24 turns is made 9 times, of 10 steps up and 10 down.
+    # Each of the 24 jumps is made 9 times, 10 steps up and 10 down.
     assert len(levels) == 251 + 24 * 9 * 20
 
 
-# ------------------------------------------------------------------ inversion
+# ---------------------------------------------------------------------- all functions, those of inversion included
 
-
-@pytest.mark.parametrize(("iterations", "bound"), [(1, 0.2), (5, 2e-3)])
-def test_inversion_then_sampling_returns_the_image(gaussian_images, iterations, bound):
-    """Bounds on the largest error of a pixel in [-1, 1] at 50 steps: the plain inversion, and one that is iterated."""
-    back = reconstruct(gaussian_pipeline(), gaussian_images, 50, iterations=iterations, output_type="pt")
-    assert (2 * back - 1 - gaussian_images).abs().max() < bound
-
-
-def test_an_image_of_the_data_is_encoded_as_noise(gaussian_images):
-    """The DDIM flow takes N(mean, std²) to N(0, 1); with the exact network and many steps x_T is nearly that."""
-    x_T = encode(gaussian_pipeline(), gaussian_images, 200)
-    assert x_T.mean().item() == pytest.approx(0, abs=0.05) and x_T.std().item() == pytest.approx(1, rel=0.1)
-
-
-def test_decoding_is_stocks_ddim_without_noise(make_pipeline, scheduler_config):
-    pipe = make_pipeline(DDIMScheduler(**scheduler_config, clip_sample=False, timestep_spacing="trailing"))
-    latents = torch.randn(2, 3, 8, 8)
-    expected = pipe(2, latents=latents, num_inference_steps=5, eta=0.0, output_type="pt").images
-    torch.testing.assert_close(decode(pipe, latents, 5, "pt"), expected, rtol=0, atol=2e-4)
-
-
-def test_between_seeds_the_ends_are_the_images_of_the_seeds_and_the_middle_is_neither(tiny_pipeline):
-    images = interpolate_seeds(tiny_pipeline, 3, 8, [0.0, 0.5, 1.0], 5, "pt")
-    for image, generator in ((images[0], seed_generators([3])[0]), (images[2], seed_generators([8])[0])):
-        alone = decode(tiny_pipeline, torch.randn(1, 3, 8, 8, generator=generator), 5, "pt")
-        torch.testing.assert_close(image, alone[0], rtol=0, atol=ROUNDING)
-    assert min((images[1] - images[k]).abs().mean() for k in (0, 2)) > 0.01
-
-
-def test_the_great_circle_keeps_the_length_of_noise():
-    x, y = (torch.randn(1, 3, 64, 64, generator=g) for g in image_generators(0, range(2)))
-    for weight in (0.25, 0.5, 0.75):
-        assert slerp(x, y, weight).std().item() == pytest.approx(1, abs=0.02)
-    assert torch.equal(slerp(x, x, 0.3), x) or torch.allclose(slerp(x, x, 0.3), x)
-
-
-# ------------------------------------------------------------------ all of them
 
 CALLS = {
     "image_to_image": lambda pipe, x, **options: image_to_image(pipe, x, 9, 3, seed=0, **options),
@@ -178,11 +131,13 @@ CALLS = {
     "inpaint": lambda pipe, x, **options: inpaint(pipe, x, torch.ones(8, 8), 3, 1, 1, seed=0, **options),
     "reconstruct": lambda pipe, x, **options: reconstruct(pipe, x, 3, **options),
 }
+
+
 each = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
 @each
-def test_the_chain_counts_not_the_scheduler_that_is_in_place(make_pipeline, photos, call):
+def test_results_do_not_depend_on_the_class_of_the_scheduler(make_pipeline, photos, call):
     pipe = make_pipeline()
     expected = call(pipe, photos, output_type="pt")
     pipe.scheduler = make_sampler("dpmsolver++", pipe.scheduler)
@@ -192,7 +147,7 @@ def test_the_chain_counts_not_the_scheduler_that_is_in_place(make_pipeline, phot
 
 
 @each
-def test_labels_reach_the_network_and_outputs_are_those_of_a_call(make_pipeline, photos, call):
+def test_labels_and_output_types_are_those_of_a_call(make_pipeline, photos, call):
     pipe = make_pipeline(num_class_embeds=4)
     one, other = (call(pipe, photos, output_type="np", class_labels=label) for label in (0, 2))
     assert one.shape == (2, 8, 8, 3) and abs(one - other).max() > 1e-4
@@ -212,7 +167,7 @@ def test_labels_reach_the_network_and_outputs_are_those_of_a_call(make_pipeline,
         (lambda x: x[:0], ValueError, r"\(0, 3, 8, 8\)"),
     ],
 )
-def test_images_that_do_not_fit_are_refused_before_the_first_step(tiny_pipeline, photos, call, change, kind, named):
+def test_wrong_images_are_refused_before_the_first_step(tiny_pipeline, photos, call, change, kind, named):
     tiny_pipeline.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
     with pytest.raises(kind, match=named):
         call(tiny_pipeline, change(photos))
@@ -239,12 +194,7 @@ def test_images_that_do_not_fit_are_refused_before_the_first_step(tiny_pipeline,
         (lambda p, x: decode(p, x[0]), "latents"),
     ],
 )
-def test_other_arguments_are_refused_by_name_before_the_first_step(tiny_pipeline, photos, call, named):
+def test_other_wrong_arguments_are_refused_by_name(tiny_pipeline, photos, call, named):
     tiny_pipeline.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
     with pytest.raises(ValueError, match=named):
         call(tiny_pipeline, photos)
-
-
-def test_zero_terminal_snr_can_be_inverted(make_pipeline, scheduler_config, photos):
-    pipe = make_pipeline(DDPMSchedulerCustom(**scheduler_config, rescale_betas_zero_snr=True))
-    assert encode(pipe, photos, 20).isfinite().all()

@@ -7,22 +7,22 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.pipelines.guidance import make_denoiser, mark_null_class, null_class_of
+from ddpm_hf.pipelines.guidance import Denoiser, mark_null_class, null_class_of
+from tests.pipelines.helpers import ROUNDING
 
-ROUNDING = 1e-5
 OPTIONS = {"num_inference_steps": 4, "output_type": "pt"}
 
 
 @pytest.fixture
 def conditional(make_pipeline) -> DDPMPipelineCustom:
-    """Three classes and a null class, the last."""
+    """A pipeline with three classes and a null class, the last label."""
     pipe = make_pipeline(num_class_embeds=4)
     torch.nn.init.normal_(pipe.unet.class_embedding.weight, std=3)
     mark_null_class(pipe.unet)
     return pipe
 
 
-def test_labels_make_the_images_and_one_for_all_is_the_same_as_one_each(conditional):
+def test_labels_change_images_and_one_label_applies_to_all(conditional):
     one = conditional(2, seed=0, class_labels=1, **OPTIONS).images
     assert torch.equal(one, conditional(2, seed=0, class_labels=[1, 1], **OPTIONS).images)
     assert torch.equal(one, conditional(2, seed=0, class_labels=torch.tensor([1, 1]), **OPTIONS).images)
@@ -31,7 +31,7 @@ def test_labels_make_the_images_and_one_for_all_is_the_same_as_one_each(conditio
     assert (mixed[1] - one[1]).abs().mean() > 1e-3
 
 
-def test_guidance_of_1_equals_none_and_of_0_is_the_null_class(conditional):
+def test_guidance_scale_1_is_none_and_0_is_the_null_class(conditional):
     plain = conditional(2, seed=0, class_labels=1, **OPTIONS).images
     assert torch.equal(conditional(2, seed=0, class_labels=1, guidance_scale=1, **OPTIONS).images, plain)
     null = conditional(2, seed=0, class_labels=3, **OPTIONS).images
@@ -42,37 +42,37 @@ def test_guidance_of_1_equals_none_and_of_0_is_the_null_class(conditional):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_guidance_is_that_of_two_calls_of_the_network_in_terms_of_the_noise(conditional, kind):
+def test_guidance_matches_equation_6_for_every_prediction_type(conditional, kind):
     """Ho and Salimans 2022, equation 6, whatever the network predicts."""
     diffusion = DDPMSchedulerCustom(beta_schedule="squaredcos_cap_v2", num_train_timesteps=20, prediction_type=kind)
     diffusion, x, t, w = diffusion.diffusion, torch.randn(2, 3, 8, 8), torch.tensor(7), 2.5
     with torch.no_grad():
         outputs = [conditional.unet(x, t, class_labels=torch.tensor(labels)).sample for labels in ([0, 2], [3, 3])]
-        guided = make_denoiser(conditional.unet, 2, "cpu", [0, 2], w)(x, t)
+        guided = Denoiser(conditional.unet, 2, "cpu", [0, 2], w)(x, t)
     label, null = (diffusion.predict_epsilon(output, x, 7) for output in outputs)
     torch.testing.assert_close(diffusion.predict_epsilon(guided, x, 7), null + w * (label - null), rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_takes_one_call_of_the_network_a_step_on_twice_the_batch(conditional):
+def test_guidance_calls_the_network_once_per_step_on_twice_the_batch(conditional):
     batches = []
     conditional.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     conditional(3, seed=0, class_labels=0, guidance_scale=2.0, **OPTIONS)
     assert batches == [6] * 4
 
 
-def test_a_learned_variance_is_that_of_the_label(make_pipeline, scheduler_config):
+def test_learned_variance_is_that_of_the_label(make_pipeline, scheduler_config):
     pipe = make_pipeline(
         DDPMSchedulerCustom(**scheduler_config, variance_type="learned_range"), num_class_embeds=4, out_channels=6
     )
     x, t = torch.randn(2, 3, 8, 8), torch.tensor(7)
     with torch.no_grad():
-        guided = make_denoiser(pipe.unet, 2, "cpu", 0, 5.0, null_class=3)(x, t)
-        plain = make_denoiser(pipe.unet, 2, "cpu", 0)(x, t)
+        guided = Denoiser(pipe.unet, 2, "cpu", 0, 5.0, null_class=3)(x, t)
+        plain = Denoiser(pipe.unet, 2, "cpu", 0)(x, t)
     torch.testing.assert_close(guided[:, 3:], plain[:, 3:], rtol=0, atol=ROUNDING)
     assert pipe(2, class_labels=0, guidance_scale=3.0, null_class=3, **OPTIONS).images.isfinite().all()
 
 
-def test_the_null_class_goes_along_through_files_and_stock_without_a_warning(conditional, tmp_path, diffusers_log):
+def test_null_class_survives_saving_and_diffusers_without_a_warning(conditional, tmp_path, diffusers_log):
     conditional.save_pretrained(tmp_path / "own")
     stock = DDPMPipeline.from_pretrained(tmp_path / "own")
     assert type(stock.unet) is UNet2DModel
@@ -87,7 +87,7 @@ def test_the_null_class_goes_along_through_files_and_stock_without_a_warning(con
     torch.testing.assert_close(loaded(**guided).images, conditional(**guided).images, rtol=0, atol=ROUNDING)
 
 
-def test_a_null_class_that_the_network_does_not_name_can_be_given(make_pipeline):
+def test_null_class_can_be_given_with_the_call(make_pipeline):
     pipe = make_pipeline(DDIMScheduler(num_train_timesteps=20, prediction_type="v_prediction"), num_class_embeds=4)
     given = pipe(seed=0, class_labels=1, guidance_scale=2.0, null_class=0, **OPTIONS).images
     mark_null_class(pipe.unet, 0)
@@ -109,7 +109,7 @@ def test_a_null_class_that_the_network_does_not_name_can_be_given(make_pipeline)
         ({"class_labels": 0, "guidance_scale": 2.0, "null_class": 4}, ValueError, r"null_class.*0\.\.3.*4"),
     ],
 )
-def test_labels_and_guidance_that_do_not_fit_are_refused_by_name(make_pipeline, given, kind, named):
+def test_wrong_labels_and_guidance_are_refused_by_name(make_pipeline, given, kind, named):
     pipe = make_pipeline(num_class_embeds=4)
     pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
     with pytest.raises(kind, match=named):
@@ -124,12 +124,12 @@ def test_labels_and_guidance_that_do_not_fit_are_refused_by_name(make_pipeline, 
         ({"null_class": 0}, "null_class"),
     ],
 )
-def test_an_unconditional_model_takes_neither_labels_nor_guidance(tiny_pipeline, given, named):
+def test_unconditional_model_takes_neither_labels_nor_guidance(tiny_pipeline, given, named):
     with pytest.raises(ValueError, match=named):
         tiny_pipeline(**given)
 
 
-def test_only_a_label_can_be_the_null_class(tiny_unet, make_unet):
+def test_null_class_must_be_a_label(tiny_unet, make_unet):
     for unet, label in (
         (tiny_unet, None),
         (make_unet(num_class_embeds=4), 4),
@@ -139,7 +139,7 @@ def test_only_a_label_can_be_the_null_class(tiny_unet, make_unet):
             mark_null_class(unet, label)
 
 
-def test_embedded_timesteps_can_be_labels(make_pipeline):
+def test_timestep_embeddings_can_be_labels(make_pipeline):
     pipe = make_pipeline(class_embed_type="timestep")
     assert isinstance(pipe.unet, UNet2DModelCustom)
     assert pipe(2, class_labels=[3, 700], **OPTIONS).images.shape == (2, 3, 8, 8)

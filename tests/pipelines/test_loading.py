@@ -1,62 +1,152 @@
-"""One set of weights in this package's class and in stock's, and saves that are whole or absent."""
+"""Folders and classes of this package and of diffusers: loading, saving, and conversion without copying weights."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
-import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.pipelines.loading import replace_save
+from ddpm_hf.files import staging_folder
+from ddpm_hf.pipelines.loading import move_saved
+from tests.pipelines.helpers import ROUNDING, SHORT, images, seeded, stock_unet
 
 
-def storages(unet) -> dict[str, int]:
-    return {name: parameter.untyped_storage().data_ptr() for name, parameter in unet.named_parameters()}
+@pytest.fixture
+def stock_pipeline(unet_config) -> DDPMPipeline:
+    return DDPMPipeline(UNet2DModel(**unet_config).eval(), DDPMScheduler(**SHORT))
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_class_embeds": 4}, {"time_embedding_type": "fourier"}])
-def test_both_ways_the_very_same_parameters_are_used(make_pipeline, changes, diffusers_log):
-    pipe = make_pipeline(**changes)
-    stock = pipe.to_diffusers()
-    back = DDPMPipelineCustom.from_diffusers(stock)
-    assert type(stock) is DDPMPipeline and type(stock.unet) is UNet2DModel and type(stock.scheduler) is DDPMScheduler
-    assert type(back.unet) is UNet2DModelCustom and type(back.scheduler) is DDPMSchedulerCustom
-    assert storages(stock.unet) == storages(pipe.unet) == storages(back.unet)
-    assert all(a is b for a, b in zip(pipe.unet.parameters(), back.unet.parameters(), strict=True))
-    assert not stock.unet.training and diffusers_log.messages == []
-    with torch.no_grad():
-        stock.unet.conv_in.weight += 1
-    assert torch.equal(pipe.unet.conv_in.weight, stock.unet.conv_in.weight)
-    assert back.unet.to_json_string() == pipe.unet.to_json_string()
+# ---------------------------------------------------------------------- loading
 
 
-def test_the_stock_pipeline_makes_the_same_images(tiny_pipeline):
-    stock = tiny_pipeline.to_diffusers()
-    stock.set_progress_bar_config(disable=True)
-    seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
-    mine = tiny_pipeline(2, seeded[0], 20, output_type="np").images
-    theirs = stock(2, seeded[1], 20, output_type="np").images
-    assert abs(mine - theirs).max() < 2e-3  # stock's tables are float32
+def write_flat(stock: DDPMPipeline, folder, kind: str) -> None:
+    """The layout of google/ddpm-*: everything in the root."""
+    stock.unet.save_pretrained(folder, safe_serialization=kind == "safetensors")
+    stock.scheduler.save_pretrained(folder)
+    stock.save_config(folder)
 
 
-def test_other_schedulers_are_handed_on_and_what_stock_cannot_do_is_refused(make_pipeline, scheduler_config):
-    ddim = DDIMScheduler(**scheduler_config)
-    assert make_pipeline(ddim).to_diffusers().scheduler is ddim
-    analytic = DDPMSchedulerCustom(**scheduler_config, variance_type="analytic", analytic_moments=[0.5] * 20)
-    with pytest.raises(NotImplementedError, match="analytic"):
-        make_pipeline(analytic).to_diffusers()
+@pytest.mark.parametrize("layout", ["nested", "nested bin", "flat safetensors", "flat bin"])
+def test_diffusers_repository_loads_as_this_packages_classes(stock_pipeline, tmp_path, diffusers_log, layout):
+    if layout.startswith("nested"):
+        stock_pipeline.save_pretrained(tmp_path, safe_serialization=not layout.endswith("bin"))
+    else:
+        write_flat(stock_pipeline, tmp_path, layout.split()[1])
+    assert bool(list(tmp_path.rglob("*.bin"))) == layout.endswith("bin")
+    diffusers_log.clear()
+    pipe = DDPMPipelineCustom.from_pretrained(str(tmp_path) if layout == "nested" else tmp_path)
+    assert diffusers_log.messages == []
+    assert type(pipe.unet) is UNet2DModelCustom and type(pipe.scheduler) is DDPMSchedulerCustom
+    assert not pipe.unet.training
+    for stock_part, part in ((stock_pipeline.unet, pipe.unet), (stock_pipeline.scheduler, pipe.scheduler)):
+        public = {k: v for k, v in stock_part.config.items() if not k.startswith("_")}
+        assert public.items() <= {k: tuple(v) if isinstance(v, list) else v for k, v in part.config.items()}.items()
+    stock_pipeline.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
+    # Stock's tables are float32, with relative errors of up to 1e-3 in the posterior.
+    expected = images(stock_pipeline, batch_size=2, generator=seeded(0), num_inference_steps=20)
+    torch.testing.assert_close(images(pipe, batch_size=2, generator=seeded(0)), expected, rtol=0, atol=2e-3)
 
 
-def test_from_pipe_goes_both_ways_through_the_twins(tiny_pipeline):
-    stock = DDPMPipeline.from_pipe(tiny_pipeline.to_diffusers())
-    assert storages(stock.unet) == storages(DDPMPipelineCustom.from_pipe(stock).unet) == storages(tiny_pipeline.unet)
+def test_other_schedulers_load_as_they_were_saved(make_pipeline, tmp_path):
+    make_pipeline(DDIMScheduler(**SHORT, clip_sample=False)).save_pretrained(tmp_path)
+    loaded = DDPMPipelineCustom.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is DDIMScheduler and loaded.scheduler.config.clip_sample is False
 
 
-# ------------------------------------------------------------------ saving
+def test_given_components_replace_the_saved_ones(make_pipeline, make_unet, tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    unet, scheduler = make_unet(), DDIMScheduler()
+    loaded = DDPMPipelineCustom.from_pretrained(tmp_path, unet=unet, scheduler=scheduler)
+    assert loaded.unet is unet and loaded.scheduler is scheduler
+    with pytest.raises(TypeError, match="torch_dtype"):
+        DDPMPipelineCustom.from_pretrained(tmp_path, unet=unet, torch_dtype=torch.bfloat16)
 
 
-def test_a_save_that_fails_leaves_the_old_one_and_no_rubbish(tiny_pipeline, make_pipeline, tmp_path, monkeypatch):
+def test_loading_options_reach_the_network(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path, variant="ema", max_shard_size="20KB")
+    assert len(list(tmp_path.glob("unet/*.ema-*.safetensors"))) > 2 or list(tmp_path.glob("unet/*ema*.safetensors"))
+    loaded = DDPMPipelineCustom.from_pretrained(tmp_path, variant="ema", torch_dtype=torch.bfloat16)
+    assert loaded.unet.dtype == torch.bfloat16
+    assert torch.equal(loaded.unet.conv_in.weight, tiny_pipeline.unet.conv_in.weight.bfloat16())
+
+
+def test_missing_folder_configuration_and_weights_are_named(tiny_pipeline, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        DDPMPipelineCustom.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError) as error:
+        DDPMPipelineCustom.from_pretrained("outputs/nowhere")  # could be a folder or a repository
+    assert any("outputs/nowhere" in note for note in [str(error.value), *error.value.__notes__])
+    with pytest.raises(FileNotFoundError, match="scheduler_config.json"):
+        DDPMPipelineCustom.from_pretrained(tmp_path)
+    tiny_pipeline.save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        DDPMPipelineCustom.from_pretrained(tmp_path)
+    (tmp_path / "unet" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="unet/config.json"):
+        DDPMPipelineCustom.from_pretrained(tmp_path)
+
+
+def test_unknown_scheduler_is_named(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "MyScheduler"}))
+    with pytest.raises(ValueError, match="MyScheduler"):
+        DDPMPipelineCustom.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("scheduler", [None, DDPMScheduler(**SHORT)], ids=["own", "stock"])
+@pytest.mark.parametrize("network", ["own", "stock"])
+def test_saved_files_are_safetensors_and_json_with_stock_names(make_pipeline, tmp_path, scheduler, network):
+    pipe = make_pipeline(scheduler)
+    if network == "stock":
+        pipe = DDPMPipelineCustom(stock_unet(pipe.unet), pipe.scheduler)
+    pipe.save_pretrained(tmp_path)
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert {name: value for name, value in index.items() if name != "_diffusers_version"} == {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    for path in tmp_path.rglob("*.json"):
+        assert "ddpm_hf" not in path.read_text() and "Custom" not in path.read_text()
+
+
+def test_second_save_is_whole_and_holds_no_local_path(make_pipeline, tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    loaded = DDPMPipelineCustom.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "a")
+    assert not any(str(tmp_path) in path.read_text() for path in tmp_path.rglob("*.json"))
+    weights = load_file(tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors")
+    again = DDPMPipelineCustom.from_pretrained(tmp_path / "a")
+    assert all(torch.equal(weights[key], value) for key, value in again.unet.state_dict().items())
+
+
+def test_weights_are_never_written_as_pickle(tiny_pipeline, tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization"):
+        tiny_pipeline.save_pretrained(tmp_path / "model", safe_serialization=False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_failed_save_keeps_the_old_one_and_leaves_no_files(tiny_pipeline, make_pipeline, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     tiny_pipeline.save_pretrained(folder)
     before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
@@ -72,7 +162,7 @@ def test_a_save_that_fails_leaves_the_old_one_and_no_rubbish(tiny_pipeline, make
     assert os.listdir(tmp_path) == ["model"]
 
 
-def test_a_save_beside_other_files_and_another_variant_leaves_them(tiny_pipeline, tmp_path):
+def test_save_keeps_other_files_and_other_variants(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "unet" / "notes.txt").write_text("mine")
@@ -90,29 +180,145 @@ def test_a_save_beside_other_files_and_another_variant_leaves_them(tiny_pipeline
         DDPMPipelineCustom.from_pretrained(tmp_path, variant=variant)
 
 
-def test_a_new_folder_appears_in_one_step(tmp_path):
-    (tmp_path / "beside").mkdir()
-    (tmp_path / "beside" / "file").write_text("x")
-    replace_save(tmp_path / "beside", tmp_path / "deep" / "model", None)
-    assert os.listdir(tmp_path / "deep" / "model") == ["file"] and not (tmp_path / "beside").exists()
+def test_new_folder_appears_in_one_step(tmp_path):
+    with staging_folder(tmp_path / "deep" / "model") as staged:
+        (staged / "file").write_text("x")
+        move_saved(staged, tmp_path / "deep" / "model", None)
+    assert os.listdir(tmp_path / "deep" / "model") == ["file"] and os.listdir(tmp_path / "deep") == ["model"]
 
 
-# ------------------------------------------------------------------ the model's T
+def test_saving_to_the_current_folder_works(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline.save_pretrained(".")
+    assert sorted(os.listdir()) == ["model_index.json", "scheduler", "unet"]
+    DDPMPipelineCustom.from_pretrained(".")
 
 
-def test_a_scheduler_trained_on_another_T_is_refused_before_the_first_step(tiny_pipeline, make_unet, tmp_path):
-    tiny_pipeline.save_pretrained(tmp_path)
-    swapped = DDPMPipelineCustom.from_pretrained(tmp_path)
-    swapped.scheduler = DDIMScheduler()
-    loaded = DDPMPipelineCustom.from_pretrained(tmp_path, scheduler=DDIMScheduler())
-    told = DDPMPipelineCustom(make_unet(time_embedding_type="learned", num_train_timesteps=20), DDIMScheduler())
-    for pipe in (swapped, loaded, told):
-        pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
-        with pytest.raises(ValueError, match="DDIMScheduler.*num_train_timesteps=1000.*trained on 20"):
-            pipe(num_inference_steps=5)
+@pytest.mark.parametrize("exists", [True, False])
+def test_saving_to_a_link_writes_to_the_folder_it_points_to(tiny_pipeline, tmp_path, monkeypatch, exists):
+    """The target may lie on another disk, so files are staged there and never renamed from elsewhere."""
+    target = tmp_path / "disk" / "model"
+    (target if exists else target.parent).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(target)
+    replace, sources = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda a, b: (sources.append(Path(a)), replace(a, b)))
+    for _ in range(2):  # the second save replaces the first
+        tiny_pipeline.save_pretrained(tmp_path / "link")
+    assert sources and all(target.parent in source.parents for source in sources)
+    assert (tmp_path / "link").is_symlink() and os.listdir(target.parent) == ["model"]
+    assert sorted(os.listdir(target)) == ["model_index.json", "scheduler", "unet"]
+    DDPMPipelineCustom.from_pretrained(tmp_path / "link")
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
-def test_a_scheduler_made_from_the_models_own_has_its_T(tiny_pipeline, name):
-    tiny_pipeline.scheduler = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config)
-    assert tiny_pipeline(num_inference_steps=5, output_type="np").images.shape == (1, 8, 8, 3)
+# ---------------------------------------------------------------------- diffusers without this package
+
+
+STOCK_ALONE = """
+import importlib.abc, json, logging, sys, warnings
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ddpm_hf":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+import numpy, torch, diffusers
+
+records = []
+handler = logging.Handler(logging.WARNING)
+handler.emit = lambda record: records.append(record.getMessage())
+for name in ("", "diffusers"):
+    logging.getLogger(name).addHandler(handler)
+folder, seed, steps, batch, out = sys.argv[1:]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    pipe = diffusers.DDPMPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(int(seed))
+    images = pipe(int(batch), generator, int(steps), output_type="np").images
+numpy.save(out, images)
+print(json.dumps({
+    "log": records,
+    "warnings": [str(w.message) for w in caught],
+    "classes": [type(part).__module__ for part in (pipe, pipe.unet, pipe.scheduler)],
+    "blocked": "ddpm_hf" not in sys.modules,
+}))
+"""
+
+
+def test_saved_pipeline_gives_the_same_images_in_diffusers_alone(make_pipeline, tmp_path):
+    pipe = make_pipeline(num_class_embeds=None, dropout=0.1)
+    pipe.save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), "11", "20", "3", str(tmp_path / "images.npy")]
+    ran = subprocess.run(
+        [sys.executable, "-I", "-c", STOCK_ALONE, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert report["blocked"] and report["log"] == [] and report["warnings"] == []
+    assert all(module.startswith("diffusers.") for module in report["classes"])
+    mine = images(pipe, batch_size=3, generator=seeded(11)).permute(0, 2, 3, 1).numpy()
+    # Limited by stock's float32 tables; other noise would give differences above 0.1.
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), mine, rtol=0, atol=2e-3)
+
+
+# ---------------------------------------------------------------------- conversion
+
+
+def storages(unet) -> dict[str, int]:
+    return {name: parameter.untyped_storage().data_ptr() for name, parameter in unet.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_class_embeds": 4}, {"time_embedding_type": "fourier"}])
+def test_conversion_keeps_the_same_parameter_objects(make_pipeline, changes, diffusers_log):
+    pipe = make_pipeline(**changes)
+    stock = pipe.to_diffusers()
+    back = DDPMPipelineCustom.from_diffusers(stock)
+    assert type(stock) is DDPMPipeline and type(stock.unet) is UNet2DModel and type(stock.scheduler) is DDPMScheduler
+    assert type(back.unet) is UNet2DModelCustom and type(back.scheduler) is DDPMSchedulerCustom
+    assert storages(stock.unet) == storages(pipe.unet) == storages(back.unet)
+    assert all(a is b for a, b in zip(pipe.unet.parameters(), back.unet.parameters(), strict=True))
+    assert not stock.unet.training and diffusers_log.messages == []
+    with torch.no_grad():
+        stock.unet.conv_in.weight += 1
+    assert torch.equal(pipe.unet.conv_in.weight, stock.unet.conv_in.weight)
+    assert back.unet.to_json_string() == pipe.unet.to_json_string()
+
+
+def test_converted_pipeline_makes_the_same_images(tiny_pipeline):
+    stock = tiny_pipeline.to_diffusers()
+    stock.set_progress_bar_config(disable=True)
+    seeded = [torch.Generator().manual_seed(3) for _ in range(2)]
+    mine = tiny_pipeline(2, seeded[0], 20, output_type="np").images
+    theirs = stock(2, seeded[1], 20, output_type="np").images
+    assert abs(mine - theirs).max() < 2e-3  # stock's tables are float32
+
+
+def test_conversion_keeps_other_schedulers_and_refuses_analytic_variance(make_pipeline, scheduler_config):
+    ddim = DDIMScheduler(**scheduler_config)
+    assert make_pipeline(ddim).to_diffusers().scheduler is ddim
+    analytic = DDPMSchedulerCustom(**scheduler_config, variance_type="analytic", analytic_moments=[0.5] * 20)
+    with pytest.raises(NotImplementedError, match="analytic"):
+        make_pipeline(analytic).to_diffusers()
+
+
+def test_from_pipe_accepts_converted_pipelines(tiny_pipeline):
+    stock = DDPMPipeline.from_pipe(tiny_pipeline.to_diffusers())
+    assert storages(stock.unet) == storages(DDPMPipelineCustom.from_pipe(stock).unet) == storages(tiny_pipeline.unet)
+
+
+def test_from_pipe_takes_the_components_of_a_diffusers_pipeline(stock_pipeline, diffusers_log):
+    mine = DDPMPipelineCustom.from_pipe(stock_pipeline)
+    assert mine.unet is stock_pipeline.unet and mine.scheduler is stock_pipeline.scheduler
+    assert not any("not switched over" in message for message in diffusers_log.messages)
+    mine.set_progress_bar_config(disable=True)
+    assert images(mine, num_inference_steps=2).shape == (1, 3, 8, 8)
+
+
+def test_diffusers_from_pipe_takes_this_packages_components(tiny_pipeline):
+    # Without `unet=`, stock accepts only components of exactly its own class.
+    stock = DDPMPipeline.from_pipe(tiny_pipeline, unet=tiny_pipeline.unet)
+    assert stock.unet is tiny_pipeline.unet and stock.scheduler is tiny_pipeline.scheduler
+    stock.set_progress_bar_config(disable=True)
+    mine, theirs = (images(p, generator=seeded(0), num_inference_steps=20) for p in (tiny_pipeline, stock))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=ROUNDING)

@@ -1,0 +1,52 @@
+"""Shared by the tests of the pipelines: schedulers of 20 timesteps, seeded generators, images within their range."""
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
+from tests.conftest import TINY_SCHEDULER
+
+# Tolerance for images in [0, 1] that differ only in the order of float32 sums.
+ROUNDING = 1e-5
+SHORT = TINY_SCHEDULER
+SCHEDULERS = {
+    "DDPM of this package": DDPMSchedulerCustom(**SHORT),
+    "DDPM": DDPMScheduler(**SHORT),
+    "DDIM": DDIMScheduler(**SHORT),
+    "DPM-Solver++ 2M": diffusers.DPMSolverMultistepScheduler(**SHORT),
+    "DPM-Solver++ 2M SDE": diffusers.DPMSolverMultistepScheduler(**SHORT, algorithm_type="sde-dpmsolver++"),
+    "DPM-Solver++ single step": diffusers.DPMSolverSinglestepScheduler(**SHORT),
+    "UniPC": diffusers.UniPCMultistepScheduler(**SHORT),
+    "Euler": diffusers.EulerDiscreteScheduler(**SHORT),
+    "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler(**SHORT),
+    "Heun": diffusers.HeunDiscreteScheduler(**SHORT),
+    "PNDM": diffusers.PNDMScheduler(**SHORT),
+    "LMS": diffusers.LMSDiscreteScheduler(**SHORT),
+    "DEIS": diffusers.DEISMultistepScheduler(**SHORT),
+    "KDPM2": diffusers.KDPM2DiscreteScheduler(**SHORT),
+}
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(pipe, **kwargs) -> torch.Tensor:
+    """Images of a call, in [0, 1]; fails if nearly all values are clamped, which would hide differences."""
+    result = pipe(**{"output_type": "pt", **kwargs}).images
+    inside = ((result > 0) & (result < 1)).float().mean()
+    assert inside > 0.05
+    return result
+
+
+def to_unit(x: torch.Tensor) -> torch.Tensor:
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def stock_unet(unet: UNet2DModelCustom) -> UNet2DModel:
+    """A UNet2DModel with the same configuration and weights."""
+    config = {k: v for k, v in unet.config.items() if not k.startswith("_") and k != "zero_init_output"}
+    stock = UNet2DModel(**config).eval()
+    stock.load_state_dict(unet.state_dict())
+    return stock
