@@ -214,8 +214,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         self._chain = chain
         self.timesteps = timesteps.to(device)
         # Here rather than in the first step: no copy from the host, nor in a compiled graph a second compilation.
-        self._chain.cache_tables(self.timesteps.device)
-        self.diffusion.cache_tables(self.timesteps.device)
+        self._chain.lookup.cache_tables(self.timesteps.device)
+        self.diffusion.lookup.cache_tables(self.timesteps.device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """The timestep that `step` goes to from `timestep`; −1 stands for the image."""
