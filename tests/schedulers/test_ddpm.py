@@ -121,7 +121,7 @@ def scheduler_for(variance_type, betas, **arguments):
 @pytest.mark.parametrize("variance_type", [*FIXED, *LEARNED, "analytic"])
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 10, 61])
-def test_few_steps_give_what_the_chain_gives_in_closed_form(steps, spacing, variance_type):
+def test_few_steps_give_the_closed_form_mean_and_variance(steps, spacing, variance_type):
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64).tolist()
     scheduler = scheduler_for(variance_type, betas, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
@@ -132,7 +132,7 @@ def test_few_steps_give_what_the_chain_gives_in_closed_form(steps, spacing, vari
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
-def test_custom_timesteps_give_what_the_chain_gives_in_closed_form(variance_type, prediction_type):
+def test_custom_timesteps_give_the_closed_form_mean_and_variance(variance_type, prediction_type):
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64).tolist()
     scheduler = scheduler_for(variance_type, betas, prediction_type=prediction_type)
     scheduler.set_timesteps(timesteps=[999, 850, 500, 240, 30, 7])
@@ -142,7 +142,7 @@ def test_custom_timesteps_give_what_the_chain_gives_in_closed_form(variance_type
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
-def test_all_steps_give_the_data_s_mean_and_variance(variance_type, beta_schedule):
+def test_all_steps_give_the_mean_and_variance_of_the_data(variance_type, beta_schedule):
     betas = make_betas(beta_schedule, T).tolist()
     scheduler = scheduler_for(variance_type, betas, beta_schedule=beta_schedule)
     x = sample(scheduler, 20_000)
@@ -153,7 +153,7 @@ def test_all_steps_give_the_data_s_mean_and_variance(variance_type, beta_schedul
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20])
-def test_analytic_variance_is_nearest_to_the_data_at_few_steps(steps):
+def test_analytic_variance_is_closest_to_the_data_at_few_steps(steps):
     """Of Gaussian data every marginal of the analytic chain is the forward one; only its noiseless end loses spread."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64).tolist()
     timesteps = spaced_timesteps(T, steps, "trailing").tolist()
@@ -195,7 +195,7 @@ def test_all_steps_of_a_mixture_give_its_modes_mean_and_variance():
         assert of_mode.std().item() == pytest.approx(spread, abs=0.01)
 
 
-def test_zero_terminal_snr_samples_the_right_mean_from_its_first_step():
+def test_zero_terminal_snr_samples_the_mean_in_its_first_step():
     """ᾱ_T = 0: the first step sees pure noise, and v-prediction of a perfect network gives E[x_0] there."""
     scheduler = DDPMSchedulerCustom(
         clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
@@ -207,7 +207,7 @@ def test_zero_terminal_snr_samples_the_right_mean_from_its_first_step():
     assert x.mean().item() == pytest.approx(MEAN, abs=0.01) and x.std().item() == pytest.approx(0.2, abs=0.03)
 
 
-def test_moments_estimated_from_a_model_sample_as_the_closed_form():
+def test_estimated_moments_sample_the_closed_form_variance():
     """Γ_t from a perfect network and 200 images: the variance of ten steps' samples is the analytic one's."""
     T = 50
     start, end = scale_betas_for_timesteps(T)
@@ -230,7 +230,7 @@ def test_moments_estimated_from_a_model_sample_as_the_closed_form():
 
 # ---------------------------------------------------------------------- diffusers as oracle
 
-# What stock gets wrong is in test_peer_defects_scheduler.py: fixed_large_log, last steps above t = 0, trailing lengths.
+# Not compared, because stock is wrong (test_peer_defects.py): fixed_large_log, last steps above t = 0, trailing lengths.
 STOCK_RIGHT_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range")
 CLIPPING = {
     "none": {"clip_sample": False},
@@ -250,7 +250,7 @@ def with_exact_tables(stock: DDPMScheduler, ours: DDPMSchedulerCustom) -> DDPMSc
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance_type", STOCK_RIGHT_VARIANCES)
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
-def test_step_is_that_of_diffusers(beta_schedule, variance_type, prediction_type, spacing, clipping):
+def test_step_equals_that_of_diffusers(beta_schedule, variance_type, prediction_type, spacing, clipping):
     arguments = {
         "beta_schedule": beta_schedule,
         "variance_type": variance_type,
@@ -284,7 +284,7 @@ def test_step_is_that_of_diffusers(beta_schedule, variance_type, prediction_type
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
-def test_add_noise_and_get_velocity_are_those_of_diffusers(beta_schedule):
+def test_add_noise_and_get_velocity_equal_those_of_diffusers(beta_schedule):
     ours, stock = DDPMSchedulerCustom(beta_schedule=beta_schedule), DDPMScheduler(beta_schedule=beta_schedule)
     x, z = randn(8, 3, 4, 4), randn(8, 3, 4, 4, seed=1)
     t = torch.tensor([0, 1, 9, 100, 400, 700, 998, 999])
@@ -297,13 +297,13 @@ def test_add_noise_and_get_velocity_are_those_of_diffusers(beta_schedule):
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 1, 5, 7), (3, 4, 1, 1)])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.995, 1.0])
-def test_dynamic_thresholding_is_that_of_diffusers(shape, ratio):
+def test_dynamic_thresholding_equals_that_of_diffusers(shape, ratio):
     x = 2 * randn(*shape)
     stock = DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=2.5)
     torch.testing.assert_close(dynamic_threshold(x, ratio, 2.5), stock._threshold_sample(x))
 
 
-def test_dynamic_thresholding_takes_images_of_any_size():
+def test_dynamic_thresholding_accepts_images_of_any_size():
     scheduler = DDPMSchedulerCustom(thresholding=True, sample_max_value=10.0, prediction_type="sample")
     x = 2 * randn(1, 3, 2400, 2400)  # 17 million numbers; torch.quantile stops at 16 million
     x_0 = scheduler.step(x, 500, x, generator=seeded()).pred_original_sample
@@ -350,7 +350,7 @@ def test_arguments_and_defaults_are_those_of_diffusers():
         assert [(p.name, p.default) for p in mine[: len(theirs)]] == [(p.name, p.default) for p in theirs]
 
 
-def test_arguments_given_by_position_are_kept_by_from_config():
+def test_from_config_keeps_arguments_given_by_position():
     ours = DDPMSchedulerCustom(300, 3e-4, 0.05, "scaled_linear")
     for cls in (DDPMSchedulerCustom, DDPMScheduler, DDIMScheduler):
         other = cls.from_config(ours.config)
@@ -400,7 +400,7 @@ def test_from_config_to_every_sampler_and_back(other, diffusers_log):
 
 @pytest.mark.parametrize("other", [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler])
 @pytest.mark.parametrize("beta_schedule", ["quadratic", "sigmoid", "warmup50"])
-def test_other_samplers_run_on_schedules_that_diffusers_lacks(beta_schedule, other):
+def test_other_samplers_run_on_schedules_unknown_to_diffusers(beta_schedule, other):
     ours = DDPMSchedulerCustom(beta_schedule=beta_schedule, clip_sample=False)
     theirs = other.from_config(ours.config)
     torch.testing.assert_close(theirs.betas, make_betas(beta_schedule).float())
@@ -416,7 +416,7 @@ OWN_SCHEDULES = sorted(set(BETA_SCHEDULES) - {"linear", "scaled_linear", "square
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("beta_schedule", [*OWN_SCHEDULES, "linear"])
-def test_a_saved_schedule_gives_the_same_images_in_stock(beta_schedule, zero_snr, tmp_path, diffusers_log):
+def test_saved_schedule_gives_the_same_images_in_stock(beta_schedule, zero_snr, tmp_path, diffusers_log):
     arguments = {"beta_schedule": beta_schedule, "rescale_betas_zero_snr": zero_snr}
     ours = DDPMSchedulerCustom(100, 1e-3, 0.2, prediction_type="v_prediction", **arguments)
     ours.save_pretrained(tmp_path)
@@ -450,7 +450,7 @@ def test_trained_betas_of_any_form_are_saved(form, tmp_path):
     torch.testing.assert_close(DDPMScheduler.from_pretrained(tmp_path).betas, values.float())
 
 
-def test_a_scaled_range_is_an_ordinary_configuration(tmp_path):
+def test_scaled_range_is_saved_as_an_ordinary_configuration(tmp_path):
     start, end = scale_betas_for_timesteps(100)
     DDPMSchedulerCustom(100, start, end).save_pretrained(tmp_path)
     torch.testing.assert_close(
@@ -496,7 +496,7 @@ def test_analytic_variance_is_refused_by_stock(kind, other, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ANALYTIC)
-def test_an_analytic_scheduler_converts_to_one_that_stock_takes(kind, diffusers_log):
+def test_analytic_scheduler_converts_to_one_for_stock(kind, diffusers_log):
     ours = analytic_scheduler(kind)
     plain = DDPMSchedulerCustom.from_config(ours.config, variance_type="fixed_small", analytic_moments=None)
     assert torch.equal(plain.diffusion.betas, ours.diffusion.betas)
@@ -514,7 +514,7 @@ def test_an_analytic_scheduler_converts_to_one_that_stock_takes(kind, diffusers_
 
 
 @pytest.mark.parametrize("variance_type", [*FIXED, *LEARNED])
-def test_per_sample_timesteps_step_each_sample_on_its_own(variance_type):
+def test_per_sample_timesteps_step_each_sample_independently(variance_type):
     scheduler = DDPMSchedulerCustom(variance_type=variance_type)
     scheduler.set_timesteps(50)
     t = torch.tensor([980, 500, 20, 0, 777])
@@ -527,7 +527,7 @@ def test_per_sample_timesteps_step_each_sample_on_its_own(variance_type):
             torch.testing.assert_close(a[[i]], b, rtol=1e-5, atol=1e-6)
 
 
-def test_an_int_a_0d_tensor_and_one_per_sample_give_the_same_step():
+def test_step_is_the_same_for_every_form_of_a_timestep():
     scheduler = DDPMSchedulerCustom()
     scheduler.set_timesteps(10)
     x, output = randn(3, 3, 4, 4), randn(3, 3, 4, 4, seed=1)
@@ -536,7 +536,7 @@ def test_an_int_a_0d_tensor_and_one_per_sample_give_the_same_step():
         torch.testing.assert_close(scheduler.step(output, t, x, generator=seeded(4)).prev_sample, expected)
 
 
-def test_a_generator_of_each_sample_makes_it_independent_of_the_batch():
+def test_generator_per_sample_makes_it_independent_of_the_batch():
     scheduler = DDPMSchedulerCustom()
     x, output = randn(3, 3, 4, 4), randn(3, 3, 4, 4, seed=1)
     together = scheduler.step(output, 500, x, generator=[seeded(i) for i in range(3)]).prev_sample
@@ -546,7 +546,7 @@ def test_a_generator_of_each_sample_makes_it_independent_of_the_batch():
         torch.testing.assert_close(alone, scheduler.step(output[[i]], 500, x[[i]], generator=seeded(i)).prev_sample)
 
 
-def test_noise_given_is_the_noise_used():
+def test_variance_noise_replaces_the_generator():
     scheduler = DDPMSchedulerCustom()
     x, output = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
     drawn = torch.randn(x.shape, generator=seeded(9))
@@ -556,7 +556,7 @@ def test_noise_given_is_the_noise_used():
 
 @pytest.mark.parametrize("variance_type", [*FIXED, *LEARNED])
 @pytest.mark.parametrize("chain", [{"num_inference_steps": 7}, {"timesteps": [900, 333]}, {"timesteps": [12]}, None])
-def test_the_last_step_adds_no_noise_and_draws_none(chain, variance_type):
+def test_last_step_adds_no_noise_and_draws_none(chain, variance_type):
     scheduler = DDPMSchedulerCustom(variance_type=variance_type, timestep_spacing="trailing")
     if chain is not None:
         scheduler.set_timesteps(**chain)
@@ -568,7 +568,7 @@ def test_the_last_step_adds_no_noise_and_draws_none(chain, variance_type):
     torch.testing.assert_close(result.prev_sample, result.pred_original_sample, rtol=1e-6, atol=1e-6)
 
 
-def test_sampling_leaves_training_use_as_it_was():
+def test_set_timesteps_does_not_change_training_methods():
     fresh, used = DDPMSchedulerCustom(), DDPMSchedulerCustom()
     used.set_timesteps(timesteps=[999, 600, 200])
     x, z, t = randn(4, 3, 4, 4), randn(4, 3, 4, 4, seed=1), torch.tensor([0, 200, 601, 999])
@@ -601,7 +601,7 @@ def test_half_precision_samples_are_computed_in_float32():
         assert half.dtype == torch.bfloat16 and torch.equal(half, single.bfloat16())
 
 
-def test_step_as_a_tuple():
+def test_step_returns_a_tuple_on_request():
     scheduler = DDPMSchedulerCustom()
     x = randn(2, 3, 4, 4)
     result = scheduler.step(x, 3, x, generator=seeded())
@@ -637,7 +637,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 @pytest.mark.parametrize("clipping", CLIPPING)
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", *LEARNED])
 @pytest.mark.parametrize("form", ["int", "host number", "device number", "device batch"])
-def test_a_step_on_a_device_copies_nothing_and_reads_nothing_back(form, variance_type, clipping):
+def test_step_on_a_device_copies_nothing_from_or_to_the_host(form, variance_type, clipping):
     """On the meta device, whose tensors have no values: whatever reads one raises; copies from the host are seen."""
     scheduler = DDPMSchedulerCustom(variance_type=variance_type, **CLIPPING[clipping])
     scheduler.set_timesteps(50, device="meta")
@@ -658,7 +658,7 @@ def test_a_step_on_a_device_copies_nothing_and_reads_nothing_back(form, variance
     assert [s for s in copies.seen if form != "host number" or "local_scalar" not in s] == []
 
 
-def test_timesteps_of_each_sample_given_on_the_host_are_copied_once():
+def test_per_sample_timesteps_on_the_host_are_copied_once():
     scheduler = DDPMSchedulerCustom(variance_type="learned_range")
     scheduler.set_timesteps(50, device="meta")
     x, output = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(4, 6, 8, 8, device="meta")
@@ -676,18 +676,25 @@ FORMS = {
     "0-d": lambda t, B: torch.tensor(t),
     "per sample": lambda t, B: torch.arange(t, t - B, -1).clamp(min=0),
 }
+
+
+def compiled_step(dynamic=None, **arguments):
+    """A scheduler, its compiled `step`, and a counter of the graphs compiled."""
+    torch._dynamo.reset()
+    scheduler, graphs = DDPMSchedulerCustom(**arguments), CompileCounter()
+    return scheduler, torch.compile(scheduler.step, fullgraph=True, backend=graphs, dynamic=dynamic), graphs
+
+
 COMPILED_VARIANCES = ("fixed_small", "fixed_large_log", "learned", "learned_range")
 
 
 @pytest.mark.parametrize(("variance_type", "clipping"), zip(COMPILED_VARIANCES, ["clip", "none", "clip", "dynamic"]))
 @pytest.mark.parametrize("form", FORMS)
 def test_compiled_step_is_one_graph_for_every_t(form, variance_type, clipping):
-    torch._dynamo.reset()
-    scheduler = DDPMSchedulerCustom(variance_type=variance_type, **CLIPPING[clipping])
+    # Without dynamic=True the first int is compiled as a constant, and the second t compiles the graph of all others.
+    dynamic = True if form == "int" else None
+    scheduler, compiled, graphs = compiled_step(dynamic, variance_type=variance_type, **CLIPPING[clipping])
     scheduler.set_timesteps(40)
-    graphs = CompileCounter()
-    # Without dynamic=True the first int is taken for a constant, and the second t makes the graph of all others.
-    compiled = torch.compile(scheduler.step, fullgraph=True, backend=graphs, dynamic=True if form == "int" else None)
     x, noise = randn(4, 3, 6, 6), randn(4, 3, 6, 6, seed=1)
     output = torch.rand(4, 6 if variance_type in LEARNED else 3, 6, 6, generator=seeded(2))
     for t in (975, 950, 500, 25, 2, 1, 0, 3, 999):
@@ -699,22 +706,16 @@ def test_compiled_step_is_one_graph_for_every_t(form, variance_type, clipping):
     assert graphs.frame_count == 1
 
 
-def test_a_compiled_int_timestep_is_generalized_once():
-    torch._dynamo.reset()
-    scheduler = DDPMSchedulerCustom()
-    graphs = CompileCounter()
-    compiled = torch.compile(scheduler.step, fullgraph=True, backend=graphs)
+def test_compiled_int_timestep_is_generalized_once():
+    _, compiled, graphs = compiled_step()
     x = randn(2, 3, 4, 4)
     for t in range(999, -1, -37):
         compiled(x, t, x)
     assert graphs.frame_count == 2
 
 
-def test_choosing_another_chain_does_not_compile_again():
-    torch._dynamo.reset()
-    scheduler = DDPMSchedulerCustom()
-    graphs = CompileCounter()
-    compiled = torch.compile(scheduler.step, fullgraph=True, backend=graphs)
+def test_compiled_step_is_kept_when_another_chain_is_chosen():
+    scheduler, compiled, graphs = compiled_step()
     x, noise = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
     for steps in (50, 20, 1000):
         scheduler.set_timesteps(steps)
@@ -728,7 +729,7 @@ def test_choosing_another_chain_does_not_compile_again():
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler for inductor"
 )
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_compiled_to_machine_code_gives_the_same_numbers(form):
+def test_step_compiled_by_inductor_gives_the_same_numbers(form):
     torch._dynamo.reset()
     scheduler = DDPMSchedulerCustom(variance_type="learned_range")
     scheduler.set_timesteps(25)
@@ -742,7 +743,7 @@ def test_a_step_compiled_to_machine_code_gives_the_same_numbers(form):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiled_step_draws_its_own_noise():
+def test_compiled_step_draws_its_own_noise():
     torch._dynamo.reset()
     scheduler = DDPMSchedulerCustom()
     compiled = torch.compile(scheduler.step, fullgraph=True, backend="aot_eager")
@@ -759,7 +760,7 @@ def noise_warnings(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name.startswith("ddpm_hf") and r.levelno == logging.WARNING]
 
 
-def test_a_chain_that_does_not_end_in_noise_is_warned_of(caplog):
+def test_warning_for_a_chain_that_does_not_end_in_noise(caplog):
     DDPMSchedulerCustom(num_train_timesteps=100)
     (message,) = noise_warnings(caplog)
     assert "60 %" in message and "scale_betas_for_timesteps" in message and "squaredcos_cap_v2" in message
@@ -776,14 +777,14 @@ def test_a_chain_that_does_not_end_in_noise_is_warned_of(caplog):
         dict(zip(("beta_start", "beta_end"), scale_betas_for_timesteps(100)), num_train_timesteps=100),
     ],
 )
-def test_chains_that_end_in_noise_are_not(arguments, caplog):
+def test_no_warning_for_chains_that_end_in_noise(arguments, caplog):
     scheduler = DDPMSchedulerCustom(**arguments)
     for steps in (scheduler.config.num_train_timesteps, 50):
         scheduler.set_timesteps(steps)
     assert not noise_warnings(caplog)
 
 
-def test_steps_that_start_below_the_noise_are_warned_of(caplog):
+def test_warning_for_steps_that_do_not_start_at_noise(caplog):
     scheduler = DDPMSchedulerCustom()
     scheduler.set_timesteps(600)
     (message,) = noise_warnings(caplog)
@@ -840,7 +841,7 @@ def test_bad_arguments_are_named(arguments, error, names):
         ({"timesteps": "ab"}, ValueError),
     ],
 )
-def test_bad_chains_are_refused_and_leave_the_old_one(arguments, error):
+def test_bad_timesteps_are_refused_and_keep_the_previous_chain(arguments, error):
     scheduler = DDPMSchedulerCustom()
     scheduler.set_timesteps(10)
     before = scheduler.timesteps.clone()
@@ -849,7 +850,7 @@ def test_bad_chains_are_refused_and_leave_the_old_one(arguments, error):
     assert torch.equal(scheduler.timesteps, before) and scheduler.num_inference_steps == 10
 
 
-def test_an_offset_beyond_the_chain_is_refused():
+def test_offset_beyond_the_chain_is_refused():
     scheduler = DDPMSchedulerCustom(steps_offset=1)
     scheduler.set_timesteps(50)
     assert scheduler.timesteps[0] == 981
@@ -888,7 +889,7 @@ def test_bad_steps_are_refused(changes, error, names):
 
 
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
-def test_bad_noising_is_refused(method):
+def test_bad_arguments_of_add_noise_and_get_velocity_are_refused(method):
     call = getattr(DDPMSchedulerCustom(), method)
     x = torch.zeros(2, 3, 4, 4)
     for t, error in ((-1, ValueError), (torch.tensor([5, 1000]), ValueError), (torch.tensor([0.5, 1]), TypeError)):
@@ -899,14 +900,14 @@ def test_bad_noising_is_refused(method):
 
 
 @pytest.mark.parametrize(("variance_type", "shape"), itertools.product(LEARNED, [(2, 3, 4, 4), (2, 9, 4, 4)]))
-def test_a_learned_variance_needs_twice_the_channels(variance_type, shape):
+def test_learned_variance_needs_twice_the_channels(variance_type, shape):
     with pytest.raises(ValueError, match=f"variance_type='{variance_type}'.*6 channels"):
         DDPMSchedulerCustom(variance_type=variance_type).step(torch.zeros(shape), 5, torch.zeros(2, 3, 4, 4))
 
 
 @pytest.mark.parametrize("beta_schedule", sorted(BETA_SCHEDULES))
 @pytest.mark.parametrize("rescale", [False, True])
-def test_tables_are_made_on_the_host_whatever_the_default_device(beta_schedule, rescale):
+def test_tables_are_on_the_cpu_whatever_the_default_device(beta_schedule, rescale):
     """`torch.device("meta")` is how large networks are built; a scheduler beside them has its values all the same."""
 
     def tables(device):

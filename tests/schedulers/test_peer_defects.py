@@ -29,7 +29,7 @@ def defect(*failures: type[Exception]) -> Callable:
 
 
 @pytest.mark.parametrize(("case", "failures"), CASES)
-def test_a_defect_of_stock_is_absent_here(case, failures):
+def test_defect_of_stock_is_absent_here(case, failures):
     with pytest.raises(failures):
         case(DDPMScheduler)
     case(DDPMSchedulerCustom)
