@@ -246,7 +246,12 @@ class GaussianDiffusion:
             clip: maps the predicted x_0 before the mean is computed from it; may work in place.
         """
         mean, std, x_0, variance_output = self._p_mean(model_output, x_t, t, clip)
-        return ReverseStep(mean, std if variance_output is None else self._learned_std(variance_output, t, std), x_0)
+        is_last_step = isinstance(std, float) and std == 0.0
+        if variance_output is not None and not is_last_step:
+            learned_std = torch.exp(self._learned_log_variance(variance_output, t) / 2)
+            # Not a product: the last step's variance is not used, and may be NaN.
+            std = learned_std if isinstance(std, float) else torch.where(std != 0, learned_std, 0.0)
+        return ReverseStep(mean, std, x_0)
 
     def p_mean_variance(
         self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None = None
@@ -257,11 +262,11 @@ class GaussianDiffusion:
         the discretized decoder needs a variance above 0.
         """
         mean, _, x_0, variance_output = self._p_mean(model_output, x_t, t, clip)
-        if self.variance_type in FIXED_VARIANCES:
-            return ReverseDistribution(mean, self.lookup(FIXED_VARIANCES[self.variance_type][1], t, mean), x_0)
-        if self.variance_type == "learned":
-            return ReverseDistribution(mean, variance_output.log(), x_0)
-        return ReverseDistribution(mean, self._interpolated_log_variance(variance_output, t), x_0)
+        if variance_output is None:
+            log_variance = self.lookup(FIXED_VARIANCES[self.variance_type][1], t, mean)
+        else:
+            log_variance = self._learned_log_variance(variance_output, t)
+        return ReverseDistribution(mean, log_variance, x_0)
 
     def _p_mean(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None) -> tuple:
         """Mean, σ_t (or whether to add noise, for a learned variance), x_0, and the channels of a learned variance."""
@@ -285,18 +290,10 @@ class GaussianDiffusion:
         mean = add_scaled_(c * x_0, d, x_t)
         return mean, std, x_0, variance_output if learned else None
 
-    def _learned_std(self, variance_output: torch.Tensor, t: Timestep, is_not_last_step) -> torch.Tensor | float:
-        if isinstance(is_not_last_step, float) and not is_not_last_step:
-            return 0.0
+    def _learned_log_variance(self, variance_output: torch.Tensor, t: Timestep) -> torch.Tensor:
+        """The log of the output, or v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
         if self.variance_type == "learned":
-            std = variance_output.sqrt()
-        else:
-            std = torch.exp(self._interpolated_log_variance(variance_output, t) / 2)
-        # Not a product: the last step's variance is not used, and may be NaN.
-        return std if isinstance(is_not_last_step, float) else torch.where(is_not_last_step != 0, std, 0.0)
-
-    def _interpolated_log_variance(self, variance_output: torch.Tensor, t: Timestep) -> torch.Tensor:
-        """v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
+            return variance_output.log()
         low, high = (self.lookup(n, t, variance_output) for n in ("posterior_log_variance_clipped", "log_betas"))
         return low + (variance_output + 1) / 2 * (high - low)
 
@@ -316,14 +313,8 @@ class GaussianDiffusion:
         segment = torch.searchsorted(kept, torch.arange(len(log_alphas), device="cpu"))
         log_ratio = torch.zeros(len(kept), dtype=torch.float64, device="cpu").index_add_(0, segment, log_alphas)
         moments = None if self.analytic_moments is None else self.analytic_moments[kept]
-        return GaussianDiffusion(
-            -torch.expm1(log_ratio),
-            self.prediction_type,
-            self.variance_type,
-            self.timesteps[kept],
-            moments,
-            alphas=log_ratio.exp(),
-        )
+        arguments = (self.prediction_type, self.variance_type, self.timesteps[kept], moments)
+        return GaussianDiffusion(-torch.expm1(log_ratio), *arguments, alphas=log_ratio.exp())
 
     def strided(self, timesteps: Sequence[int] | torch.Tensor) -> "GaussianDiffusion":
         """`respace` with the full chain's indices: the step at each of `timesteps` goes to the next lower one of them

@@ -95,7 +95,7 @@ class BoundSums:
         """
         offsets = torch.zeros(len(x_0), dtype=torch.int64) if offsets is None else offsets
         self._check(diffusion, x_0, generator, offsets)
-        t_parts, rows_parts, measured = [], [], []
+        parts = []
         for k in range(-1, -(-(self.T - 1) // self.stride)):
             t = torch.zeros_like(offsets) if k < 0 else 1 + offsets + k * self.stride
             rows = (t < self.T).nonzero()[:, 0]
@@ -105,10 +105,9 @@ class BoundSums:
             x = x_0 if len(rows) == len(x_0) else x_0[rows.to(x_0.device)]
             noise = _noise(x, generator if not isinstance(generator, Sequence) else [generator[i] for i in rows])
             condition = () if labels is None else (labels[rows.to(labels.device)],)
-            measured.append(_measure(diffusion, model, x, t, noise, clip, condition))
-            t_parts.append(t)
-            rows_parts.append(rows)
-        t, rows, measured = torch.cat(t_parts), torch.cat(rows_parts), torch.cat(measured, 1).cpu().double()
+            parts.append((t, rows, _measure(diffusion, model, x, t, noise, clip, condition)))
+        t, rows, measured = (torch.cat(part, -1).cpu() for part in zip(*parts))
+        measured = measured.double()
         if not bool(measured.isfinite().all()):
             bad = t[~measured.isfinite().all(0)].unique()
             raise ValueError(

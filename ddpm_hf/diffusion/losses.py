@@ -25,11 +25,9 @@ def prediction_target(
     diffusion: GaussianDiffusion, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
 ) -> torch.Tensor:
     """The target of the network's output at t, by `prediction_type`: ε, x_0 or v; shape of `x_0`, at least float32."""
-    if diffusion.prediction_type == "epsilon":
-        return noise.to(working_dtype(x_0))
-    if diffusion.prediction_type == "sample":
-        return x_0.to(working_dtype(x_0))
-    return diffusion.velocity(x_0, t, noise)
+    if diffusion.prediction_type == "v_prediction":
+        return diffusion.velocity(x_0, t, noise)
+    return (noise if diffusion.prediction_type == "epsilon" else x_0).to(working_dtype(x_0))
 
 
 @dataclass(frozen=True)

@@ -117,20 +117,15 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
 
     def _register_schedule(self, beta_schedule: str, betas: list[float], is_named: bool) -> None:
         """Store the schedule in the configuration such that stock schedulers either compute the same or refuse it."""
-        if self.diffusion.variance_type == "analytic":
-            changed = {
-                "beta_schedule": beta_schedule + ANALYTIC_MARK,
-                "trained_betas": None,
-                "analytic_trained_betas": None if is_named else betas,
-                "analytic_moments": self.diffusion.analytic_moments.tolist(),
-            }
-        else:
-            is_stock = is_named and beta_schedule in STOCK_BETA_SCHEDULES
-            changed = {
-                "beta_schedule": beta_schedule,
-                "trained_betas": None if is_stock else betas,
-                "analytic_trained_betas": None,
-            }
+        is_analytic = self.diffusion.variance_type == "analytic"
+        stored = None if is_named and (is_analytic or beta_schedule in STOCK_BETA_SCHEDULES) else betas
+        changed = {
+            "beta_schedule": beta_schedule + ANALYTIC_MARK if is_analytic else beta_schedule,
+            "trained_betas": None if is_analytic else stored,
+            "analytic_trained_betas": stored if is_analytic else None,
+        }
+        if is_analytic:
+            changed["analytic_moments"] = self.diffusion.analytic_moments.tolist()
         # from_config drops the arguments in _use_default_values (seen in diffusers 0.42). diffusers lists every argument
         # given by position there, whose value would be lost. Arguments that stock lacks must be listed if they have
         # their default, even if given as None, or stock logs a warning.
