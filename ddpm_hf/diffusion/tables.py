@@ -27,7 +27,7 @@ class TableLookup:
         self.cache_tables(torch.device("cpu"))
 
     def cache_tables(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Copy the tables to `device`, rounded to `dtype`. The first lookup there does so otherwise."""
+        """Copy the tables to `device`, rounded to `dtype`, ahead of the first lookup on it."""
         if (device, dtype) not in self._rounded:
             self._rounded[device, dtype] = {name: table.to(device, dtype) for name, table in self._tables.items()}
 

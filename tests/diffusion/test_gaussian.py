@@ -1,4 +1,4 @@
-"""The derivation, equation by equation, and what follows from it. Numbers are those of docs/derivation.md."""
+"""`GaussianDiffusion` against the equations of docs/derivation.md, with their numbers."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_eq_1_one_noising_step(t):
 
 @pytest.mark.parametrize("name", ["linear", "squaredcos_cap_v2", "warmup10", "jsd"])
 def test_eq_2_is_eq_1_composed(name):
-    """Mean and variance carried through every step of eq. 1 are those that eq. 2 gives at once."""
+    """Mean and variance carried through every step of eq. 1 equal those of eq. 2."""
     diffusion = GaussianDiffusion(make_betas(name, 200), "v_prediction")
     one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     mean, variance = one, zero
@@ -58,7 +58,7 @@ def test_eq_2_ends_in_noise():
 
 @pytest.mark.parametrize("name", BETA_SCHEDULES)
 def test_unit_variance_of_the_data_is_kept_at_every_t(name):
-    """(1 − β_t)·1 + β_t = 1: why eq. 1 scales the mean. ᾱ_t and 1 − ᾱ_t are accumulated apart from each other."""
+    """(1 − β_t)·1 + β_t = 1: why eq. 1 scales the mean. ᾱ_t and 1 − ᾱ_t are accumulated separately."""
     diffusion = GaussianDiffusion(make_betas(name, T), "v_prediction")
     total = diffusion.sqrt_alphas_cumprod.square() + diffusion.sqrt_one_minus_alphas_cumprod.square()
     torch.testing.assert_close(total, torch.ones(T, dtype=torch.float64), rtol=0, atol=1e-13)
@@ -94,7 +94,7 @@ def test_eqs_4_to_6_bayes_gives_the_posterior(name, t):
     by_bayes = Normal(math.sqrt(1 - beta) * x_prev, math.sqrt(beta)).log_prob(x_t) + q(t - 1, x_prev) - q(t, x_t)
     mean, variance = diffusion.q_posterior(x_0, x_t, t)
     posterior = Normal(mean, math.sqrt(variance)).log_prob(x_prev)
-    # Densities are as large as (x − μ)²/β̃, which sets the absolute error of their differences.
+    # Log densities are as large as (x − μ)²/β̃, which determines the absolute error.
     torch.testing.assert_close(posterior, by_bayes, rtol=1e-9, atol=1e-7)
 
 
@@ -158,7 +158,7 @@ def test_eq_11_mean_from_predicted_noise(t):
 
 
 def variances(diffusion, t, moments, output):
-    """Σ_θ at t by its definition, β̃ of the first index taking the next one's place."""
+    """Σ_θ at t by its definition, with β̃ of index 1 at index 0."""
     beta, bar, bar_prev = definition(diffusion.betas, t)
     next_beta, next_bar, next_prev = definition(diffusion.betas, max(t, 1))
     tilde = (1 - next_prev) / (1 - next_bar) * next_beta
@@ -280,7 +280,7 @@ def test_float32_round_trip_of_epsilon_x_0_and_v(t, seed):
     x_t = diffusion.q_sample(x_0, t, z)
     v = diffusion.convert(z, x_t, t, "epsilon", "v_prediction")
     x_0_again = diffusion.convert(v, x_t, t, "v_prediction", "sample")
-    # Eq. 9 divides the rounding of x_t by √ᾱ_t; the way from x_0 divides it by √(1−ᾱ_t).
+    # Eq. 9 divides the rounding of x_t by √ᾱ_t; the conversion from x_0 divides it by √(1−ᾱ_t).
     room = 3e-6 / min(diffusion.sqrt_alphas_cumprod[t].item(), diffusion.sqrt_one_minus_alphas_cumprod[t].item())
     torch.testing.assert_close(x_0_again, x_0, rtol=0, atol=room)
     torch.testing.assert_close(diffusion.convert(v, x_t, t, "v_prediction", "epsilon"), z, rtol=0, atol=room)
@@ -456,7 +456,7 @@ def test_bad_arguments_are_named(arguments, names):
 
 @pytest.mark.parametrize("betas", [make_betas("jsd", 100), make_betas("const", 10000)])
 def test_epsilon_prediction_is_refused_at_zero_terminal_snr(betas):
-    """1/√ᾱ_T is infinite there, in float32 at least: sampling would give NaN."""
+    """1/√ᾱ_T is infinite in float32: sampling would give NaN."""
     with pytest.raises(ValueError, match="prediction_type='epsilon'.*zero terminal SNR"):
         GaussianDiffusion(betas)
     diffusion = GaussianDiffusion(betas, "v_prediction")

@@ -1,4 +1,4 @@
-"""The bound against closed forms, against a float64 reference written apart, and on networks of diffusers."""
+"""The bound against closed forms, against an independent float64 reference, and for a diffusers network."""
 
 import math
 
@@ -20,7 +20,7 @@ LOG_2 = math.log(2)
 
 
 def pictures(*shape, mean=0.0, std=0.3, seed=0, dtype=torch.float64):
-    """Normal pixels rounded to 8 bits, in [-1, 1]; of another seed than the tests' noise, which would be the same numbers."""
+    """Normal pixels rounded to 8 bits, in [-1, 1]. The seed differs from that of the tests' noise, so that the numbers do."""
     x = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
     return (((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).to(dtype)
 
@@ -57,7 +57,7 @@ def exact_log_probability(x, mean, std):
     with mpmath.workdps(60):
         low = mpmath.inf if x == -1 else (mpmath.mpf(mean) - x + mpmath.mpf(1) / 255) / std
         high = -mpmath.inf if x == 1 else (mpmath.mpf(mean) - x - mpmath.mpf(1) / 255) / std
-        # Q(−low) − Q(−high), or by symmetry from the other side where both are near 1.
+        # Q(−low) − Q(−high), or by symmetry the other tail if both are near 1.
         ends = (high, low) if high > 0 else (-low, -high)
         tails = [mpmath.erfc(z / mpmath.sqrt(2)) / 2 for z in ends]
         return float(mpmath.log(tails[0] - tails[1]))
@@ -89,7 +89,7 @@ def test_decoder_probabilities_sum_to_one(std):
 
 @pytest.mark.parametrize("kept", [range(1000), range(9, 1000, 10)])
 def test_bound_of_gaussian_data_is_its_entropy_with_the_exact_denoiser(kept):
-    """The reverse process of Gaussian data is Gaussian, so that with its true variance nothing is lost."""
+    """The reverse process of Gaussian data is Gaussian, so that the bound with the true variance is tight."""
     mean, std = 0.1, 0.2
     x_0 = pictures(48, 1, 16, 16, mean=mean, std=std)
     chain = gaussian_chain("analytic", std**2).respace(kept)
@@ -141,11 +141,11 @@ def test_analytic_variance_has_the_lowest_bound():
         assert bounds["analytic"].bits_per_dim < min(bounds[n].bits_per_dim for n in ("fixed_small", "fixed_large"))
 
 
-# ---------------------------------------------------------------------- a reference written apart
+# ---------------------------------------------------------------------- an independent reference
 
 
 class Recorder:
-    """A network without sense whose inputs are kept."""
+    """A fixed random network that records its calls."""
 
     def __init__(self, channels, doubled, positive):
         generator = torch.Generator().manual_seed(3)
@@ -240,19 +240,18 @@ def test_bound_in_float32_equals_the_bound_in_float64(variance_type):
     bounds = []
     for dtype in (torch.float32, torch.float64):
         noise = torch.Generator().manual_seed(0)
-        # One noise for both: drawn in float32, handed on in the dtype asked for.
         x_0 = pictures(4, 1, 8, 8, dtype=dtype)
         sums = BoundSums(1000)
         generators = [torch.Generator().manual_seed(int(s)) for s in torch.randint(2**31, (4,), generator=noise)]
         sums.add(chain, model, x_0, generators)
         bounds.append(sums.result(chain))
-    # Different draws (float64 has its own stream), so only as near as those let them be.
+    # The noise differs, because float64 is drawn differently: compare within the standard errors.
     assert abs(bounds[0].bits_per_dim - bounds[1].bits_per_dim) < 4 * math.hypot(*(b.standard_error for b in bounds))
     torch.testing.assert_close(bounds[0].prior, bounds[1].prior, rtol=1e-5, atol=0)
 
 
 def test_bound_of_a_shifted_prediction_is_the_kl_and_0_after_clipping():
-    """With x_0 = 1 and predictions 3 too high, the clip of sampling makes the prediction perfect."""
+    """For x_0 = 1 and a prediction of 4, clipping to [-1, 1] makes the prediction perfect."""
     chain = GaussianDiffusion(make_betas("linear", 50, 0.002, 0.4), "sample")
     x_0 = torch.ones(2, 1, 4, 4)
     off = variational_bound(chain, lambda x, t: torch.full_like(x, 4.0), [x_0])
@@ -262,12 +261,12 @@ def test_bound_of_a_shifted_prediction_is_the_kl_and_0_after_clipping():
     assert max(clipped.terms[1:]) == 0 and max(clipped.x_0_mse) == 0 and min(clipped.epsilon_mse) > 0
 
 
-# ---------------------------------------------------------------------- which images see which t, and processes
+# ---------------------------------------------------------------------- strides and processes
 
 
 @pytest.mark.parametrize("stride", [2, 3, 7])
 def test_bound_with_stride_has_the_expectation_of_the_full_sum(stride):
-    """A perfect prediction makes every term a number without noise in it, so that the two must agree exactly."""
+    """With a perfect prediction no term depends on the noise, so that the two agree exactly."""
     chain = GaussianDiffusion(make_betas("linear", 30, 0.001, 0.5), "sample", "fixed_large")
     x_0 = torch.full((2 * stride, 1, 2, 2), 51 / 127.5 - 1, dtype=torch.float64)
     calls = []
@@ -321,7 +320,7 @@ def test_bound_of_a_diffusers_network_on_scheduler_chains(unet_config, scheduler
     for chain in (diffusion, diffusion.respace([4, 9, 14, 19])):
         bound = variational_bound(chain, lambda x, t: unet(x, t).sample, [x_0])
         assert len(bound.terms) == len(chain) and 0 < bound.bits_per_dim < 100
-        # v = 0 stands for x_0 = √ᾱ·x_t, which is next to nothing at the end.
+        # v = 0 means x_0 = √ᾱ·x_t, which is nearly 0 at the end.
         assert bound.x_0_mse[-1] == pytest.approx(x_0.square().mean().item(), rel=0.05)
 
 
@@ -385,7 +384,7 @@ def test_labels_stay_with_their_images_at_every_timestep():
             whole.add(chain, model, x_0[r], noise, offsets[r], **{k: v[r] for k, v in told.items()})
         return whole.values
 
-    # One at a time a network can know its label from outside.
+    # One image at a time, with its label as a constant.
     apart = sum(sums(lambda x, t, i=i: x * i, [i]) for i in range(6))
     together = sums(lambda x, t, told: x * told[:, None, None, None], [0, 1, 2, 3], [4, 5], labels=labels)
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Objectives against the papers' formulas, written plainly in float64 and differentiated by autograd."""
+"""Objectives against the papers' formulas, written out in float64 and differentiated by autograd."""
 
 import math
 
@@ -27,7 +27,7 @@ class Constant(torch.nn.Module):
 
 
 class Small(torch.nn.Module):
-    """A network of a few parameters that looks at both x_t and t."""
+    """A network of a few parameters that depends on both x_t and t."""
 
     def __init__(self, channels, out_channels, T):
         super().__init__()
@@ -109,7 +109,7 @@ def reference_bits(target, variance, x, t, x_t, prediction, v_output) -> torch.T
     else:
         epsilon = (x_t - a * prediction) / b if target == "sample" else a * prediction + b * x_t
     mean = (x_t - beta / b * epsilon) / (1 - beta).sqrt()  # DDPM, eq. 11
-    s = max(t, 1)  # β̃ of the first index is 0: that of the next takes its place
+    s = max(t, 1)  # β̃ of index 0 is 0: index 1 is used
     small = (1 - abar[s - 1]) / (1 - abar[s]) * BETAS[s]
     large = beta if t or variance == "learned_range" else small
     share = {"fixed_small": 0.0, "fixed_large": 1.0, "learned_range": (v_output + 1) / 2}[variance]
@@ -131,7 +131,7 @@ def phi(z):
 
 
 def batch(dtype=torch.float64):
-    """8-bit images with both outer levels in them, noise, and timesteps of which some are 0."""
+    """8-bit images that contain both outer levels, timesteps of which some are 0, and noise."""
     levels = torch.randint(256, (8, 2, 6, 6))
     levels[:, :, 0], levels[:, :, 1] = 0, 255
     return (levels / 127.5 - 1).to(dtype), torch.tensor([0, 1, 0, 5, 11, 8, 2, 0]), torch.randn(8, 2, 6, 6, dtype=dtype)
@@ -163,7 +163,7 @@ def test_objectives_and_gradients_equal_the_papers_formulas(target, variance, we
 
 @each_target
 def test_min_snr_loss_does_not_depend_on_the_prediction_type(target):
-    """Networks that stand for one x_0 have one loss."""
+    """Predictions that convert to the same x_0 have the same loss."""
     x_0, t, noise = batch()
     guess = torch.randn_like(x_0)
     losses = []
@@ -189,7 +189,7 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_only():
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
 def test_bound_terms_equal_those_of_the_evaluation(variance):
-    """Which `likelihood.py` computes for evaluation, timestep by timestep."""
+    """`BoundSums` evaluates timestep by timestep, training a batch of them."""
     diffusion = GaussianDiffusion(BETAS, variance_type=variance)
     network = Small(2, 4 if variance == "learned_range" else 2, T).double().requires_grad_(False)
     x_0, _, _ = batch()
@@ -205,7 +205,7 @@ def test_bound_terms_equal_those_of_the_evaluation(variance):
 
 
 def test_gradients_of_the_bound_are_finite_far_from_the_image():
-    """Where a difference of float32 probabilities would be 0, its logarithm −∞ and the gradient gone."""
+    """A difference of float32 probabilities would be 0 there, its logarithm −∞ and the gradient NaN."""
     for scheduler in (
         DDPMSchedulerCustom(variance_type="learned_range", prediction_type="sample"),
         DDPMSchedulerCustom(4000, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),

@@ -41,7 +41,7 @@ def test_schedules_of_odd_and_short_chains_agree_with_50_digits(name, T):
 def test_schedules_equal_those_of_diffusers(name, T, zero_snr):
     ours = make_betas(name, T, rescale_betas_zero_snr=zero_snr)
     stock = DDPMScheduler(num_train_timesteps=T, beta_schedule=name, rescale_betas_zero_snr=zero_snr).betas
-    # Stock's zero-SNR β are differences of float32 numbers near 1, scaled up where the chain is short.
+    # Stock's zero-SNR β are differences of float32 numbers near 1, which short chains scale up.
     torch.testing.assert_close(ours.float(), stock, rtol=1e-6, atol=5e-6 if zero_snr else 0)
 
 

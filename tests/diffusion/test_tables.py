@@ -24,12 +24,12 @@ def fifty_digits():
 @functools.cache
 def chain(name, T):
     betas = make_betas(name.removesuffix("+zero_snr"), T, rescale_betas_zero_snr=name.endswith("+zero_snr"))
-    # Prediction of v is possible on every chain, one that ends in pure noise included.
+    # v-prediction is possible for every chain, including zero terminal SNR.
     return GaussianDiffusion(betas, "v_prediction")
 
 
 def exact_tables(betas, indices):
-    """The definitions (eqs. 1, 2, 8, 9 and 10) at `indices`, nothing rearranged."""
+    """The definitions (eqs. 1, 2, 8, 9 and 10) at `indices`, as written."""
     alphas_cumprod = exact_cumprod([1 - b for b in betas])
     tables = {}
     for t in indices:
@@ -66,7 +66,7 @@ def exact_tables(betas, indices):
 
 
 def sampled_indices(T):
-    """The ends, where precision is lost first, and a spread between them."""
+    """Both ends, where precision is lost first, and some timesteps between them."""
     return sorted({*range(min(T, 12)), *range(max(T - 6, 0), T), *range(0, T, max(T // 60, 1))})
 
 
@@ -80,7 +80,7 @@ def test_tables_agree_with_50_digits(name, T):
         table, as_used = diffusion.tables[key], diffusion.lookup(key, torch.arange(T), image).flatten().tolist()
         for t, value in exact.items():
             assert relative_error(table[t].item(), value) < 1e-12, (key, t)
-            # Outside of these float32 has no such number: T = 10,000 at the linear range ends at ᾱ = 1e-44.
+            # Other values are not representable in float32: the linear schedule with T = 10,000 ends at ᾱ = 1e-44.
             if value == 0 or smallest <= abs(value) <= largest:
                 assert relative_error(as_used[t], value) < 2e-7, (key, t)
 

@@ -1,4 +1,4 @@
-"""Timestep samplers against the distribution they promise."""
+"""Timestep samplers against their documented distributions."""
 
 import collections
 
@@ -31,12 +31,12 @@ def test_stratified_timesteps_are_evenly_spread():
     sampler, random = make_timestep_sampler("stratified", 1000), generator()
     for _ in range(20):
         t = sampler(50, random)[0].sort().values
-        assert ((t // 20).unique().numel()) >= 49  # one in each fiftieth, up to one that straddles a border
+        assert ((t // 20).unique().numel()) >= 49  # one in each fiftieth of the range, except at borders
         assert t.diff().max() <= 21
 
 
 def loss_at(t):
-    """A loss that is large where t is small."""
+    """A loss that is large for small t."""
     return 2.0 / (1 + t) ** 1.5 + 0.01
 
 
@@ -77,7 +77,7 @@ def test_timestep_probability_follows_the_second_moment_of_the_loss():
 
 
 def test_weighted_loss_is_unbiased_with_less_variance_than_uniform():
-    """Here each t has several losses, as with images."""
+    """The loss at a t varies, as it does between images."""
     sampler, n, T = trained(), 200_000, 40
     expected = loss_at(torch.arange(T, dtype=torch.float64)).mean().item()
     estimates = {}

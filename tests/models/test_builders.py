@@ -1,4 +1,4 @@
-"""The parts that a configuration describes."""
+"""The parts of the U-Net for a configuration."""
 
 import pytest
 from diffusers.configuration_utils import FrozenDict

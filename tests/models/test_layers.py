@@ -1,4 +1,4 @@
-"""Each layer against the plain formula it computes."""
+"""Each layer against its formula."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ BLOCK = {"groups": 2, "eps": 1e-5, "act_fn": "silu", "dropout": 0.0}
 
 @pytest.mark.parametrize("batch", [1, 16], ids=["few pixels", "many pixels"])
 def test_upsampling_repeats_pixels_and_convolves(batch):
-    """Both ways of computing it, with all gradients."""
+    """Both implementations, with all gradients."""
     conv = UpsampleConv2d(3).double()
     x = torch.randn(batch, 3, 5, 9, dtype=torch.float64, requires_grad=True)
     given = (x, conv.weight, conv.bias)

@@ -1,4 +1,4 @@
-"""`UNet2DModelCustom` against `diffusers.UNet2DModel`, which is the oracle throughout."""
+"""`UNet2DModelCustom` against `diffusers.UNet2DModel`."""
 
 import json
 import shutil
@@ -26,13 +26,13 @@ ATTENTION_ABOVE = {
     "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
 }
-# Every axis of the configuration on which the function computed depends, as changes to the tiny network.
+# Every argument that changes the computed function, as changes to the tiny network.
 CONFIGURATIONS = {
     "two levels": {},
     "one level": {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)},
     "three levels, two layers": LEVELS_3,
     "attention where the size changes": ATTENTION_ABOVE,
-    "resnet sampling beside attention": {
+    "resnet sampling and attention": {
         **LEVELS_3,
         "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         "downsample_type": "resnet",
@@ -58,7 +58,7 @@ CONFIGURATIONS = {
     "google/ddpm's time embedding": {"flip_sin_to_cos": False, "freq_shift": 1},
     "fourier time embedding": {"time_embedding_type": "fourier"},
     "learned time embedding": {"time_embedding_type": "learned", "num_train_timesteps": 1000},
-    "time embedding of its own width": {"time_embedding_dim": 20},
+    "custom width of the time embedding": {"time_embedding_dim": 20},
     "odd channels": {"block_out_channels": (7, 14), "norm_num_groups": 7, "attention_head_dim": 7},
     "class table": {"num_class_embeds": 5},
     "class as timestep": {"class_embed_type": "timestep"},
@@ -66,7 +66,7 @@ CONFIGURATIONS = {
     "class given as an embedding": {"class_embed_type": "identity"},
     "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
     "scale_shift, normed attention": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 2},
-    "attention norm of its own": {"attn_norm_num_groups": 8},
+    "attention norm with other groups": {"attn_norm_num_groups": 8},
     "dropout, in eval mode": {"dropout": 0.3},
     "padding 0": {**LEVELS_3, "downsample_padding": 0},
     "one head": {"attention_head_dim": None},
@@ -93,7 +93,7 @@ _GOOGLE_256 = {
     "down_block_types": ("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
 }
-# Configuration, millions of parameters, tensors.
+# Configuration, millions of parameters, number of tensors.
 GOOGLE = {
     "ddpm-cifar10-32": (
         {
@@ -120,7 +120,7 @@ GOOGLE_COMMON = {
 
 @pytest.fixture
 def pair(unet_config):
-    """A stock U-Net with random weights, and one of this package that has loaded them."""
+    """A U-Net of this package and one of diffusers with the same random weights."""
 
     def make(**changes) -> tuple[UNet2DModelCustom, UNet2DModel]:
         config = {**unet_config, **changes}
@@ -133,7 +133,7 @@ def pair(unet_config):
 
 
 def inputs(model: UNet2DModel, batch: int = 3, dtype=torch.float32) -> dict:
-    """A batch at timesteps of its own, and class labels where the model takes them."""
+    """A batch with a timestep per image, and class labels if the model is class-conditional."""
     config = model.config
     size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
     given = {
@@ -156,8 +156,8 @@ def gradients(model: torch.nn.Module, given: dict, weights: torch.Tensor) -> dic
 
 
 def assert_same_gradients(mine: dict, theirs: dict, rounding: float) -> None:
-    """Name by name. Some gradients are zero in exact arithmetic (that of to_k.bias), so that what rounding leaves of
-    them is measured against the largest gradient of the network."""
+    """Compare by name. Some gradients are zero in exact arithmetic (to_k.bias), so that the absolute tolerance is relative
+    to the largest gradient of the network."""
     assert mine.keys() == theirs.keys()
     largest = max(g.abs().max() for g in theirs.values())
     assert largest > 0
@@ -170,16 +170,16 @@ def assert_same_gradients(mine: dict, theirs: dict, rounding: float) -> None:
 # ------------------------------------------------------------------ the same function
 
 
-# In float64 a real difference has nowhere to hide; in float32 the two sum in another order.
+# float64 shows any real difference; in float32 the order of summation differs.
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @each_configuration
 def test_outputs_and_gradients_equal_those_of_stock(pair, changes, dtype, rounding):
     mine, stock = (model.to(dtype) for model in pair(**changes))
-    if changes.get("class_embed_type") == "timestep":  # stock leaves the labels' projection in float32, and stops
+    if changes.get("class_embed_type") == "timestep":  # stock keeps the projection of labels in float32, and raises
         stock.time_proj.register_forward_hook(lambda module, args, output: output.to(dtype))
     given = inputs(stock, dtype=dtype)
     expected = stock(**given).sample
-    assert expected.std() > 1e-4  # a prediction that says something
+    assert expected.std() > 1e-4  # not a trivial prediction
     torch.testing.assert_close(mine(**given).sample, expected, rtol=rounding, atol=rounding)
     weights = torch.randn_like(expected)
     assert_same_gradients(gradients(mine, given, weights), gradients(stock, given, weights), rounding)
@@ -187,7 +187,7 @@ def test_outputs_and_gradients_equal_those_of_stock(pair, changes, dtype, roundi
 
 @each_configuration
 def test_outputs_without_gradients_are_the_same_and_keep_the_inputs(pair, changes):
-    """Values that only a gradient needs are written over then."""
+    """In-place operations are used without gradients."""
     mine, stock = pair(**changes)
     given = inputs(stock)
     expected = mine(**given).sample
@@ -238,7 +238,7 @@ def test_every_form_of_a_timestep_gives_the_output_of_stock(pair, embedding, tim
 
 
 def test_dropout_masks_equal_those_of_stock(pair):
-    # Without attention, and in one memory format, both draw their masks in the same order.
+    # Without attention and with the same memory format, both draw their masks in the same order.
     plain = {
         "down_block_types": ("DownBlock2D", "ResnetDownsampleBlock2D"),
         "up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D"),
@@ -287,7 +287,7 @@ def test_narrow_google_networks_give_the_output_of_stock(pair, name):
 
 
 def legacy(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The keys of attention as files of 2022 have them."""
+    """Rename the keys of attention as in files of 2022."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for key, value in state.items():
@@ -302,7 +302,9 @@ def test_legacy_attention_keys_are_loaded(pair, tmp_path, diffusers_log, kind):
     stock = pair(**ATTENTION_ABOVE)[1]
     stock.save_config(tmp_path)
     state = legacy(stock.state_dict())
-    assert sum("proj_attn" in key for key in state) == 2 * 4  # weight and bias: one layer down, two up, one across
+    assert (
+        sum("proj_attn" in key for key in state) == 2 * 4
+    )  # weight and bias: one layer down, two up, one in the middle
     if kind == "safetensors":
         save_file(state, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     else:
@@ -314,7 +316,7 @@ def test_legacy_attention_keys_are_loaded(pair, tmp_path, diffusers_log, kind):
 
 
 class Malicious:
-    """Unpickled, it makes a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -336,7 +338,7 @@ def test_pickle_with_code_is_refused_and_its_code_does_not_run(tiny_unet, tmp_pa
     with pytest.raises((OSError, ValueError), match="diffusion_pytorch_model.bin"):
         UNet2DModelCustom.from_pretrained(folder, **options)
     assert not trace.exists()
-    torch.load(weights, weights_only=False)  # the payload is live: whoever trusts the file runs it
+    torch.load(weights, weights_only=False)  # the payload works if the file is trusted
     assert trace.exists()
 
 
@@ -403,7 +405,7 @@ def test_half_precision_output_is_close_to_full_precision(make_unet, tmp_path, n
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     given = inputs(full)
     if changes.get("time_embedding_type") == "fourier":
-        given["timestep"] = torch.tensor([1, 1, 1])  # log 1 = 0: bfloat16 has no digits for the phases of others
+        given["timestep"] = torch.tensor([1, 1, 1])  # log 1 = 0: other phases are too large for bfloat16
         if "class_labels" in given:
             given["class_labels"] = torch.tensor([1, 1, 1])
     expected = full(**given).sample
@@ -434,7 +436,7 @@ def test_zero_initialized_network_trains_every_parameter(make_unet):
             assert not last.weight.any() and not last.bias.any()
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
     given, target = inputs(unet), torch.randn(3, 3, 8, 8)
-    for _ in range(3):  # the zeros in the way of a gradient go one layer a step
+    for _ in range(3):  # gradients reach one more layer in each step
         optimizer.zero_grad()
         F.mse_loss(unet(**given).sample, target).backward()
         optimizer.step()
@@ -471,7 +473,7 @@ def test_gradient_checkpointing_recomputes_with_the_same_gradients(make_unet, ch
     assert counts[1] == 2 * counts[0]
 
 
-# ------------------------------------------------------------------ what diffusers' tools ask for
+# ------------------------------------------------------------------ diffusers' tools
 
 
 def assert_stocks_output(mine: UNet2DModelCustom, stock: UNet2DModel) -> None:
@@ -538,14 +540,14 @@ def test_attention_slicing_is_accepted_and_changes_nothing(pair):
     assert_stocks_output(mine, stock)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may be there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="xformers may be installed")
 def test_missing_xformers_is_reported(tiny_unet):
     with pytest.raises((ModuleNotFoundError, ValueError), match="xformers"):
         tiny_unet.enable_xformers_memory_efficient_attention()
 
 
 def test_layerwise_casting_gives_the_output_of_stock(pair):
-    """Weights in 8 bits, norms excepted, sums in float32: both lose the same."""
+    """8-bit weights except in norms, float32 arithmetic."""
     mine, stock = pair()
     for model in (mine, stock):
         model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
@@ -625,7 +627,7 @@ def assert_compiled_is_eager(unet: UNet2DModelCustom, backend: str) -> None:
 
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile on the CPU needs a C++ compiler, none was found")
 def test_compiled_outputs_and_gradients_equal_the_eager_ones(make_unet):
-    # One level, and no middle: every kernel takes the compiler seconds. What is left out is traced below.
+    # A small network, because every kernel takes seconds to compile. The next test traces the other blocks.
     network = {
         "block_out_channels": (8,),
         "down_block_types": ("AttnDownBlock2D",),

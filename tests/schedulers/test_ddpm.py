@@ -1,4 +1,4 @@
-"""DDPMSchedulerCustom: sampling against closed forms, diffusers as oracle, in and out of diffusers, compilation."""
+"""DDPMSchedulerCustom: sampling against closed forms and diffusers, configurations, devices, compilation."""
 
 import copy
 import inspect
@@ -47,7 +47,7 @@ def log_alpha_bar(betas: list[float], t: int) -> float:
 
 
 def optimal_prediction(prediction_type, x, bar, mean, variance):
-    """What a perfect network says about data N(mean, variance) at noise level ᾱ: from E[x_0 | x_t]."""
+    """The prediction of the optimal network for data N(mean, variance) at ᾱ, computed from E[x_0 | x_t]."""
     x_0 = mean + math.sqrt(bar) * variance / (bar * variance + 1 - bar) * (x - math.sqrt(bar) * mean)
     epsilon = (x - math.sqrt(bar) * x_0) / math.sqrt(1 - bar)
     velocity = math.sqrt(bar) * epsilon - math.sqrt(1 - bar) * x_0
@@ -58,8 +58,9 @@ LEARNED_OUTPUT = {"learned": 0.004, "learned_range": -0.4}
 
 
 def chain_in_closed_form(betas, timesteps, variance_type, mean=MEAN, variance=VARIANCE):
-    """Mean and variance that ancestral sampling with the perfect network ends with: each step is linear in x, so
-    that from N(0, 1) at the top every x is Gaussian. Derived from ᾱ alone, without the library."""
+    """Mean and variance of the result of ancestral sampling with the optimal network.
+
+    Each step is linear in x, so that every x is Gaussian if x_T is. Computed from ᾱ alone, without the library."""
     m, v = 0.0, 1.0
     for t, previous in zip(timesteps, [*timesteps[1:], None]):
         log_bar, log_prev = log_alpha_bar(betas, t), 0.0 if previous is None else log_alpha_bar(betas, previous)
@@ -81,7 +82,7 @@ def chain_in_closed_form(betas, timesteps, variance_type, mean=MEAN, variance=VA
         elif variance_type == "learned_range":
             share = (LEARNED_OUTPUT["learned_range"] + 1) / 2
             added = beta**share * small ** (1 - share)
-        else:  # the variance of x_0 given x_t, carried to x_{t−1}
+        else:  # analytic: plus the variance of x_0 given x_t
             added = small + of_x_0**2 * variance * (1 - bar) / (bar * variance + 1 - bar)
         v += added
     return m, v
@@ -93,7 +94,7 @@ def gaussian_moments(betas, variance=VARIANCE):
 
 
 def sample(scheduler, pixels, mean=MEAN, variance=VARIANCE, dtype=torch.float32, seed=0):
-    """Ancestral sampling of `pixels` independent numbers with the perfect network."""
+    """Ancestral sampling of `pixels` independent numbers with the optimal network."""
     generator = seeded(seed)
     x = torch.randn(1, 1, 1, pixels, generator=generator, dtype=dtype)
     variance_output = LEARNED_OUTPUT.get(scheduler.config.variance_type)
@@ -126,7 +127,7 @@ def test_few_steps_give_the_closed_form_mean_and_variance(steps, spacing, varian
     scheduler = scheduler_for(variance_type, betas, timestep_spacing=spacing)
     scheduler.set_timesteps(steps)
     mean, variance = chain_in_closed_form(betas, scheduler.timesteps.tolist(), variance_type)
-    # In float64: one step from ᾱ_T = 4e-5 leaves a spread of 2e-4, near float32's own error there.
+    # In float64: after one step from ᾱ_T = 4e-5 the standard deviation is 2e-4, close to the error of float32.
     assert_moments(sample(scheduler, 20_000, dtype=torch.float64), mean, variance)
 
 
@@ -148,20 +149,20 @@ def test_all_steps_give_the_mean_and_variance_of_the_data(variance_type, beta_sc
     x = sample(scheduler, 20_000)
     expected = chain_in_closed_form(betas, range(T - 1, -1, -1), variance_type)
     assert_moments(x, *expected)
-    # What T = 1000 leaves to be wished for is small beside the data's own spread of 0.2.
+    # The discretization error of T = 1000 is small compared with the data's standard deviation of 0.2.
     assert expected[0] == pytest.approx(MEAN, abs=0.01) and math.sqrt(expected[1]) == pytest.approx(0.2, abs=0.01)
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20])
 def test_analytic_variance_is_closest_to_the_data_at_few_steps(steps):
-    """Of Gaussian data every marginal of the analytic chain is the forward one; only its noiseless end loses spread."""
+    """For Gaussian data the analytic chain has the forward marginals; only the last step, without noise, loses variance."""
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64).tolist()
     timesteps = spaced_timesteps(T, steps, "trailing").tolist()
 
     def error(variance_type):
         return abs(chain_in_closed_form(betas, timesteps, variance_type)[1] - VARIANCE)
 
-    # fixed_small adds too little on the way, which is lost at the end as well.
+    # fixed_small adds too little noise in every step.
     assert error("analytic") < error("fixed_small")
     bar = math.exp(log_alpha_bar(betas, timesteps[-1]))
     end = (math.sqrt(bar) * VARIANCE) ** 2 / (bar * VARIANCE + 1 - bar)
@@ -185,7 +186,7 @@ def test_all_steps_of_a_mixture_give_its_modes_mean_and_variance():
     mean = (weights * modes).sum().item()
     variance = spread**2 + (weights * (modes - mean).square()).sum().item()
     n = x.numel()
-    # 5 standard errors, and 0.01 for a thousand steps being finitely many.
+    # 5 standard errors, plus 0.01 for the discretization error of a thousand steps.
     assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / n) + 0.01)
     assert x.var().item() == pytest.approx(variance, abs=0.02)
     assert (x < -0.15).float().mean().item() == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / n) + 0.01)
@@ -196,7 +197,7 @@ def test_all_steps_of_a_mixture_give_its_modes_mean_and_variance():
 
 
 def test_zero_terminal_snr_samples_the_mean_in_its_first_step():
-    """ᾱ_T = 0: the first step sees pure noise, and v-prediction of a perfect network gives E[x_0] there."""
+    """ᾱ_T = 0: the input of the first step is pure noise, from which the optimal v-prediction gives E[x_0]."""
     scheduler = DDPMSchedulerCustom(
         clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
@@ -208,7 +209,7 @@ def test_zero_terminal_snr_samples_the_mean_in_its_first_step():
 
 
 def test_estimated_moments_sample_the_closed_form_variance():
-    """Γ_t from a perfect network and 200 images: the variance of ten steps' samples is the analytic one's."""
+    """Γ_t estimated from the optimal network and 200 images gives samples of ten steps the analytic variance."""
     T = 50
     start, end = scale_betas_for_timesteps(T)
     betas = make_betas("linear", T, start, end)
@@ -240,7 +241,7 @@ CLIPPING = {
 
 
 def with_exact_tables(stock: DDPMScheduler, ours: DDPMSchedulerCustom) -> DDPMScheduler:
-    """Stock's formulas on float64 tables: what is left between the two is arithmetic, not the tables' rounding."""
+    """Stock with float64 tables, so that its rounded tables do not limit the comparison."""
     stock.alphas_cumprod, stock.one = ours.diffusion.alphas_cumprod, torch.ones((), dtype=torch.float64)
     return stock
 
@@ -276,7 +277,7 @@ def test_step_equals_that_of_diffusers(beta_schedule, variance_type, prediction_
             scale = max(1.0, b.pred_original_sample.abs().max().item())
             torch.testing.assert_close(a.prev_sample, b.prev_sample, rtol=1e-7, atol=1e-10 * scale)
             torch.testing.assert_close(a.pred_original_sample, b.pred_original_sample, rtol=1e-9, atol=1e-11 * scale)
-            # And as it comes, in float32, up to its tables' error of 1e-3 in β̃.
+            # Unmodified stock in float32, up to the error of 1e-3 in its β̃ table.
             single = rounded.step(output.float(), t, x.float(), generator=seeded(6))
             mine = ours.step(output.float(), t, x.float(), generator=seeded(6))
             assert mine.prev_sample.dtype == torch.float32
@@ -289,7 +290,7 @@ def test_add_noise_and_get_velocity_equal_those_of_diffusers(beta_schedule):
     x, z = randn(8, 3, 4, 4), randn(8, 3, 4, 4, seed=1)
     t = torch.tensor([0, 1, 9, 100, 400, 700, 998, 999])
     for name in ("add_noise", "get_velocity"):
-        # Stock's 1 − ᾱ_0 is off by 1.7e-4, and so √(1 − ᾱ_0) = 0.01 by 1e-6.
+        # Stock's 1 − ᾱ_0 has a relative error of 1.7e-4, hence √(1 − ᾱ_0) = 0.01 an error of 1e-6.
         torch.testing.assert_close(getattr(ours, name)(x, z, t), getattr(stock, name)(x, z, t), rtol=1e-5, atol=2e-5)
         exact = getattr(with_exact_tables(copy.deepcopy(stock), ours), name)(x.double(), z.double(), t)
         torch.testing.assert_close(getattr(ours, name)(x.double(), z.double(), t), exact, rtol=1e-9, atol=1e-11)
@@ -305,7 +306,7 @@ def test_dynamic_thresholding_equals_that_of_diffusers(shape, ratio):
 
 def test_dynamic_thresholding_accepts_images_of_any_size():
     scheduler = DDPMSchedulerCustom(thresholding=True, sample_max_value=10.0, prediction_type="sample")
-    x = 2 * randn(1, 3, 2400, 2400)  # 17 million numbers; torch.quantile stops at 16 million
+    x = 2 * randn(1, 3, 2400, 2400)  # 17 million numbers; the limit of torch.quantile is 16 million
     x_0 = scheduler.step(x, 500, x, generator=seeded()).pred_original_sample
     s = np.quantile(x.abs().numpy(), 0.995)
     torch.testing.assert_close(x_0, (x / float(s)).clamp(-1, 1), rtol=1e-5, atol=1e-5)
@@ -394,7 +395,7 @@ def test_from_config_to_every_sampler_and_back(other, diffusers_log):
     }
     again = DDPMSchedulerCustom.from_config(theirs.config)
     assert public(again.config) == public(ours.config)
-    # DPM-Solver and others announce, for stock's configuration too, that "clip_sample" is none of their arguments.
+    # DPM-Solver and others warn that they ignore "clip_sample", for the configuration of stock as well.
     assert not [message for message in warnings_of_diffusers(diffusers_log) if "analytic" in message]
 
 
@@ -574,7 +575,7 @@ def test_set_timesteps_does_not_change_training_methods():
     x, z, t = randn(4, 3, 4, 4), randn(4, 3, 4, 4, seed=1), torch.tensor([0, 200, 601, 999])
     assert torch.equal(used.add_noise(x, z, t), fresh.add_noise(x, z, t))
     assert torch.equal(used.get_velocity(x, z, t), fresh.get_velocity(x, z, t))
-    for t in (0, 199, 601, 998):  # not on the chain
+    for t in (0, 199, 601, 998):  # not among the chosen timesteps
         assert used.previous_timestep(t) == t - 1
         ours, theirs = (s.step(z, t, x, generator=seeded()).prev_sample for s in (used, fresh))
         assert torch.equal(ours, theirs)
@@ -618,7 +619,7 @@ def test_scale_model_input_is_the_identity():
 
 
 class CopiesBetweenDevices(TorchDispatchMode):
-    """Counts operations that move data from one device to another, and reads of a tensor's value."""
+    """Records operations that copy between devices or read the value of a tensor."""
 
     def __init__(self):
         super().__init__()
@@ -638,7 +639,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", *LEARNED])
 @pytest.mark.parametrize("form", ["int", "host number", "device number", "device batch"])
 def test_step_on_a_device_copies_nothing_from_or_to_the_host(form, variance_type, clipping):
-    """On the meta device, whose tensors have no values: whatever reads one raises; copies from the host are seen."""
+    """On the meta device, where tensors have no values: reading one raises, and copies from the host are recorded."""
     scheduler = DDPMSchedulerCustom(variance_type=variance_type, **CLIPPING[clipping])
     scheduler.set_timesteps(50, device="meta")
     x = torch.empty(4, 3, 8, 8, device="meta")
@@ -654,7 +655,7 @@ def test_step_on_a_device_copies_nothing_from_or_to_the_host(form, variance_type
         scheduler.add_noise(x, x, t)
         scheduler.get_velocity(x, x, t)
     assert result.prev_sample.shape == x.shape and result.prev_sample.device.type == "meta"
-    # A number on the host is read there, which stalls nothing.
+    # Reading a number on the host needs no synchronization.
     assert [s for s in copies.seen if form != "host number" or "local_scalar" not in s] == []
 
 
@@ -791,7 +792,7 @@ def test_warning_for_steps_that_do_not_start_at_noise(caplog):
     assert "timestep 599" in message and "trailing" in message
     caplog.clear()
     DDPMSchedulerCustom(timestep_spacing="trailing").set_timesteps(600)
-    # Whoever gives timesteps may start from an image that is only partly noise.
+    # Custom timesteps may start from a partly noised image.
     scheduler.set_timesteps(timesteps=[400, 200])
     assert not noise_warnings(caplog)
 
@@ -908,7 +909,7 @@ def test_learned_variance_needs_twice_the_channels(variance_type, shape):
 @pytest.mark.parametrize("beta_schedule", sorted(BETA_SCHEDULES))
 @pytest.mark.parametrize("rescale", [False, True])
 def test_tables_are_on_the_cpu_whatever_the_default_device(beta_schedule, rescale):
-    """`torch.device("meta")` is how large networks are built; a scheduler beside them has its values all the same."""
+    """Large networks are created under `torch.device("meta")`; a scheduler created there must have values."""
 
     def tables(device):
         with torch.device(device):
