@@ -17,7 +17,7 @@ def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCusto
 
 
 def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
-    """The network, with DDPM's initialization. With labels to be left out its last class is the null class."""
+    """The network, its output layers initialized to zero as in DDPM. With `label_dropout` its last class is the null class."""
     names = (
         "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
         "norm_num_groups", "dropout", "resnet_time_scale_shift",
