@@ -94,10 +94,10 @@ class ResnetBlock(nn.Module):
         *,
         groups: int,
         eps: float,
+        output_scale_factor: float = 1.0,
         act_fn: str,
         dropout: float,
         scale_shift: bool,
-        output_scale_factor: float = 1.0,
         resample: str | None = None,
     ):
         super().__init__()
@@ -169,19 +169,11 @@ class AttentionBlock(AttentionModuleMixin, Attention):
     ):
         if head_dim > channels:
             raise ValueError(f"attention_head_dim must be at most the number of channels, {channels}, got {head_dim}.")
-        super().__init__(
-            channels,
-            heads=channels // head_dim,
-            dim_head=head_dim,
-            bias=True,
-            norm_num_groups=groups,
-            eps=eps,
-            rescale_output_factor=output_scale_factor,
-            residual_connection=True,
-            # Makes diffusers read the keys of old checkpoints: query, key, value, proj_attn (seen in diffusers 0.42).
-            _from_deprecated_attn_block=True,
-            processor=SelfAttentionProcessor(),
-        )
+        # The last option makes diffusers read the keys of old checkpoints: query, key, value, proj_attn (seen in 0.42).
+        options = {"bias": True, "residual_connection": True, "_from_deprecated_attn_block": True}
+        options |= {"rescale_output_factor": output_scale_factor, "processor": SelfAttentionProcessor()}
+        heads = channels // head_dim
+        super().__init__(channels, heads=heads, dim_head=head_dim, norm_num_groups=groups, eps=eps, **options)
 
     def set_attention_slice(self, slice_size: int | None) -> None:
         """For diffusers' pipelines. No effect: attention here never stores a whole (H·W, H·W) matrix."""

@@ -60,6 +60,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
     """
 
     stock_class = DDPMScheduler
+    # Read by diffusers' from_config() and compatibles (seen in diffusers 0.42).
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
