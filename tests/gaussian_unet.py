@@ -1,4 +1,4 @@
-"""The network that is right about data N(mean, variance) at every pixel, in closed form, to hold sampling against."""
+"""The optimal network for pixels N(mean, variance) in closed form, to test sampling."""
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -13,7 +13,7 @@ MEAN, STD = 0.3, 0.2
 class GaussianUNet(ModelMixin, ConfigMixin):
     """E[ε | x_t] for x_0 ~ N(mean, std²), as a network: ε = √(1−ᾱ)·(x_t − √ᾱ·mean)/(ᾱ·std² + 1 − ᾱ).
 
-    Between timesteps log SNR is interpolated, for schedulers that ask there.
+    log SNR is interpolated between timesteps, for schedulers with fractional timesteps.
     """
 
     @register_to_config
@@ -29,7 +29,7 @@ class GaussianUNet(ModelMixin, ConfigMixin):
         std=STD,
     ):
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))  # whose dtype and device are the network's
+        self.scale = torch.nn.Parameter(torch.ones(()))  # determines dtype and device of the network
         self.logits = torch.logit(DDPMSchedulerCustom().diffusion.alphas_cumprod).float()
 
     def forward(self, sample, timestep, return_dict=True):
@@ -42,7 +42,7 @@ class GaussianUNet(ModelMixin, ConfigMixin):
 
 
 def gaussian_pipeline(scheduler=None, **changes) -> DDPMPipelineCustom:
-    """A pipeline around it with the chain of DDPM, T = 1000."""
+    """A pipeline with this network and the chain of DDPM, T = 1000."""
     pipe = DDPMPipelineCustom(GaussianUNet(**changes), scheduler or DDPMSchedulerCustom(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -1,10 +1,11 @@
-"""Analytic-DPM (Bao et al. 2022): the moments of a network's noise that tell the optimal variance of its reverse steps."""
+"""Analytic-DPM (Bao et al. 2022): the optimal variance of the reverse steps from moments of the network's prediction."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 
-from ddpm_hf.diffusion.gaussian import GaussianDiffusion, working_dtype
+from ddpm_hf.diffusion.gaussian import GaussianDiffusion
+from ddpm_hf.diffusion.tables import working_dtype
 
 
 @torch.no_grad()
@@ -14,16 +15,17 @@ def estimate_analytic_moments(
     batches: Iterable[torch.Tensor],
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Γ_t = E‖ε_θ(x_t, t)‖²/d for every t of the chain (Analytic-DPM, eq. 8, in terms of ε), for `analytic_moments`.
+    """Estimate Γ_t = E‖ε_θ(x_t, t)‖²/d at every t of the chain (Analytic-DPM, eq. 8, in terms of ε).
 
     Args:
-        model: called as `model(x_t, t)` with x_t (B, C, H, W) and the network's own timesteps t, int64 (B,); returns
-            what `diffusion.prediction_type` says (channels beyond C, a learned variance's, are left aside).
-        batches: x_0, each (B, C, H, W) in [-1, 1], on the model's device. The model runs T times on each batch;
-            a hundred images in all are enough, since Γ_t is an average over every pixel too.
-        generator: of the noise, on the batches' device.
+        model: called as `model(x_t, t)` with x_t (B, C, H, W) and the network's timesteps t (B,), int64; returns a
+            prediction by `diffusion.prediction_type`. Channels after the first C (a learned variance) are ignored.
+        batches: of x_0, each (B, C, H, W) in [-1, 1], on the model's device. The model runs T times on each batch. A
+            hundred images in total are enough, because Γ_t is an average over all pixels as well.
+        generator: of the noise, on the device of the batches.
 
-    Returns float64 (T,) on the CPU. Raises ValueError where `batches` is empty.
+    Returns float64 (T,) on the CPU, for `GaussianDiffusion(analytic_moments=...)`. Raises ValueError if `batches` is
+    empty.
     """
     total, count = torch.zeros(len(diffusion), dtype=torch.float64), 0
     for x_0 in batches:

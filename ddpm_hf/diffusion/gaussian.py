@@ -1,22 +1,25 @@
-"""The derivation: forward process, posterior, learned reverse process and their sub-chains. Pure torch.
+"""The diffusion process: forward process, posterior, learned reverse process, and sub-chains. Pure PyTorch.
 
-Index t of this file is the paper's t + 1 (diffusers' timesteps): `alphas_cumprod[0]` is ᾱ₁, and the step at t = 0
-lands on the image. Equation numbers are those of docs/derivation.md.
+Timesteps are those of diffusers: index t is the paper's t + 1, `alphas_cumprod[0]` is ᾱ₁, and the step at t = 0
+gives x_0. Equation numbers are those of docs/derivation.md.
 """
 
 import copy
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from ddpm_hf.diffusion.schedules import chain_tables, check_betas
+from ddpm_hf.checks import ArgumentTypeError, check_choice
+from ddpm_hf.diffusion.schedules import check_betas
+from ddpm_hf.diffusion.tables import TableLookup, chain_tables, working_dtype
 from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, check_timestep, to_index_device
 
+Clip = Callable[[torch.Tensor], torch.Tensor]
+
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# The tables of σ_t (0 where x_{t−1} is the image) and log σ_t². The log variants of a variance differ from the plain
-# ones only in how other code stored the number.
+# The tables of σ_t (0 at the last step) and of log σ_t². "_log" variants are the same variances: the names come from
+# code that stored their logarithms.
 _SMALL = ("sampling_std_posterior_variance", "posterior_log_variance_clipped")
 _LARGE = ("sampling_std_betas", "log_variance_betas")
 FIXED_VARIANCES = {
@@ -29,7 +32,7 @@ FIXED_VARIANCES = {
 LEARNED_VARIANCES = ("learned", "learned_range")
 VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
 
-# target = table·x_t ± table·source, for every two of ε, x_0 and v.
+# (source, target): target = table·x_t ± table·source, for every pair of ε, x_0 and v.
 _CONVERSIONS = {
     ("epsilon", "sample"): ("sqrt_recip_alphas_cumprod", -1, "sqrt_recipm1_alphas_cumprod"),
     ("v_prediction", "sample"): ("sqrt_alphas_cumprod", -1, "sqrt_one_minus_alphas_cumprod"),
@@ -41,8 +44,11 @@ _CONVERSIONS = {
 
 
 class ReverseStep(NamedTuple):
-    """p_θ(x_{t−1} | x_t): its mean, the standard deviation of the noise that sampling adds (0 where x_{t−1} is the
-    image) and the x_0 it was made with. `mean` and `x_0` have the image's shape; `std` broadcasts against it."""
+    """p_θ(x_{t−1} | x_t) for sampling.
+
+    `mean` and `x_0`, the predicted image, have the shape of x_t. `std`, the standard deviation of the noise to add,
+    broadcasts against it and is 0 at the last step.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor | float
@@ -50,7 +56,7 @@ class ReverseStep(NamedTuple):
 
 
 class ReverseDistribution(NamedTuple):
-    """p_θ(x_{t−1} | x_t) as a density; `log_variance` broadcasts against `mean`."""
+    """p_θ(x_{t−1} | x_t) as a density. `log_variance` broadcasts against `mean`."""
 
     mean: torch.Tensor
     log_variance: torch.Tensor | float
@@ -58,21 +64,23 @@ class ReverseDistribution(NamedTuple):
 
 
 class GaussianDiffusion:
-    """A chain of T noising steps with variances β and everything that follows from them.
+    """A Markov chain of T steps that add noise with variances β, and its learned reversal (DDPM).
 
     Args:
-        betas: float64 tensor (T,), each in (0, 1); the last may be 1 (zero terminal SNR).
-        prediction_type: what the network's output means: "epsilon", "sample" (x_0) or "v_prediction".
-        variance_type: Σ_θ of the reverse step: β̃_t ("fixed_small"), β_t ("fixed_large"), the optimum that the
-            network's own second moment tells ("analytic"), or predicted in a second half of the channels, as the
-            variance itself ("learned") or between β̃_t and β_t ("learned_range").
-        timesteps: (T,) the number that the network is told at each index; 0..T−1 unless this is a sub-chain.
-        analytic_moments: (T,) Γ_t = E‖ε_θ(x_t, t)‖²/d, of `estimate_analytic_moments`; with "analytic" only.
-        alphas: (T,) float64, 1 − β where the difference would lose it: long strides have β within 1e-16 of 1.
+        betas: float64 (T,), each in (0, 1); the last may be 1 (zero terminal SNR).
+        prediction_type: what the network predicts: "epsilon", "sample" (x_0) or "v_prediction".
+        variance_type: the variance of the reverse step: β̃_t ("fixed_small"), β_t ("fixed_large"), the optimal variance
+            of Analytic-DPM ("analytic"), or predicted by the network in additional channels, as the variance itself
+            ("learned") or as a point between β̃_t and β_t ("learned_range").
+        timesteps: int64 (T,), the timestep that the network receives at each index: 0..T−1, except for a sub-chain.
+        analytic_moments: (T,) Γ_t = E‖ε_θ(x_t, t)‖²/d from `estimate_analytic_moments`; for "analytic" only.
+        alphas: float64 (T,), for β so near 1 that 1 − β would lose its digits, as in sub-chains of few steps.
 
-    The tables (`betas`, `alphas_cumprod`, `posterior_variance`, ...) are float64 on the CPU. They are rounded once,
-    to at least float32, when a method uses them. A timestep is an int, a 0-d tensor, or one per sample; tensors may
-    be on any device and are never read back to the host, so that out-of-range values are noticed on the CPU only.
+    The tables (`betas`, `alphas_cumprod`, `posterior_variance`, ...) are float64 on the CPU. `lookup(name, t, like)`
+    gives a table at t, rounded once to at least float32. A timestep is an int, a 0-d tensor, or a tensor (B,), on any
+    device. It is never copied to the host, so that values out of range raise an error on the CPU only.
+
+    Raises ValueError or TypeError that names the argument.
     """
 
     def __init__(
@@ -85,13 +93,11 @@ class GaussianDiffusion:
         *,
         alphas: torch.Tensor | None = None,
     ):
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
-        if variance_type not in VARIANCE_TYPES:
-            raise ValueError(f"variance_type must be one of {VARIANCE_TYPES}, got {variance_type!r}.")
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
         if (variance_type == "analytic") != (analytic_moments is not None):
             raise ValueError(
-                f"variance_type='analytic' and analytic_moments go together: got variance_type={variance_type!r} and "
+                f"analytic_moments must be given exactly if variance_type is 'analytic': got {variance_type=} with "
                 f"analytic_moments {'missing' if analytic_moments is None else 'given'}."
             )
         self.prediction_type, self.variance_type = prediction_type, variance_type
@@ -107,18 +113,20 @@ class GaussianDiffusion:
         self._set_tables(tables)
         if variance_type == "analytic" and self.alphas_cumprod[-1] == 0:
             raise ValueError(
-                "variance_type='analytic' cannot be used where ᾱ_T is 0 (zero terminal SNR): "
-                "the noise tells nothing of x_0."
+                "variance_type='analytic' cannot be used if ᾱ_T is 0 (zero terminal SNR): x_T has no information on x_0."
             )
         if prediction_type == "epsilon" and not self.sqrt_recip_alphas_cumprod[-1] < torch.finfo(torch.float32).max:
             raise ValueError(
-                f"prediction_type='epsilon' cannot be used where ᾱ_T is {self.alphas_cumprod[-1].item():g} (zero "
-                "terminal SNR): x_T holds no trace of x_0, so x_0 cannot be had from the noise. Use 'v_prediction' or 'sample'."
+                f"prediction_type='epsilon' cannot be used if ᾱ_T is {self.alphas_cumprod[-1].item():g} (zero terminal "
+                "SNR): x_0 cannot be computed from x_T and the noise. Use 'v_prediction' or 'sample'."
             )
 
     def _reverse_step_table(self, tables: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(T, 5): a, b, c, d and σ_t of x_0 = a·x_t + b·output and x_{t−1} = c·x_0 + d·x_t + σ_t·z (eqs. 9, 11), so
-        that a step looks up one table. σ_t of a learned variance is 0 at the last step and 1 elsewhere."""
+        """The coefficients a, b, c, d and σ_t of a reverse step (eqs. 9 and 11), so that it needs a single lookup.
+
+        x_0 = a·x_t + b·output and x_{t−1} = c·x_0 + d·x_t + σ_t·z. For a learned variance the last column is 0 at the
+        last step and 1 elsewhere. Shape (T, 5).
+        """
         a, b = torch.zeros_like(tables["betas"]), torch.ones_like(tables["betas"])
         if self.prediction_type != "sample":
             x_t, sign, output = _CONVERSIONS[self.prediction_type, "sample"]
@@ -128,15 +136,7 @@ class GaussianDiffusion:
         return torch.stack([a, b, *means, tables[std]], dim=1)
 
     def _set_tables(self, tables: dict[str, torch.Tensor]) -> None:
-        self.tables = tables
-        self._floats: dict[str, list[float]] = {}
-        self._rounded: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
-        self.cache_tables(torch.device("cpu"))
-
-    def cache_tables(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Copy the tables to `device`, rounded to `dtype`, ahead of the first use there (which would do it itself)."""
-        if (device, dtype) not in self._rounded:
-            self._rounded[device, dtype] = {name: table.to(device, dtype) for name, table in self.tables.items()}
+        self.tables, self.lookup = tables, TableLookup(tables)
 
     def __getattr__(self, name: str) -> torch.Tensor:
         tables = self.__dict__.get("tables", {})
@@ -147,50 +147,21 @@ class GaussianDiffusion:
     def __len__(self) -> int:
         return self.timesteps.shape[0]
 
-    # ------------------------------------------------------------------ reading the tables at t
-
-    def at(self, name: str, t: Timestep, like: torch.Tensor) -> torch.Tensor | float:
-        """Table `name` at t, broadcastable against `like` (batch first): a float for an int t, else a tensor."""
-        t = to_index_device(t, like)
-        if isinstance(t, int) and not torch.compiler.is_compiling():
-            if name not in self._floats:
-                self._floats[name] = self.tables[name].tolist()
-            return self._floats[name][t]
-        table = self._rounded_table(name, like)
-        # Indexing with a 0-d tensor would read it back to the host; selecting with one of length 1 does not.
-        return table[t] if isinstance(t, int) else table[t.reshape(-1)].reshape(-1, *[1] * (like.ndim - 1))
-
-    def _rounded_table(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        dtype = working_dtype(like)
-        self.cache_tables(like.device, dtype)
-        return self._rounded[like.device, dtype][name]
-
-    def _reverse_step_coefficients(self, t: Timestep, like: torch.Tensor) -> Sequence[torch.Tensor | float]:
-        """The row of "reverse_step" at t, by the rules of `at`."""
-        if isinstance(t, int):
-            row = self.at("reverse_step", t, like)
-            return row if isinstance(row, list) else row.unbind()
-        rows = self._rounded_table("reverse_step", like)[t.reshape(-1)]
-        return rows.T.reshape(rows.shape[1], -1, *[1] * (like.ndim - 1)).unbind()
-
-    def _checked_mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
-        self._check(x, y, t)
-        return self._mix(a, x, sign, b, y, t)
-
     def _check(self, x: torch.Tensor, y: torch.Tensor, t: Timestep) -> None:
         if x.shape != y.shape:
             raise ValueError(
                 f"images, noise and predictions must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}."
             )
         if not (x.is_floating_point() and y.is_floating_point()):
-            raise TypeError(f"images and noise must be floating point, in [-1, 1], got {x.dtype} and {y.dtype}.")
+            raise ArgumentTypeError(f"images and noise must be floating point, got {x.dtype} and {y.dtype}.")
         check_timestep(t, len(self), x)
 
-    def _mix(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
-        """a_t·x ± b_t·y, in at least float32."""
+    def _combine(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
+        """a_t·x ± b_t·y for tables `a` and `b`, in at least float32."""
+        self._check(x, y, t)
         x = x.to(working_dtype(x, y))
         y, t = y.to(x.dtype), to_index_device(t, x)
-        a_t, b_t = self.at(a, t, x), self.at(b, t, x)
+        a_t, b_t = self.lookup(a, t, x), self.lookup(b, t, x)
         if isinstance(b_t, float):
             return torch.add(a_t * x, y, alpha=sign * b_t)
         return torch.addcmul(a_t * x, b_t, y, value=sign)
@@ -199,21 +170,21 @@ class GaussianDiffusion:
 
     def q_step(self, x_prev: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """x_t = √(1−β_t)·x_{t−1} + √β_t·z (eq. 1). Shapes: all as `x_prev`."""
-        return self._checked_mix("sqrt_alphas", x_prev, 1, "sqrt_betas", noise, t)
+        return self._combine("sqrt_alphas", x_prev, 1, "sqrt_betas", noise, t)
 
     def q_mean_variance(self, x_0: torch.Tensor, t: Timestep) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean √ᾱ_t·x_0 and variance 1−ᾱ_t of q(x_t | x_0) (eq. 2)."""
         check_timestep(t, len(self), x_0)
         x_0 = x_0.to(working_dtype(x_0))
-        return self.at("sqrt_alphas_cumprod", t, x_0) * x_0, self.at("one_minus_alphas_cumprod", t, x_0)
+        return self.lookup("sqrt_alphas_cumprod", t, x_0) * x_0, self.lookup("one_minus_alphas_cumprod", t, x_0)
 
     def q_sample(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·z (eq. 2). Shapes: all as `x_0`; computed in at least float32."""
-        return self._checked_mix("sqrt_alphas_cumprod", x_0, 1, "sqrt_one_minus_alphas_cumprod", noise, t)
+        return self._combine("sqrt_alphas_cumprod", x_0, 1, "sqrt_one_minus_alphas_cumprod", noise, t)
 
     def velocity(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
         """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0 (Salimans and Ho 2022, section 4)."""
-        return self._checked_mix("sqrt_alphas_cumprod", noise, -1, "sqrt_one_minus_alphas_cumprod", x_0, t)
+        return self._combine("sqrt_alphas_cumprod", noise, -1, "sqrt_one_minus_alphas_cumprod", x_0, t)
 
     # ------------------------------------------------------------------ posterior (eqs. 7 and 8)
 
@@ -221,40 +192,38 @@ class GaussianDiffusion:
         self, x_0: torch.Tensor, x_t: torch.Tensor, t: Timestep
     ) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Mean μ̃_t and variance β̃_t of q(x_{t−1} | x_t, x_0) (eqs. 7 and 8)."""
-        mean = self._checked_mix("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
-        return mean, self.at("posterior_variance", t, mean)
+        mean = self._combine("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
+        return mean, self.lookup("posterior_variance", t, mean)
 
-    # ------------------------------------------------------------------ what a prediction stands for (eq. 9)
+    # ------------------------------------------------------------------ conversion of predictions (eq. 9)
 
     def convert(self, value: torch.Tensor, x_t: torch.Tensor, t: Timestep, source: str, target: str) -> torch.Tensor:
-        """A prediction at (x_t, t) in other terms; `source` and `target` are a prediction type or "score".
+        """Convert a prediction at (x_t, t) from `source` to `target`, each a prediction type or "score".
 
         x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (eq. 2), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0, and the score ∇ log q(x_t) = −ε/√(1−ᾱ_t).
-        Shapes: all as `x_t`. Where ᾱ_t is 0 neither ε nor the score tells x_0 or v: the result is not finite.
+        Shapes: all as `x_t`. If ᾱ_t is 0, x_0 and v cannot be computed from ε or the score: the result is not finite.
         """
-        if {source, target} - {*PREDICTION_TYPES, "score"}:
-            raise ValueError(
-                f"source and target must be of {(*PREDICTION_TYPES, 'score')}, got {source!r} and {target!r}."
-            )
+        check_choice("source", source, (*PREDICTION_TYPES, "score"))
+        check_choice("target", target, (*PREDICTION_TYPES, "score"))
         self._check(x_t, value, t)
         value = value.to(working_dtype(value, x_t))
         if source == target:
             return value
         if source == "score":
-            epsilon = -self.at("sqrt_one_minus_alphas_cumprod", t, value) * value
+            epsilon = -self.lookup("sqrt_one_minus_alphas_cumprod", t, value) * value
             return self.convert(epsilon, x_t, t, "epsilon", target)
         if target == "score":
             epsilon = self.convert(value, x_t, t, source, "epsilon")
-            return -self.at("sqrt_recip_one_minus_alphas_cumprod", t, value) * epsilon
+            return -self.lookup("sqrt_recip_one_minus_alphas_cumprod", t, value) * epsilon
         a, sign, b = _CONVERSIONS[source, target]
-        return self._mix(a, x_t, sign, b, value, t)
+        return self._combine(a, x_t, sign, b, value, t)
 
     def predict_x_0(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
-        """The x_0 that the network's output stands for, by `prediction_type`."""
+        """x_0 from the network's output, by `prediction_type`. Shapes: all as `x_t`."""
         return self.convert(model_output, x_t, t, self.prediction_type, "sample")
 
     def predict_epsilon(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
-        """The noise that the network's output stands for, by `prediction_type`."""
+        """ε from the network's output, by `prediction_type`. Shapes: all as `x_t`."""
         return self.convert(model_output, x_t, t, self.prediction_type, "epsilon")
 
     def predict_x_0_from_epsilon(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
@@ -262,36 +231,45 @@ class GaussianDiffusion:
         return self.convert(epsilon, x_t, t, "epsilon", "sample")
 
     def posterior_mean_from_epsilon(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
-        """μ = (x_t − β_t/√(1−ᾱ_t)·ε)/√α_t (eqs. 10 and 11): `q_posterior` with x_0 from eq. 9 put in."""
-        return self._checked_mix("epsilon_mean_coef_x_t", x_t, -1, "epsilon_mean_coef_epsilon", epsilon, t)
+        """μ = (x_t − β_t/√(1−ᾱ_t)·ε)/√α_t (eqs. 10 and 11): the mean of `q_posterior` at the x_0 of eq. 9."""
+        return self._combine("epsilon_mean_coef_x_t", x_t, -1, "epsilon_mean_coef_epsilon", epsilon, t)
 
     # ------------------------------------------------------------------ reverse process (eqs. 3 and 11)
 
-    def p_mean_std(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip=None) -> ReverseStep:
-        """p_θ(x_{t−1} | x_t) (eqs. 3 and 11), to sample from, from the network's output at (x_t, t).
+    def p_mean_std(
+        self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None = None
+    ) -> ReverseStep:
+        """p_θ(x_{t−1} | x_t) for sampling (eqs. 3 and 11), from the network's output at (x_t, t).
 
-        `model_output` has the shape of x_t, or twice its channels for a learned variance. `clip`, when given, maps
-        the predicted x_0 before the mean is made from it, and may write over it.
+        Args:
+            model_output: shape of `x_t`, (B, C, H, W), or (B, 2C, H, W) for a learned variance.
+            clip: maps the predicted x_0 before the mean is computed from it; may work in place.
         """
         mean, std, x_0, variance_output = self._p_mean(model_output, x_t, t, clip)
-        return ReverseStep(mean, std if variance_output is None else self._learned_std(variance_output, t, std), x_0)
+        is_last_step = isinstance(std, float) and std == 0.0
+        if variance_output is not None and not is_last_step:
+            learned_std = torch.exp(self._learned_log_variance(variance_output, t) / 2)
+            # Not a product: the last step's variance is not used, and may be NaN.
+            std = learned_std if isinstance(std, float) else torch.where(std != 0, learned_std, 0.0)
+        return ReverseStep(mean, std, x_0)
 
     def p_mean_variance(
-        self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip=None
+        self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None = None
     ) -> ReverseDistribution:
-        """p_θ(x_{t−1} | x_t) (eqs. 3 and 11) as a density, for likelihoods; arguments as for `p_mean_std`.
+        """p_θ(x_{t−1} | x_t) as a density, for likelihoods (eqs. 3 and 11). Arguments as for `p_mean_std`.
 
-        At index 0, where sampling adds no noise, the fixed variances take the next index's β̃ (the original code's
-        convention), since the decoder of the image needs one above 0.
+        At index 0 the fixed variances are β̃ of index 1 (as in the original code): sampling adds no noise there, but
+        the discretized decoder needs a variance above 0.
         """
         mean, _, x_0, variance_output = self._p_mean(model_output, x_t, t, clip)
-        if self.variance_type in FIXED_VARIANCES:
-            return ReverseDistribution(mean, self.at(FIXED_VARIANCES[self.variance_type][1], t, mean), x_0)
-        if self.variance_type == "learned":
-            return ReverseDistribution(mean, variance_output.log(), x_0)
-        return ReverseDistribution(mean, self._interpolated_log_variance(variance_output, t), x_0)
+        if variance_output is None:
+            log_variance = self.lookup(FIXED_VARIANCES[self.variance_type][1], t, mean)
+        else:
+            log_variance = self._learned_log_variance(variance_output, t)
+        return ReverseDistribution(mean, log_variance, x_0)
 
-    def _p_mean(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip) -> tuple[torch.Tensor, ...]:
+    def _p_mean(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None) -> tuple:
+        """Mean, σ_t (or whether to add noise, for a learned variance), x_0, and the channels of a learned variance."""
         channels = x_t.shape[1]
         learned = self.variance_type in LEARNED_VARIANCES
         expected = (x_t.shape[0], 2 * channels if learned else channels, *x_t.shape[2:])
@@ -300,43 +278,32 @@ class GaussianDiffusion:
                 f"with variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)} the model's "
                 f"output must have {expected[1]} channels and the same batch and size, got shape {tuple(model_output.shape)}."
             )
-        if not (x_t.is_floating_point() and model_output.is_floating_point()):
-            raise TypeError(f"images and outputs must be floating point, got {x_t.dtype} and {model_output.dtype}.")
-        check_timestep(t, len(self), x_t)
+        prediction, variance_output = model_output[:, :channels], model_output[:, channels:]
+        self._check(x_t, prediction, t)
         dtype = working_dtype(x_t, model_output)
-        x_t, model_output = x_t.to(dtype), model_output.to(dtype)
-        variance_output = None
-        if learned:
-            model_output, variance_output = model_output[:, :channels], model_output[:, channels:]
-        a, b, c, d, std = self._reverse_step_coefficients(to_index_device(t, x_t), x_t)
-        x_0 = add_scaled_(a * x_t, b, model_output)
+        x_t, prediction, variance_output = x_t.to(dtype), prediction.to(dtype), variance_output.to(dtype)
+        row = self.lookup("reverse_step", to_index_device(t, x_t), x_t)
+        a, b, c, d, std = row if isinstance(row, list) else row.unbind()
+        x_0 = add_scaled_(a * x_t, b, prediction)
         if clip is not None:
             x_0 = clip(x_0)
         mean = add_scaled_(c * x_0, d, x_t)
-        return mean, std, x_0, variance_output
+        return mean, std, x_0, variance_output if learned else None
 
-    def _learned_std(self, variance_output: torch.Tensor, t: Timestep, is_not_last_step) -> torch.Tensor | float:
-        if isinstance(is_not_last_step, float) and not is_not_last_step:
-            return 0.0
+    def _learned_log_variance(self, variance_output: torch.Tensor, t: Timestep) -> torch.Tensor:
+        """The log of the output, or v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
         if self.variance_type == "learned":
-            std = variance_output.sqrt()
-        else:
-            std = torch.exp(self._interpolated_log_variance(variance_output, t) / 2)
-        # A product would keep a NaN of the last step, whose variance is never used.
-        return std if isinstance(is_not_last_step, float) else torch.where(is_not_last_step != 0, std, 0.0)
-
-    def _interpolated_log_variance(self, variance_output: torch.Tensor, t: Timestep) -> torch.Tensor:
-        """v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
-        low, high = (self.at(n, t, variance_output) for n in ("posterior_log_variance_clipped", "log_betas"))
+            return variance_output.log()
+        low, high = (self.lookup(n, t, variance_output) for n in ("posterior_log_variance_clipped", "log_betas"))
         return low + (variance_output + 1) / 2 * (high - low)
 
     # ------------------------------------------------------------------ sub-chains
 
     def respace(self, timesteps: Sequence[int] | torch.Tensor) -> "GaussianDiffusion":
-        """The chain that visits only `timesteps` (indices of this chain, any order, no duplicates).
+        """The sub-chain of `timesteps`: indices of this chain, in any order, without duplicates.
 
-        Its β follow from the ratios of ᾱ, β' = 1 − ᾱ_t/ᾱ_s, taken here as 1 − ∏(1−β) over the steps between,
-        so that every formula of the full chain holds for it, and its last step lands on x_0.
+        Its β follow from the ratios of ᾱ: β' = 1 − ᾱ_t/ᾱ_s, computed as 1 − ∏(1−β) over the steps between. Every formula
+        of the full chain holds for it, and its last step gives x_0 without noise.
         """
         kept = as_timesteps(timesteps).sort().values
         if kept[0] < 0 or kept[-1] >= len(self) or (kept.diff() == 0).any():
@@ -346,18 +313,12 @@ class GaussianDiffusion:
         segment = torch.searchsorted(kept, torch.arange(len(log_alphas), device="cpu"))
         log_ratio = torch.zeros(len(kept), dtype=torch.float64, device="cpu").index_add_(0, segment, log_alphas)
         moments = None if self.analytic_moments is None else self.analytic_moments[kept]
-        return GaussianDiffusion(
-            -torch.expm1(log_ratio),
-            self.prediction_type,
-            self.variance_type,
-            self.timesteps[kept],
-            moments,
-            alphas=log_ratio.exp(),
-        )
+        arguments = (self.prediction_type, self.variance_type, self.timesteps[kept], moments)
+        return GaussianDiffusion(-torch.expm1(log_ratio), *arguments, alphas=log_ratio.exp())
 
     def strided(self, timesteps: Sequence[int] | torch.Tensor) -> "GaussianDiffusion":
-        """This chain, except that the step at each of `timesteps` goes straight to the next lower one of them (to
-        x_0 from the lowest): `respace` with the full chain's numbering. All other timesteps keep their step."""
+        """`respace` with the full chain's indices: the step at each of `timesteps` goes to the next lower one of them
+        (to x_0 from the lowest). The steps at all other timesteps stay as they are."""
         chain = self.respace(timesteps)
         index = as_timesteps(timesteps).sort().values
         strided = copy.copy(self)
@@ -366,29 +327,8 @@ class GaussianDiffusion:
 
 
 def add_scaled_(x: torch.Tensor, factor: torch.Tensor | float, y: torch.Tensor) -> torch.Tensor:
-    """x + factor·y, written over x, which is a step's own temporary: memory just written is fast to write again."""
+    """x + factor·y in place of x, which must be a temporary of the caller: its memory is in the cache."""
     return x.add_(y, alpha=factor) if isinstance(factor, float) else x.addcmul_(factor, y)
-
-
-def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype sample arithmetic happens in: the widest of the tensors' own, but at least float32."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def gaussian_kl(
-    mean_1: torch.Tensor,
-    log_variance_1: torch.Tensor | float,
-    mean_2: torch.Tensor,
-    log_variance_2: torch.Tensor | float,
-) -> torch.Tensor:
-    """KL(N(mean_1, variance_1) ‖ N(mean_2, variance_2)) of each element, in nats; arguments broadcast."""
-    difference = log_variance_1 - log_variance_2
-    expm1 = torch.expm1 if isinstance(difference, torch.Tensor) else math.expm1
-    exp = torch.exp if isinstance(log_variance_2, torch.Tensor) else math.exp
-    return (expm1(difference) - difference + (mean_1 - mean_2).square() * exp(-log_variance_2)) / 2
 
 
 def _check_moments(moments: torch.Tensor | Sequence[float], T: int) -> torch.Tensor:

@@ -1,33 +1,36 @@
-"""Where in the chain training looks: the timesteps of a batch, and the weight that each example's loss then has.
+"""Sampling of training timesteps, with the weights that keep the expectation of the loss.
 
-A sampler is called for the whole global batch, with the same generator on every process, and returns the same there.
+A sampler draws for the whole global batch. With the same generator it returns the same on every process.
 """
 
 from collections.abc import Mapping
 
 import torch
 
+from ddpm_hf.checks import check_choice, check_int
+
 
 class UniformTimesteps:
     """Independent timesteps, uniform over 0..T−1 (DDPM, algorithm 1).
 
-    Also the interface of all samplers: a call, `update` with the losses of a step where `uses_losses` says that they
-    are wanted, and a state for checkpoints (empty here).
+    The base class of all samplers: a call draws timesteps, `update` receives the losses of a step if `uses_losses` is
+    True, and `state_dict` is saved in checkpoints (empty here).
 
     Args:
-        T: length of the chain. device: of the state.
+        T: length of the chain.
+        device: of the state.
     """
 
     uses_losses = False
 
     def __init__(self, T: int, device: torch.device | str = "cpu"):
-        if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-            raise ValueError(f"T must be an integer of at least 1, got {T!r}.")
-        self.T = T
+        self.T = check_int("T", T, 1)
 
     def __call__(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps (B,), int64, and the weight 1/(T·p_t) of each, (B,), float32, on the generator's device: weighted
-        so, the mean loss has the expectation that it has over uniform timesteps."""
+        """Draw timesteps (B,), int64, with their weights 1/(T·p_t), (B,), float32, on the device of the generator.
+
+        The weighted mean loss has the same expectation as over uniform timesteps.
+        """
         t = self.timesteps(batch_size, generator)
         return t, torch.ones(batch_size, device=t.device)
 
@@ -35,14 +38,14 @@ class UniformTimesteps:
         return torch.randint(self.T, (batch_size,), generator=generator, device=generator.device)
 
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        """Learn from a step: timesteps (B,) and losses (B,), not weighted, of the global batch in order of position."""
+        """Update the state after a step: timesteps (B,) and unweighted losses (B,) of the global batch, in order."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What `load_state_dict` takes, in order to go on as if nothing had happened."""
+        """The state, to resume from by `load_state_dict`."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises ValueError for the state of another sampler or chain."""
+        """Restore a state. Raises ValueError if it belongs to another sampler or another T."""
         mine = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in state.items()}
         if mine != theirs:
@@ -50,10 +53,10 @@ class UniformTimesteps:
 
 
 class StratifiedTimesteps(UniformTimesteps):
-    """Timesteps that are each uniform over 0..T−1 and share the range out evenly: one in each B-th of it.
+    """Timesteps that are each uniform over 0..T−1 and evenly spread over it, one in each B-th of the range.
 
-    The loss has the same expectation and less variance. (The low-discrepancy sampler of variational diffusion
-    models, Kingma et al. 2021, appendix I.1, on a finite chain.)
+    The loss has the same expectation and less variance. This is the low-discrepancy sampler of variational diffusion
+    models (Kingma et al. 2021, appendix I.1) with discrete timesteps.
     """
 
     def timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
@@ -63,11 +66,11 @@ class StratifiedTimesteps(UniformTimesteps):
 
 
 class LossSecondMomentTimesteps(UniformTimesteps):
-    """Importance sampling, p_t ∝ √E[L_t²] (Improved DDPM, section 3.3): the second moment of L_t is the mean over the
-    last `HISTORY` losses at t. Timesteps are uniform until every t has that many.
+    """Importance sampling with p_t ∝ √E[L_t²] (Improved DDPM, section 3.3).
 
-    As in the paper's code, a thousandth of the probability stays uniform, so that no t is given up. The state lives
-    on the device and nothing of it is read back. Losses that are not finite are left out.
+    E[L_t²] is the mean over the last `HISTORY` losses at t. Timesteps are uniform until every t has that many losses.
+    As in the paper's code, a thousandth of the probability stays uniform, so that every t continues to be drawn. The
+    state stays on its device and is never read back. Losses that are not finite are ignored.
     """
 
     HISTORY = 10
@@ -76,7 +79,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
 
     def __init__(self, T: int, device: torch.device | str = "cpu"):
         super().__init__(T, device)
-        # The last row takes what is to be forgotten.
+        # The last row is a dummy that receives losses to be discarded.
         self._losses = torch.zeros(T + 1, self.HISTORY, dtype=torch.float64, device=device)
         self._counts = torch.zeros(T + 1, dtype=torch.int64, device=device)
 
@@ -84,7 +87,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         """p_t, (T,), float64."""
         root = self._losses[:-1].square().mean(1).sqrt()
         p = (1 - self.UNIFORM_SHARE) * root / root.sum() + self.UNIFORM_SHARE / self.T
-        # Losses that are all 0 tell nothing.
+        # If all losses are 0, the ratio is undefined.
         known = (self._counts[:-1].min() >= self.HISTORY) & (root.sum() > 0)
         return torch.where(known, p, 1 / self.T)
 
@@ -99,13 +102,13 @@ class LossSecondMomentTimesteps(UniformTimesteps):
     def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         t, losses = t.to(self._counts.device), losses.to(self._losses)
         t = torch.where(losses.isfinite(), t, self.T)
-        # Every t's losses go round in its row, in order of position. Of a t that is there several times, a loss's place
-        # among them is its position in the sorted batch less that of the first.
+        # Each row is a ring buffer. If t occurs several times in the batch, `place` numbers the occurrences: the position
+        # in the sorted batch minus that of the first one.
         t, order = t.sort(stable=True)
         place = torch.arange(len(t), device=t.device) - torch.searchsorted(t, t)
         number = torch.zeros_like(self._counts).index_add_(0, t, torch.ones_like(t))
         column = (self._counts[t] + place) % self.HISTORY
-        # No two may write to one place.
+        # Only the last HISTORY occurrences are kept, so that no two losses are written to the same entry.
         row = torch.where(number[t] - place <= self.HISTORY, t, self.T)
         self._losses[row, column] = losses[order]
         self._counts += number
@@ -127,7 +130,6 @@ TIMESTEP_SAMPLERS = {
 
 
 def make_timestep_sampler(name: str, T: int, device: torch.device | str = "cpu") -> UniformTimesteps:
-    """The sampler called `name`, a key of `TIMESTEP_SAMPLERS`. Raises ValueError for another name."""
-    if name not in TIMESTEP_SAMPLERS:
-        raise ValueError(f"timestep_sampler must be one of {list(TIMESTEP_SAMPLERS)}, got {name!r}.")
+    """The sampler called `name`, a key of `TIMESTEP_SAMPLERS`. Raises ValueError for an unknown name."""
+    check_choice("timestep_sampler", name, TIMESTEP_SAMPLERS)
     return TIMESTEP_SAMPLERS[name](T, device)

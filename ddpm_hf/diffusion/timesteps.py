@@ -1,24 +1,26 @@
-"""Timesteps: which ones a shorter chain visits, and the forms in which a function is given them."""
+"""Timesteps: the spacing of a sub-chain, and checks of the forms in which functions take timesteps."""
 
 from collections.abc import Sequence
 
 import torch
 
+from ddpm_hf.checks import ArgumentTypeError
+
 Timestep = int | torch.Tensor
 
 
 def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Tensor:
-    """n of the timesteps 0..T−1, descending, as diffusers spaces them (int64, exactly n of them).
+    """n of the timesteps 0..T−1 with the spacing of diffusers (Lin et al. 2023, table 2): int64 (n,), descending.
 
-    "linspace" has both ends, "leading" counts up from `offset` in whole steps, "trailing" counts down from T−1. The
-    sums and their rounding are those of diffusers (NumPy's), so that halves fall to the same side.
-    Raises ValueError where the offset would leave the chain.
+    "linspace" includes both ends, "leading" counts up from `offset` in steps of T // n, "trailing" counts down from
+    T−1. Operations and rounding are those of diffusers (NumPy), so that the results agree. Raises ValueError if the
+    offset leads beyond T−1.
     """
     i = torch.arange(n, dtype=torch.float64, device="cpu")
     if spacing == "linspace":
         return (i * ((T - 1) / max(n - 1, 1))).round().to(torch.int64).flip(0)
     if spacing == "trailing":
-        # diffusers counts until 0 is reached, which rounding puts off by one step for some n.
+        # diffusers counts down to 0, and rounding gives it n ± 1 timesteps for some n.
         return (T + i * ((T - T / n) - T)).round().to(torch.int64) - 1
     timesteps = torch.arange(n - 1, -1, -1, device="cpu") * (T // n) + offset
     if timesteps[0] >= T:
@@ -30,8 +32,11 @@ def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Ten
 
 
 def to_index_device(t: Timestep, like: torch.Tensor) -> Timestep:
-    """t where it can be used with `like` without a sync: as an int where it is one number on the host (outside a
-    compiled graph), which is the fastest, else on its device."""
+    """t in a form that indexes tables on the device of `like` without a synchronization.
+
+    A single number on the host becomes an int, which is fastest (outside a compiled graph). Other tensors are moved to
+    the device of `like`.
+    """
     if not isinstance(t, torch.Tensor):
         return t
     is_integer = not t.is_floating_point() and t.dtype != torch.bool
@@ -41,7 +46,7 @@ def to_index_device(t: Timestep, like: torch.Tensor) -> Timestep:
 
 
 def as_timesteps(timesteps: Sequence[int] | torch.Tensor) -> torch.Tensor:
-    """`timesteps` as an int64 tensor on the CPU; ValueError where they are no non-empty list of integers."""
+    """`timesteps` as an int64 tensor on the CPU. Raises ValueError unless they are a non-empty list of integers."""
     try:
         chosen = timesteps if isinstance(timesteps, torch.Tensor) else torch.tensor(list(timesteps), device="cpu")
     except (TypeError, ValueError, RuntimeError):
@@ -52,11 +57,13 @@ def as_timesteps(timesteps: Sequence[int] | torch.Tensor) -> torch.Tensor:
 
 
 def check_timestep(t: Timestep, T: int, like: torch.Tensor) -> None:
-    """Raises TypeError or ValueError for a t that is no timestep of a chain of length T (values on a device and inside a
-    compiled graph are not looked at: that would stall both)."""
+    """Raise TypeError or ValueError if t is not a timestep, or timesteps (B,) for `like`, of a chain of length T.
+
+    Values on a device or inside a compiled graph are not checked: reading them would stall the device or break the graph.
+    """
     if isinstance(t, torch.Tensor):
         if t.is_floating_point() or t.dtype == torch.bool:
-            raise TypeError(f"timesteps must be integers, got a tensor of {t.dtype}.")
+            raise ArgumentTypeError(f"timesteps must be integers, got a tensor of {t.dtype}.")
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, like.shape[0])):
             raise ValueError(
                 f"timesteps must be one number or one per sample ({like.shape[0]}), got shape {tuple(t.shape)}."
@@ -64,9 +71,9 @@ def check_timestep(t: Timestep, T: int, like: torch.Tensor) -> None:
         if torch.compiler.is_compiling() or t.device.type != "cpu" or t.numel() == 0:
             return
         low, high = t.min().item(), t.max().item()
-    elif isinstance(t, int) and not isinstance(t, bool):
+    elif type(t) is int:  # not check_int: its message would break a compiled graph
         low = high = t
     else:
-        raise TypeError(f"a timestep must be an int or an integer tensor, got {t!r} of {type(t).__name__}.")
+        raise ArgumentTypeError(f"a timestep must be an int or an integer tensor, got {t!r} of {type(t).__name__}.")
     if low < 0 or high >= T:
         raise ValueError(f"timesteps must lie in 0..{T - 1}, got {low if low == high else f'{low}..{high}'}.")

@@ -1,79 +1,33 @@
-"""The blocks of the U-Net. Module names are diffusers', since they are the keys of its checkpoints.
+"""The layers of the U-Net. Module names are those of diffusers, because they are the keys of its checkpoints.
 
-Images are (B, C, H, W), in channels-last memory. `temb` is the activated time embedding, (B, D) or (1, D) when the
-whole batch shares one timestep.
+Images are (B, C, H, W), in channels-last memory. `temb` is the time embedding after the activation: (B, D), or (1, D) if
+the batch shares one timestep.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import get_activation
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 
-def sinusoidal_embedding(t: torch.Tensor, dim: int, flip_sin_to_cos: bool, freq_shift: float) -> torch.Tensor:
-    """(B,) timesteps to (B, dim) sines and cosines with wavelengths from 2π to 20000π (Attention is all you need,
-    3.5); float32."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - freq_shift))
-    angle = t[:, None].float() * exponent.exp()[None, :]
-    parts = (angle.cos(), angle.sin()) if flip_sin_to_cos else (angle.sin(), angle.cos())
-    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
-
-
-class SinusoidalProjection(nn.Module):
-    """`sinusoidal_embedding` as a module; no weights."""
-
-    def __init__(self, dim: int, flip_sin_to_cos: bool, freq_shift: float):
-        super().__init__()
-        self.dim, self.flip_sin_to_cos, self.freq_shift = dim, flip_sin_to_cos, freq_shift
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        return sinusoidal_embedding(t, self.dim, self.flip_sin_to_cos, self.freq_shift)
-
-
-class FourierProjection(nn.Module):
-    """Random Fourier features of log t (Song et al. 2021): fixed frequencies, saved with the weights."""
-
-    def __init__(self, dim: int, scale: float = 16.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(dim) * scale, requires_grad=False)
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        angle = t.log()[:, None] * self.weight[None, :] * (2 * math.pi)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)
-
-
 class SiLU(nn.SiLU):
-    """x·σ(x). Writes over x where no gradient is recorded: fresh memory takes longer than the function."""
+    """x·σ(x), in place if no gradient is recorded: allocating memory takes longer than the function."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def make_activation(act_fn: str) -> nn.Module:
-    """The activation that diffusers calls `act_fn`, for values that nothing else reads."""
+    """The activation that diffusers calls `act_fn`. It may work in place."""
     activation = get_activation(act_fn)
     return SiLU() if isinstance(activation, nn.SiLU) else activation
 
 
-class EmbeddingMLP(nn.Module):
-    """Two linear layers with SiLU between: (B, in) to (B, D)."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_features, out_features)
-        self.linear_2 = nn.Linear(out_features, out_features)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class Downsample(nn.Module):
-    """Half the size by a 3×3 convolution of stride 2; padding 0 pads one pixel at the right and the bottom."""
+    """Halve the size by a 3×3 convolution of stride 2. With padding 0, one pixel is padded at the right and bottom."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
@@ -88,15 +42,15 @@ class Downsample(nn.Module):
 # Row a of the 4×4 kernel below is the sum of the rows of the 3×3 one that fall on the same source pixel.
 _ROW_SUMS = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], device="cpu")
 _KERNEL_SUMS = torch.kron(_ROW_SUMS, _ROW_SUMS)
-# Summing the weights costs as much as it spares at about this many source pixels (measured, CPU).
-_PIXELS_WORTH_SUMMING = 256
+# With fewer source pixels than this, summing the weights costs more than it saves (measured on a CPU).
+_MIN_PIXELS_FOR_SUMMING = 256
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """Twice the size by repeating pixels, then a 3×3 convolution.
+    """Double the size by repeating pixels, followed by a 3×3 convolution.
 
-    Every source pixel is repeated, so that its 3×3 products share factors: one transposed convolution of stride 2 with
-    a 4×4 kernel of summed weights is the same function in 16 products a source pixel where there were 36.
+    Repeated pixels share products. A transposed convolution of stride 2 with a 4×4 kernel of summed weights computes the
+    same function with 16 products per source pixel instead of 36.
     """
 
     def __init__(self, channels: int):
@@ -104,17 +58,17 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        if x.device.type != "cpu" or self.weight.dtype.itemsize < 4 or pixels < _PIXELS_WORTH_SUMMING:
+        if x.device.type != "cpu" or self.weight.dtype.itemsize < 4 or pixels < _MIN_PIXELS_FOR_SUMMING:
             return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         C = self.out_channels
         weight = _KERNEL_SUMS.to(self.weight.dtype) @ self.weight.permute(2, 3, 1, 0).reshape(9, C * C)
-        # Laid out as the convolution wants it, which would take several times as long to do so itself.
+        # The convolution would convert the memory format itself, but several times more slowly.
         weight = weight.view(4, 4, C, C).permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
 
 
 class Upsample(nn.Module):
-    """`UpsampleConv2d` under the key that diffusers gives it."""
+    """`UpsampleConv2d` under the state-dict key of diffusers."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -125,11 +79,11 @@ class Upsample(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x))) + temb))), the shortcut a 1×1 convolution where channels change.
+    """x + conv(act(norm(conv(act(norm(x))) + temb))), with a 1×1 convolution on the shortcut if the channels change.
 
-    With `scale_shift` the embedding scales and shifts the second norm's output instead of being added before it.
-    `resample` ("up" or "down") halves or doubles both branches after the first activation. Additions go into the
-    convolutions' results, which no gradient needs.
+    With `scale_shift` the embedding scales and shifts the output of the second norm instead of being added before it.
+    `resample` ("up" or "down") doubles or halves the size of both branches after the first activation. Sums are computed
+    in place of the convolutions' outputs, which no gradient needs.
     """
 
     def __init__(
@@ -140,10 +94,10 @@ class ResnetBlock(nn.Module):
         *,
         groups: int,
         eps: float,
+        output_scale_factor: float = 1.0,
         act_fn: str,
         dropout: float,
         scale_shift: bool,
-        output_scale_factor: float = 1.0,
         resample: str | None = None,
     ):
         super().__init__()
@@ -178,11 +132,13 @@ class ResnetBlock(nn.Module):
 
 
 class SelfAttentionProcessor:
-    """What `AttentionBlock` does, through the attention backend chosen (`set_attention_backend`; else PyTorch's own).
+    """Self-attention over pixels with the backend of `set_attention_backend` (by default PyTorch's).
 
-    Queries, keys and values stay as the products leave them, (B, H·W, heads, d): no copy in channels-last memory.
+    Queries, keys and values keep the layout of their projections, (B, H·W, heads, d), so that channels-last images need
+    no copy.
     """
 
+    # Set by diffusers' set_attention_backend() and enable_parallelism() (seen in diffusers 0.42).
     _attention_backend = None
     _parallel_config = None
 
@@ -199,43 +155,35 @@ class SelfAttentionProcessor:
         return h if attn.rescale_output_factor == 1.0 else h / attn.rescale_output_factor
 
 
-class AttentionBlock(nn.Module, AttentionModuleMixin):
-    """x + out(attention(norm(x))) over the H·W pixels, `channels // head_dim` heads.
+class AttentionBlock(AttentionModuleMixin, Attention):
+    """x + out(attention(norm(x))) over the H·W pixels, with `channels // head_dim` heads.
 
-    The processor does it: `SelfAttentionProcessor`, or one of diffusers', which find here what they look for.
+    `SelfAttentionProcessor` computes it unless another one is set. diffusers' `Attention` is the base class for the sake
+    of diffusers' processors, which read many of its attributes.
     """
 
-    # diffusers reads the old keys (query, key, value, proj_attn) into modules that say this.
-    _from_deprecated_attn_block = True
     _default_processor_cls = SelfAttentionProcessor
-    # What diffusers' processors ask of diffusers' own attention, besides what is set below.
-    use_bias = residual_connection = True
-    is_cross_attention = upcast_attention = upcast_softmax = norm_cross = False
-    spatial_norm = norm_q = norm_k = None
 
     def __init__(
         self, channels: int, head_dim: int, *, groups: int | None, eps: float, output_scale_factor: float = 1.0
     ):
-        super().__init__()
-        self.heads = channels // head_dim
-        if self.heads == 0:
-            raise ValueError(f"attention_head_dim={head_dim} is larger than the {channels} channels it divides.")
-        self.rescale_output_factor, self.scale = output_scale_factor, head_dim**-0.5
-        inner = self.heads * head_dim
-        self.group_norm = nn.GroupNorm(groups, channels, eps=eps) if groups is not None else None
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, inner) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(inner, channels), nn.Identity()])
-        self.processor = SelfAttentionProcessor()
+        if head_dim > channels:
+            raise ValueError(f"attention_head_dim must be at most the number of channels, {channels}, got {head_dim}.")
+        # The last option makes diffusers read the keys of old checkpoints: query, key, value, proj_attn (seen in 0.42).
+        options = {"bias": True, "residual_connection": True, "_from_deprecated_attn_block": True}
+        options |= {"rescale_output_factor": output_scale_factor, "processor": SelfAttentionProcessor()}
+        heads = channels // head_dim
+        super().__init__(channels, heads=heads, dim_head=head_dim, norm_num_groups=groups, eps=eps, **options)
 
     def set_attention_slice(self, slice_size: int | None) -> None:
-        """Accepted for diffusers' tools. Attention here never holds a whole (H·W, H·W) matrix: nothing to slice."""
+        """For diffusers' pipelines. No effect: attention here never stores a whole (H·W, H·W) matrix."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.processor(self, x)
 
 
 class Stage(nn.Module):
-    """The layers at one resolution: residual blocks, each followed by attention or not."""
+    """The layers at one resolution: residual blocks, each followed by an attention block if there are any."""
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[AttentionBlock]):
         super().__init__()
@@ -247,6 +195,7 @@ class Stage(nn.Module):
 
     def resnet(self, i: int, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
+            # Set by diffusers' enable_gradient_checkpointing() (seen in diffusers 0.42).
             return self._gradient_checkpointing_func(self.resnets[i], x, temb)
         return self.resnets[i](x, temb)
 
@@ -255,7 +204,7 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """Layers, then half the size. Gives the result and every intermediate image, for the skips."""
+    """Layers, then downsampling. Returns the result and every intermediate image, for the skip connections."""
 
     def __init__(self, resnets: list, attentions: list, downsampler: nn.Module | None):
         super().__init__(resnets, attentions)
@@ -273,14 +222,14 @@ class DownStage(Stage):
 
 
 class MidStage(Stage):
-    """A residual block, attention or not, a residual block."""
+    """A residual block, an optional attention block, a residual block."""
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         return self.resnet(1, self.attention(0, self.resnet(0, x, temb)), temb)
 
 
 class UpStage(Stage):
-    """Layers, each fed its skip beside its input, then twice the size."""
+    """Layers, each with its input concatenated with a skip connection, then upsampling."""
 
     def __init__(self, resnets: list, attentions: list, upsampler: nn.Module | None):
         super().__init__(resnets, attentions)

@@ -1,9 +1,8 @@
-"""DDPMSchedulerCustom: the diffusers face of `GaussianDiffusion`."""
+"""DDPMSchedulerCustom: `GaussianDiffusion` as a scheduler of diffusers."""
 
 import inspect
 import logging
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
@@ -12,52 +11,56 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
+from ddpm_hf.checks import check_choice, check_float, check_int
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion, add_scaled_
-from ddpm_hf.diffusion.schedules import make_betas
+from ddpm_hf.diffusion.schedules import make_betas, rescale_zero_terminal_snr
 from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, spaced_timesteps, to_index_device
 from ddpm_hf.interop import SavesAsStock
 
 logger = logging.getLogger(__name__)
 
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-# The schedules that every scheduler of diffusers has by name; all others are handed on as trained_betas.
+# The schedules that every diffusers scheduler knows by name. All others are saved as trained_betas.
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-# diffusers takes any variance_type that it does not know for "fixed_small". It does refuse an unknown beta_schedule,
-# and with this at the end of its name says which one it is.
+# Appended to beta_schedule in the configuration of an analytic scheduler. Stock schedulers would silently treat
+# variance_type="analytic" as "fixed_small", but they raise NotImplementedError for a beta_schedule they do not know, and
+# this suffix makes the error say why.
 ANALYTIC_MARK = " with the analytic variance of ddpm_hf"
-# √ᾱ is then a tenth: that much of an image's amplitude is left where sampling starts from pure noise.
+# At √ᾱ_T = 0.1 a tenth of an image's amplitude is left at the timestep where sampling starts from pure noise.
 MAX_TERMINAL_ALPHA_CUMPROD = 0.01
 
 
 class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
-    """Ancestral sampling with a DDPM (Ho et al. 2020, algorithm 2), and the noising that training needs.
+    """Ancestral sampling of DDPM (Ho et al. 2020, algorithm 2), and the noising of training images.
 
-    Arguments, defaults and calls are those of `diffusers.DDPMScheduler`. The tables are float64 (`diffusion`), any
+    Arguments, defaults and methods are those of `diffusers.DDPMScheduler`. The tables are float64 (`diffusion`), every
     set of timesteps is a chain of its own whose last step adds no noise, and samples are computed in at least float32.
 
     Args:
         num_train_timesteps: T, the length of the chain that the model was trained on.
-        beta_start, beta_end, beta_schedule: the β schedule, a name of `schedules.BETA_SCHEDULES`.
-        trained_betas: T numbers in place of a schedule.
+        beta_start, beta_end, beta_schedule: the β schedule; a name in `schedules.BETA_SCHEDULES`.
+        trained_betas: T numbers to use instead of a schedule.
         variance_type: "fixed_small" (β̃_t), "fixed_large" (β_t), their "_log" forms, "learned", "learned_range", or
-            "analytic", the optimal variance of Analytic-DPM (Bao et al. 2022) for the network that the moments are of.
+            "analytic", the optimal variance of Analytic-DPM (Bao et al. 2022) for the network with these moments.
         clip_sample, clip_sample_range: clamp the predicted x_0 to [-range, range].
         prediction_type: "epsilon", "sample" or "v_prediction".
-        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x_0 (Imagen), which
-            replaces clamping.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x_0 (Imagen) instead of
+            clamping.
         timestep_spacing, steps_offset: which timesteps `set_timesteps(n)` picks (Lin et al. 2023, table 2).
         rescale_betas_zero_snr: make ᾱ_T zero.
-        analytic_moments: T numbers Γ_t of `analytic.estimate_analytic_moments`, for variance_type="analytic".
-        analytic_trained_betas: holds `trained_betas` in the configuration of an analytic scheduler; not to be given.
+        analytic_moments: T numbers Γ_t from `analytic.estimate_analytic_moments`, for variance_type="analytic".
+        analytic_trained_betas: where the configuration of an analytic scheduler keeps `trained_betas`; not for users.
 
-    Own schedules stand in the configuration as `trained_betas` too, so that every scheduler of diffusers can be made
-    from it. Analytic variance is beyond all of them: from such a configuration they raise NotImplementedError;
-    `from_config(config, variance_type="fixed_small", analytic_moments=None)` is the way back.
+    A schedule that diffusers does not know is stored in the configuration as `trained_betas`, so that every diffusers
+    scheduler can be created from it. No diffusers scheduler supports the analytic variance: all raise
+    NotImplementedError for such a configuration. To convert it, use
+    `from_config(config, variance_type="fixed_small", analytic_moments=None)`.
 
-    Raises ValueError or TypeError that names the argument. Logs a warning where x_T would not be noise.
+    Raises ValueError or TypeError that names the argument. Logs a warning if x_T would not be pure noise.
     """
 
     stock_class = DDPMScheduler
+    # Read by diffusers' from_config() and compatibles (seen in diffusers 0.42).
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
 
@@ -82,27 +85,23 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         analytic_moments: Sequence[float] | None = None,
         analytic_trained_betas: Sequence[float] | None = None,
     ):
-        if timestep_spacing not in TIMESTEP_SPACINGS:
-            raise ValueError(f"timestep_spacing must be one of {TIMESTEP_SPACINGS}, got {timestep_spacing!r}.")
-        if isinstance(steps_offset, bool) or not isinstance(steps_offset, int) or steps_offset < 0:
-            raise ValueError(f"steps_offset must be an integer of at least 0, got {steps_offset!r}.")
-        if clip_sample and not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be above 0, got {clip_sample_range!r}.")
-        if thresholding and not (0 <= dynamic_thresholding_ratio <= 1 and sample_max_value >= 1):
-            raise ValueError(
-                "thresholding needs dynamic_thresholding_ratio in [0, 1] and sample_max_value of at least 1, got "
-                f"{dynamic_thresholding_ratio!r} and {sample_max_value!r}."
-            )
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        check_int("steps_offset", steps_offset, 0)
+        if clip_sample:
+            check_float("clip_sample_range", clip_sample_range, "(0, inf)")
+        if thresholding:
+            check_float("dynamic_thresholding_ratio", dynamic_thresholding_ratio, "[0, 1]")
+            check_float("sample_max_value", sample_max_value, "[1, inf)")
         beta_schedule = beta_schedule.removesuffix(ANALYTIC_MARK) if isinstance(beta_schedule, str) else beta_schedule
         trained_betas = analytic_trained_betas if trained_betas is None else trained_betas
-        schedule = (beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas)
+        betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas)
         self.diffusion = GaussianDiffusion(
-            make_betas(*schedule, rescale_betas_zero_snr),
+            rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas,
             prediction_type,
             variance_type,
             analytic_moments=analytic_moments,
         )
-        self._register_for_stock(beta_schedule, None if trained_betas is None else make_betas(*schedule).tolist())
+        self._register_schedule(beta_schedule, betas.tolist(), is_named=trained_betas is None)
         self.betas = self.diffusion.betas.float()
         self.alphas = self.diffusion.alphas.float()
         self.alphas_cumprod = self.diffusion.alphas_cumprod.float()
@@ -117,47 +116,36 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
             "beta_schedule='squaredcos_cap_v2', or rescale_betas_zero_snr=True with prediction_type='v_prediction'.",
         )
 
-    def _register_for_stock(self, beta_schedule: str, trained_betas: list[float] | None) -> None:
-        """Put the schedule into the configuration in terms that diffusers takes as they are meant, or refuses."""
-        config = self.config
-        if self.diffusion.variance_type == "analytic":
-            changed = {
-                "beta_schedule": beta_schedule + ANALYTIC_MARK,
-                "trained_betas": None,
-                "analytic_trained_betas": trained_betas,
-                "analytic_moments": self.diffusion.analytic_moments.tolist(),
-            }
-        else:
-            if trained_betas is None and beta_schedule not in STOCK_BETA_SCHEDULES:
-                T = config.num_train_timesteps
-                trained_betas = make_betas(beta_schedule, T, config.beta_start, config.beta_end).tolist()
-            changed = {
-                "beta_schedule": beta_schedule,
-                "trained_betas": trained_betas,
-                "analytic_trained_betas": None,
-            }
-        config = {**config, **changed}
-        # from_config leaves out what _use_default_values lists. diffusers puts every argument given by position there,
-        # so that it is lost; own arguments belong there even if None was given, or stock warns of them.
+    def _register_schedule(self, beta_schedule: str, betas: list[float], is_named: bool) -> None:
+        """Store the schedule in the configuration such that stock schedulers either compute the same or refuse it."""
+        is_analytic = self.diffusion.variance_type == "analytic"
+        stored = None if is_named and (is_analytic or beta_schedule in STOCK_BETA_SCHEDULES) else betas
+        changed = {
+            "beta_schedule": beta_schedule + ANALYTIC_MARK if is_analytic else beta_schedule,
+            "trained_betas": None if is_analytic else stored,
+            "analytic_trained_betas": stored if is_analytic else None,
+        }
+        if is_analytic:
+            changed["analytic_moments"] = self.diffusion.analytic_moments.tolist()
+        # from_config drops the arguments in _use_default_values (seen in diffusers 0.42). diffusers lists every argument
+        # given by position there, whose value would be lost. Arguments that stock lacks must be listed if they have
+        # their default, even if given as None, or stock logs a warning.
+        config = {**self.config, **changed}
         defaults = {name: p.default for name, p in inspect.signature(type(self)).parameters.items()}
-        unchanged = [
-            name
-            for name in {*config.get("_use_default_values", []), *self.own_arguments}
-            if config[name] is defaults[name]
-            or (isinstance(config[name], (int, float, str)) and config[name] == defaults[name])
-        ]
+        listed = {*config.get("_use_default_values", []), *self.own_arguments}
+        unchanged = [name for name in listed if config[name] == defaults[name]]
         self.register_to_config(**changed, _use_default_values=unchanged)
 
     @property
     def own_arguments(self) -> tuple[str, ...]:
-        """Arguments that a saved file leaves out; an analytic scheduler's file is not for diffusers, and keeps them."""
+        """Arguments that are not saved. An analytic scheduler saves them: stock refuses its file in any case."""
         return () if self.diffusion.variance_type == "analytic" else ("analytic_moments", "analytic_trained_betas")
 
     def _warn_unless_noise(self, t: int, advice: str) -> None:
         if (left := self.diffusion.alphas_cumprod[t].item()) > MAX_TERMINAL_ALPHA_CUMPROD:
             logger.warning(
-                "Sampling starts from pure noise at timestep %d, where %.0f %% of an image's amplitude is left "
-                "(ᾱ = %.3g): images will be off. %s",
+                "Sampling starts from pure noise at timestep %d, but %.0f %% of an image's amplitude is left there "
+                "(ᾱ = %.3g): samples will be worse. %s",
                 t,
                 100 * left**0.5,
                 left,
@@ -175,11 +163,13 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the chain to sample: `num_inference_steps` by the configured spacing, or `timesteps` as given.
+        """Choose the sampling timesteps: `num_inference_steps` of them by `timestep_spacing`, or `timesteps` as given.
 
-        Sets `timesteps`, int64, in descending order, exactly as many as asked for. Raises ValueError unless exactly
-        one of the two is given, for a count outside 1..T, and for timesteps that do not descend within 0..T−1.
-        `add_noise`, `get_velocity`, and `step` at timesteps that are not on the chain stay those of the full chain.
+        Sets `self.timesteps`, int64 (n,), in descending order, with exactly the n asked for. `add_noise`,
+        `get_velocity`, and `step` at timesteps not among them keep using the full chain.
+
+        Raises ValueError unless exactly one of the two is given, and ValueError or TypeError for a number of steps
+        outside 1..T or timesteps that are not strictly descending in 0..T−1.
         """
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
@@ -191,13 +181,9 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
             chosen = as_timesteps(timesteps)
             if (chosen.diff() >= 0).any():
                 raise ValueError(f"timesteps must be in strictly descending order, got {timesteps!r}.")
-        elif isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, Integral):
-            raise TypeError(f"num_inference_steps must be an int, got {num_inference_steps!r}.")
-        elif not 1 <= num_inference_steps <= T:
-            raise ValueError(f"num_inference_steps must lie in 1..{T}, the model's own T, got {num_inference_steps}.")
         else:
-            spacing = self.config.timestep_spacing
-            chosen = spaced_timesteps(T, int(num_inference_steps), spacing, self.config.steps_offset)
+            steps, spacing = check_int("num_inference_steps", num_inference_steps, 1, T), self.config.timestep_spacing
+            chosen = spaced_timesteps(T, steps, spacing, self.config.steps_offset)
             if chosen[0] < T - 1 and self.diffusion.alphas_cumprod[-1] <= MAX_TERMINAL_ALPHA_CUMPROD:
                 self._warn_unless_noise(
                     int(chosen[0]), f"Use timestep_spacing='trailing' for {num_inference_steps} steps, not {spacing!r}."
@@ -213,18 +199,18 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         self._previous = previous.tolist()
         self._chain = chain
         self.timesteps = timesteps.to(device)
-        # Here rather than in the first step: no copy from the host, nor in a compiled graph a second compilation.
-        self._chain.cache_tables(self.timesteps.device)
-        self.diffusion.cache_tables(self.timesteps.device)
+        # Not in the first step, where this would copy from the host, and recompile a compiled graph.
+        self._chain.lookup.cache_tables(self.timesteps.device)
+        self.diffusion.lookup.cache_tables(self.timesteps.device)
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
-        """The timestep that `step` goes to from `timestep`; −1 stands for the image."""
+        """The timestep that follows `timestep` in sampling; −1 means x_0."""
         if isinstance(timestep, torch.Tensor):
             return torch.tensor(self._previous, device=timestep.device)[timestep]
         return self._previous[timestep]
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Timestep | None = None) -> torch.Tensor:
-        """The sample itself: DDPM models take x_t as it is."""
+        """The sample, unchanged. For the interface of diffusers."""
         return sample
 
     # ------------------------------------------------------------------ sampling
@@ -239,17 +225,17 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         *,
         variance_noise: torch.Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Draw x_{t−1} from p_θ(x_{t−1} | x_t) (eq. 11), t−1 being the next timestep of the chain.
+        """Draw x_{t−1} from p_θ(x_{t−1} | x_t) (eq. 11), where t−1 is the next timestep of the chain.
 
         Args:
-            model_output: the network's output at (x_t, t): shape (B, C, H, W), or (B, 2C, H, W) for a learned variance.
+            model_output: the network's output at (x_t, t): (B, C, H, W), or (B, 2C, H, W) for a learned variance.
             timestep: t, an int, a 0-d tensor or a tensor (B,).
-            sample: x_t, shape (B, C, H, W).
-            generator: of the noise z; one, or a list of one per sample. (`torch.compile` takes no generators.)
-            variance_noise: z itself, shape of `sample`, in place of drawing it.
+            sample: x_t, (B, C, H, W).
+            generator: of the noise z: one, or a list with one per sample. `torch.compile` does not support generators.
+            variance_noise: z, shape of `sample`, instead of a generator.
 
-        Returns `DDPMSchedulerOutput(prev_sample, pred_original_sample)`, or the tuple of the two; dtype of `sample`.
-        Raises ValueError or TypeError for shapes, timesteps and generators that do not fit.
+        Returns `DDPMSchedulerOutput(prev_sample, pred_original_sample)` in the dtype of `sample`, or a tuple of the two.
+        Raises ValueError or TypeError that names the argument.
         """
         if isinstance(generator, (list, tuple)):
             if len(generator) != sample.shape[0]:
@@ -259,7 +245,7 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
             generator = list(generator)
         if variance_noise is not None and (generator is not None or variance_noise.shape != sample.shape):
             raise ValueError(
-                f"variance_noise must have the sample's shape {tuple(sample.shape)} and no generator beside it, got "
+                f"variance_noise must have the sample's shape {tuple(sample.shape)} and excludes a generator, got "
                 f"shape {tuple(variance_noise.shape)}{' and a generator' if generator is not None else ''}."
             )
         timestep = to_index_device(timestep, sample)
@@ -281,18 +267,22 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------ training
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: Timestep) -> torch.Tensor:
-        """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·z (eq. 2), on the full chain; computed in at least float32, dtype of the input."""
+        """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·z (eq. 2) of the full chain.
+
+        Shapes: all as `original_samples`. Computed in at least float32 and returned in the dtype of `original_samples`.
+        """
         return self.diffusion.q_sample(original_samples, timesteps, noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: Timestep) -> torch.Tensor:
-        """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0, the target of v-prediction; dtype of `sample`."""
+        """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0, the target of v-prediction. Shapes: all as `sample`, and its dtype."""
         return self.diffusion.velocity(sample, timesteps, noise).to(sample.dtype)
 
 
 def dynamic_threshold(x_0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
-    """Clamp each image to its own `ratio` quantile s of |x_0|, 1 ≤ s ≤ `max_value`, and divide by s (Imagen, 2.3)."""
+    """Clamp each image to [-s, s] and divide by s, where s is its `ratio` quantile of |x_0|, clamped to
+    [1, `max_value`] (Imagen, section 2.3). Shapes: (B, ...) to the same."""
     magnitude = x_0.flatten(1).abs()
-    # torch.quantile refuses large inputs; two order statistics and the line between them are the same number.
+    # torch.quantile refuses large inputs: interpolate between two order statistics.
     position = ratio * (magnitude.shape[1] - 1)
     low = int(position)
     below, above = (magnitude.kthvalue(min(k, magnitude.shape[1]), dim=1).values for k in (low + 1, low + 2))

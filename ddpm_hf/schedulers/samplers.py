@@ -1,12 +1,13 @@
-"""Schedulers of diffusers by the names people know, made for a trained model: same chain, fewer steps."""
+"""Schedulers of diffusers by their common names, created for the chain that a model was trained on."""
 
 import diffusers
 from diffusers import SchedulerMixin
 
+from ddpm_hf.checks import check_choice
 from ddpm_hf.interop import stock_config
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
-# Trailing spacing starts where the model's own chain starts, at pure noise (Lin et al. 2023, table 2).
+# Trailing spacing starts at T−1, where x_t is pure noise (Lin et al. 2023, table 2).
 _TRAILING = {"timestep_spacing": "trailing"}
 SAMPLERS = {
     "ddpm": ("DDPMSchedulerCustom", {}),
@@ -23,12 +24,11 @@ SAMPLERS = {
 
 
 def make_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler called `name`, a key of `SAMPLERS`, on the chain that `scheduler` was trained with.
+    """The scheduler called `name`, a key of `SAMPLERS`, on the chain of `scheduler`.
 
-    "ddpm" is `scheduler` itself where it is one. Raises ValueError for another name.
+    "ddpm" gives `as_ddpm(scheduler)`. Raises ValueError for an unknown name.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"scheduler must be one of {list(SAMPLERS)}, got {name!r}.")
+    check_choice("scheduler", name, SAMPLERS)
     class_name, options = SAMPLERS[name]
     if name == "ddpm":
         return as_ddpm(scheduler)
@@ -36,10 +36,10 @@ def make_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def as_ddpm(scheduler: SchedulerMixin) -> DDPMSchedulerCustom:
-    """Ancestral sampling on the chain of any scheduler: this package's class, with its tables and formulas."""
+    """`scheduler` itself if it is a DDPMSchedulerCustom, otherwise one with its configuration."""
     if isinstance(scheduler, DDPMSchedulerCustom):
         return scheduler
     config = stock_config(scheduler)
-    # Solvers without a variance have None or another word there.
+    # DPM-Solver has None there, unless the variance is learned.
     variance_type = config.get("variance_type") or "fixed_small"
     return DDPMSchedulerCustom.from_config({**config, "variance_type": variance_type})

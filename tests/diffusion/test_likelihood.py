@@ -1,4 +1,4 @@
-"""The bound against closed forms, against a float64 reference written apart, and on networks of diffusers."""
+"""The bound against closed forms, against an independent float64 reference, and for a diffusers network."""
 
 import math
 
@@ -12,45 +12,52 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion
-from ddpm_hf.diffusion.likelihood import BoundSums, discretized_gaussian_log_likelihood, prior_bits, variational_bound
+from ddpm_hf.diffusion.likelihood import BoundSums, discretized_gaussian_log_likelihood, gaussian_kl, prior_bits
 from ddpm_hf.diffusion.schedules import make_betas
+from tests.diffusion.helpers import gaussian_denoiser, gaussian_moments, random_images, variational_bound
 
 LOG_2 = math.log(2)
 
 
 def pictures(*shape, mean=0.0, std=0.3, seed=0, dtype=torch.float64):
-    """Normal pixels rounded to 8 bits, in [-1, 1]; of another seed than the tests' noise, which would be the same numbers."""
+    """Normal pixels rounded to 8 bits, in [-1, 1]. The seed differs from that of the tests' noise, so that the numbers do."""
     x = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
     return (((x + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1).to(dtype)
 
 
-def gaussian_denoiser(diffusion, mean, variance):
-    """The optimal prediction of the noise for data N(mean, variance), told the network's timesteps."""
-    index = {t: i for i, t in enumerate(diffusion.timesteps.tolist())}
-
-    def model(x_t, t):
-        t = torch.tensor([index[number] for number in t.tolist()])
-        bar = diffusion.at("alphas_cumprod", t, x_t)
-        return (1 - bar).sqrt() * (x_t - bar.sqrt() * mean) / (bar * variance + 1 - bar)
-
-    return model
-
-
 def gaussian_chain(variance_type, variance, T=1000):
     diffusion = GaussianDiffusion(make_betas("linear", T))
-    one_minus, bar = diffusion.one_minus_alphas_cumprod, diffusion.alphas_cumprod
-    moments = one_minus / (bar * variance + one_minus) if variance_type == "analytic" else None
+    moments = gaussian_moments(diffusion, variance) if variance_type == "analytic" else None
     return GaussianDiffusion(make_betas("linear", T), "epsilon", variance_type, analytic_moments=moments)
 
 
-# ---------------------------------------------------------------------- the decoder
+# ---------------------------------------------------------------------- KL and decoder
+
+
+@pytest.mark.parametrize("variance", ["tensors", "numbers"])
+def test_kl_is_that_of_torch_distributions(variance):
+    images = random_images()
+    mean_1, mean_2, log_1, log_2 = (next(images) for _ in range(4))
+    if variance == "numbers":
+        log_1, log_2 = -1.3, 0.4
+    std_1, std_2 = torch.as_tensor(log_1 / 2).exp(), torch.as_tensor(log_2 / 2).exp()
+    expected = kl_divergence(Normal(mean_1, std_1), Normal(mean_2, std_2))
+    torch.testing.assert_close(gaussian_kl(mean_1, log_1, mean_2, log_2), expected)
+    assert bool((gaussian_kl(mean_1, log_1, mean_1, log_1) == 0).all())
+
+
+def test_kl_of_nearly_equal_variances_keeps_its_digits_in_float32():
+    mean = torch.zeros(1)
+    for difference in (1e-2, 1e-3):
+        kl = gaussian_kl(mean, torch.tensor([difference]), mean, torch.zeros(1)).item()
+        assert kl == pytest.approx((math.expm1(difference) - difference) / 2, rel=1e-3)
 
 
 def exact_log_probability(x, mean, std):
     with mpmath.workdps(60):
         low = mpmath.inf if x == -1 else (mpmath.mpf(mean) - x + mpmath.mpf(1) / 255) / std
         high = -mpmath.inf if x == 1 else (mpmath.mpf(mean) - x - mpmath.mpf(1) / 255) / std
-        # Q(−low) − Q(−high), or by symmetry from the other side where both are near 1.
+        # Q(−low) − Q(−high), or by symmetry the other tail if both are near 1.
         ends = (high, low) if high > 0 else (-low, -high)
         tails = [mpmath.erfc(z / mpmath.sqrt(2)) / 2 for z in ends]
         return float(mpmath.log(tails[0] - tails[1]))
@@ -58,18 +65,22 @@ def exact_log_probability(x, mean, std):
 
 @pytest.mark.parametrize("std", [0.003, 0.01, 0.2, 3.0])
 @pytest.mark.parametrize("mean", [-1.0, -0.98, 0.1, 1.0])
-def test_the_decoder_is_exact_far_out_in_the_tails_and_at_both_ends(mean, std):
+def test_decoder_is_exact_in_the_tails_and_at_both_ends(mean, std):
     levels = [0, 1, 2, 100, 127, 128, 200, 253, 254, 255]
     x = torch.tensor([level / 127.5 - 1 for level in levels], dtype=torch.float64)
     expected = torch.tensor([exact_log_probability(v, mean, std) for v in x.tolist()], dtype=torch.float64)
-    actual = discretized_gaussian_log_likelihood(x, torch.full_like(x, mean), 2 * math.log(std))
+    actual = discretized_gaussian_log_likelihood(
+        x, torch.full_like(x, mean), torch.tensor(2 * math.log(std), dtype=torch.float64)
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("std", [1e-3, 0.05, 10.0])
-def test_the_probabilities_of_all_levels_add_up_to_one(std):
+def test_decoder_probabilities_sum_to_one(std):
     x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
-    logs = discretized_gaussian_log_likelihood(x, torch.full_like(x, 0.3), 2 * math.log(std))
+    logs = discretized_gaussian_log_likelihood(
+        x, torch.full_like(x, 0.3), torch.tensor(2 * math.log(std), dtype=torch.float64)
+    )
     assert logs.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
@@ -77,8 +88,8 @@ def test_the_probabilities_of_all_levels_add_up_to_one(std):
 
 
 @pytest.mark.parametrize("kept", [range(1000), range(9, 1000, 10)])
-def test_with_exact_denoiser_and_variance_the_bound_is_the_entropy_of_gaussian_data(kept):
-    """The reverse process of Gaussian data is Gaussian, so that with its true variance nothing is lost."""
+def test_bound_of_gaussian_data_is_its_entropy_with_the_exact_denoiser(kept):
+    """The reverse process of Gaussian data is Gaussian, so that the bound with the true variance is tight."""
     mean, std = 0.1, 0.2
     x_0 = pictures(48, 1, 16, 16, mean=mean, std=std)
     chain = gaussian_chain("analytic", std**2).respace(kept)
@@ -94,7 +105,7 @@ def test_with_exact_denoiser_and_variance_the_bound_is_the_entropy_of_gaussian_d
 
 @pytest.mark.parametrize("kept", [range(1000), range(99, 1000, 100)])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
-def test_every_term_and_error_of_gaussian_data_is_its_closed_form(variance_type, kept):
+def test_terms_and_errors_of_gaussian_data_equal_their_closed_form(variance_type, kept):
     """L_t = (β̃/σ² − 1 − ln(β̃/σ²) + (coefficient of x_0)²·Var(x_0 | x_t)/σ²)/2 for exact predictions."""
     mean, variance = -0.2, 0.09
     chain = gaussian_chain(variance_type, variance).respace(kept)
@@ -119,7 +130,7 @@ def test_every_term_and_error_of_gaussian_data_is_its_closed_form(variance_type,
     assert bound.prior == pytest.approx((-math.log1p(-signal) - signal + signal * second_moment) / 2 / LOG_2, rel=1e-6)
 
 
-def test_no_fixed_variance_has_a_lower_bound_than_the_analytic_one():
+def test_analytic_variance_has_the_lowest_bound():
     x_0 = pictures(16, 1, 16, 16, std=0.3)
     for kept in (range(1000), range(19, 1000, 20)):
         bounds = {}
@@ -130,11 +141,11 @@ def test_no_fixed_variance_has_a_lower_bound_than_the_analytic_one():
         assert bounds["analytic"].bits_per_dim < min(bounds[n].bits_per_dim for n in ("fixed_small", "fixed_large"))
 
 
-# ---------------------------------------------------------------------- a reference written apart
+# ---------------------------------------------------------------------- an independent reference
 
 
 class Recorder:
-    """A network without sense whose inputs are kept."""
+    """A fixed random network that records its calls."""
 
     def __init__(self, channels, doubled, positive):
         generator = torch.Generator().manual_seed(3)
@@ -197,7 +208,7 @@ def reference_terms(alpha_bars, t_index, prediction_type, variance_type, moment,
 @pytest.mark.parametrize("kept", [range(10), [1, 4, 9]])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_the_bound_is_that_of_a_float64_reference_written_apart(variance_type, prediction_type, kept):
+def test_bound_equals_an_independent_float64_reference(variance_type, prediction_type, kept):
     moments = torch.linspace(0.3, 1.05, 10) if variance_type == "analytic" else None
     betas = make_betas("linear", 10, 0.01, 0.3)
     chain = GaussianDiffusion(betas, prediction_type, variance_type, analytic_moments=moments).respace(kept)
@@ -217,31 +228,30 @@ def test_the_bound_is_that_of_a_float64_reference_written_apart(variance_type, p
     prior = kl_divergence(end, Normal(torch.zeros_like(x_0), 1.0)).mean((1, 2, 3)).numpy() / LOG_2
     np.testing.assert_allclose([bound.terms, bound.epsilon_mse, bound.x_0_mse], by_t, rtol=1e-8, atol=1e-12)
     assert bound.prior == pytest.approx(prior.mean(), rel=1e-9)
-    assert bound.decoder == bound.terms[0] and bound.num_images == 3 and bound.timesteps == list(kept)
+    assert bound.num_images == 3 and bound.timesteps == list(kept)
     assert bound.bits_per_dim == pytest.approx((totals + prior).mean(), rel=1e-9)
     assert bound.standard_error == pytest.approx((totals + prior).std(ddof=1) / math.sqrt(3), rel=1e-6)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "analytic"])
-def test_float32_gives_the_bound_of_float64(variance_type):
+def test_bound_in_float32_equals_the_bound_in_float64(variance_type):
     chain = gaussian_chain(variance_type, 0.09)
     model = gaussian_denoiser(chain, 0.0, 0.09)
     bounds = []
     for dtype in (torch.float32, torch.float64):
         noise = torch.Generator().manual_seed(0)
-        # One noise for both: drawn in float32, handed on in the dtype asked for.
         x_0 = pictures(4, 1, 8, 8, dtype=dtype)
         sums = BoundSums(1000)
         generators = [torch.Generator().manual_seed(int(s)) for s in torch.randint(2**31, (4,), generator=noise)]
         sums.add(chain, model, x_0, generators)
         bounds.append(sums.result(chain))
-    # Different draws (float64 has its own stream), so only as near as those let them be.
+    # The noise differs, because float64 is drawn differently: compare within the standard errors.
     assert abs(bounds[0].bits_per_dim - bounds[1].bits_per_dim) < 4 * math.hypot(*(b.standard_error for b in bounds))
     torch.testing.assert_close(bounds[0].prior, bounds[1].prior, rtol=1e-5, atol=0)
 
 
-def test_a_shifted_prediction_costs_what_the_kl_says_and_clipping_takes_it_back():
-    """With x_0 = 1 and predictions 3 too high, the clip of sampling makes the prediction perfect."""
+def test_bound_of_a_shifted_prediction_is_the_kl_and_0_after_clipping():
+    """For x_0 = 1 and a prediction of 4, clipping to [-1, 1] makes the prediction perfect."""
     chain = GaussianDiffusion(make_betas("linear", 50, 0.002, 0.4), "sample")
     x_0 = torch.ones(2, 1, 4, 4)
     off = variational_bound(chain, lambda x, t: torch.full_like(x, 4.0), [x_0])
@@ -251,12 +261,12 @@ def test_a_shifted_prediction_costs_what_the_kl_says_and_clipping_takes_it_back(
     assert max(clipped.terms[1:]) == 0 and max(clipped.x_0_mse) == 0 and min(clipped.epsilon_mse) > 0
 
 
-# ---------------------------------------------------------------------- which images see which t, and processes
+# ---------------------------------------------------------------------- strides and processes
 
 
 @pytest.mark.parametrize("stride", [2, 3, 7])
-def test_a_stride_has_the_expectation_of_the_whole_sum(stride):
-    """A perfect prediction makes every term a number without noise in it, so that the two must agree exactly."""
+def test_bound_with_stride_has_the_expectation_of_the_full_sum(stride):
+    """With a perfect prediction no term depends on the noise, so that the two agree exactly."""
     chain = GaussianDiffusion(make_betas("linear", 30, 0.001, 0.5), "sample", "fixed_large")
     x_0 = torch.full((2 * stride, 1, 2, 2), 51 / 127.5 - 1, dtype=torch.float64)
     calls = []
@@ -274,7 +284,7 @@ def test_a_stride_has_the_expectation_of_the_whole_sum(stride):
     assert whole_calls == 30 * 2 * stride and sum(calls) == 29 * 2 + 2 * stride
 
 
-def test_the_standard_error_is_the_spread_of_repetitions():
+def test_standard_error_is_the_spread_of_repetitions():
     chain = gaussian_chain("fixed_small", 0.09).respace(range(99, 1000, 100))
     model = gaussian_denoiser(chain, 0, 0.09)
     for stride in (1, 3):
@@ -301,7 +311,7 @@ def test_sums_of_several_processes_add_up_to_those_of_one():
     assert alone.result(chain).num_images == 7
 
 
-def test_a_network_of_diffusers_and_chains_of_the_scheduler_have_a_bound(unet_config, scheduler_config):
+def test_bound_of_a_diffusers_network_on_scheduler_chains(unet_config, scheduler_config):
     unet = UNet2DModel(**unet_config).eval()
     for parameter in unet.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
@@ -310,11 +320,11 @@ def test_a_network_of_diffusers_and_chains_of_the_scheduler_have_a_bound(unet_co
     for chain in (diffusion, diffusion.respace([4, 9, 14, 19])):
         bound = variational_bound(chain, lambda x, t: unet(x, t).sample, [x_0])
         assert len(bound.terms) == len(chain) and 0 < bound.bits_per_dim < 100
-        # v = 0 stands for x_0 = √ᾱ·x_t, which is next to nothing at the end.
+        # v = 0 means x_0 = √ᾱ·x_t, which is nearly 0 at the end.
         assert bound.x_0_mse[-1] == pytest.approx(x_0.square().mean().item(), rel=0.05)
 
 
-def test_a_chain_that_ends_in_pure_noise_has_no_prior_term():
+def test_prior_term_is_0_for_zero_terminal_snr():
     betas = make_betas("linear", 20, rescale_betas_zero_snr=True)
     chain = GaussianDiffusion(betas, "v_prediction")
     assert prior_bits(chain, pictures(3, 1, 4, 4)).abs().max() == 0
@@ -330,24 +340,24 @@ CHAIN = GaussianDiffusion(make_betas("linear", 10))
 @pytest.mark.parametrize(
     ("x_0", "options", "message"),
     [
-        (torch.rand(4, 1, 2, 2), {}, "x_0 must be images of 8 bits"),
-        (torch.full((4, 1, 2, 2), 1 + 2 / 127.5), {}, "x_0 must be images of 8 bits"),
+        (torch.rand(4, 1, 2, 2), {}, "x_0 must be 8-bit images"),
+        (torch.full((4, 1, 2, 2), 1 + 2 / 127.5), {}, "x_0 must be 8-bit images"),
         (torch.zeros(4, 1, 2, 2, dtype=torch.uint8), {}, "float32 or float64, got .* torch.uint8"),
         (torch.ones(2, 2), {}, r"images \(B, C, H, W\)"),
-        (torch.ones(4, 1, 2, 2), {"stride": 0}, r"stride must be an integer in 1..9 .*got 0"),
-        (torch.ones(4, 1, 2, 2), {"stride": 10}, "stride must be an integer in 1..9 .*got 10"),
+        (torch.ones(4, 1, 2, 2), {"stride": 0}, r"stride must be an integer in 1..9, .*got 0"),
+        (torch.ones(4, 1, 2, 2), {"stride": 10}, "stride must be an integer in 1..9, .*got 10"),
         (torch.ones(5, 1, 2, 2), {"stride": 3}, "at least 6 in all; got 5"),
         (torch.ones(1, 1, 2, 2), {}, "at least 2 in all; got 1"),
     ],
 )
-def test_what_has_no_bound_is_named(x_0, options, message):
+def test_images_and_strides_without_a_bound_are_refused(x_0, options, message):
     with pytest.raises(ValueError, match=message):
         variational_bound(CHAIN, lambda x, t: 0 * x, [x_0], **options)
 
 
-def test_arguments_that_do_not_fit_are_named():
+def test_arguments_that_do_not_match_are_refused():
     x_0 = torch.ones(3, 1, 2, 2)
-    with pytest.raises(ValueError, match="10 steps that the sums were made for, got 3"):
+    with pytest.raises(ValueError, match="must have 10 steps, the T of these sums, got 3"):
         BoundSums(10).add(CHAIN.respace([1, 2, 3]), lambda x, t: x, x_0)
     with pytest.raises(ValueError, match=r"generator must be one, or 3 \(one per image\), got 1"):
         BoundSums(10).add(CHAIN, lambda x, t: x, x_0, [torch.Generator()])
@@ -355,7 +365,7 @@ def test_arguments_that_do_not_fit_are_named():
         BoundSums(10, 2).add(CHAIN, lambda x, t: x, x_0, offsets=torch.arange(3))
 
 
-def test_an_output_that_is_not_finite_is_named_by_its_timestep():
+def test_output_that_is_not_finite_is_refused_with_its_timestep():
     def model(x_t, t):
         return torch.where((t >= 7)[:, None, None, None], torch.nan, x_t)
 
@@ -363,7 +373,7 @@ def test_an_output_that_is_not_finite_is_named_by_its_timestep():
         variational_bound(CHAIN, model, [torch.ones(2, 1, 2, 2)])
 
 
-def test_labels_go_with_their_images_to_whichever_timesteps_these_are_looked_at():
+def test_labels_stay_with_their_images_at_every_timestep():
     chain, x_0 = gaussian_chain("fixed_small", 0.09, T=20), pictures(6, 1, 4, 4)
     offsets, labels = torch.tensor([0, 1, 2, 2, 1, 0]), torch.arange(6)
 
@@ -374,7 +384,7 @@ def test_labels_go_with_their_images_to_whichever_timesteps_these_are_looked_at(
             whole.add(chain, model, x_0[r], noise, offsets[r], **{k: v[r] for k, v in told.items()})
         return whole.values
 
-    # One at a time a network can know its label from outside.
+    # One image at a time, with its label as a constant.
     apart = sum(sums(lambda x, t, i=i: x * i, [i]) for i in range(6))
     together = sums(lambda x, t, told: x * told[:, None, None, None], [0, 1, 2, 3], [4, 5], labels=labels)
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)

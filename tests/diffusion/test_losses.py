@@ -1,4 +1,4 @@
-"""Objectives against the papers' formulas, written plainly in float64 and differentiated by autograd."""
+"""Objectives against the papers' formulas, written out in float64 and differentiated by autograd."""
 
 import math
 
@@ -8,8 +8,9 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm_hf import DDPMSchedulerCustom, GaussianDiffusion
 from ddpm_hf.diffusion.gaussian import PREDICTION_TYPES
-from ddpm_hf.diffusion.likelihood import variational_bound
-from ddpm_hf.diffusion.losses import Objective, bound_terms, prediction_target
+from ddpm_hf.diffusion.likelihood import bound_terms
+from ddpm_hf.diffusion.losses import Objective, prediction_target
+from tests.diffusion.helpers import variational_bound
 
 each_target = pytest.mark.parametrize("target", PREDICTION_TYPES)
 
@@ -26,7 +27,7 @@ class Constant(torch.nn.Module):
 
 
 class Small(torch.nn.Module):
-    """A network of a few parameters that looks at both x_t and t."""
+    """A network of a few parameters that depends on both x_t and t."""
 
     def __init__(self, channels, out_channels, T):
         super().__init__()
@@ -38,7 +39,7 @@ class Small(torch.nn.Module):
 
 
 @each_target
-def test_a_network_that_gives_the_target_has_zero_loss_and_one_that_is_off_by_d_has_d_squared(target):
+def test_loss_is_0_at_the_target_and_d_squared_at_distance_d(target):
     diffusion = DDPMSchedulerCustom(prediction_type=target).diffusion
     x_0, noise = torch.randn(2, 4, 3, 8, 8).unbind()
     t = torch.tensor([0, 10, 500, 999])
@@ -49,7 +50,7 @@ def test_a_network_that_gives_the_target_has_zero_loss_and_one_that_is_off_by_d_
 
 
 @each_target
-def test_the_target_leads_back_to_x_0(target):
+def test_target_converts_back_to_x_0(target):
     diffusion = DDPMSchedulerCustom(prediction_type=target).diffusion
     x_0, noise = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64).unbind()
     t = torch.tensor([1, 300, 999])
@@ -58,7 +59,7 @@ def test_the_target_leads_back_to_x_0(target):
     torch.testing.assert_close(diffusion.predict_x_0(goal, x_t, t), x_0, rtol=1e-9, atol=1e-9)
 
 
-def test_the_loss_of_a_bf16_network_is_taken_in_float32():
+def test_loss_of_a_bf16_network_is_float32():
     diffusion = DDPMSchedulerCustom().diffusion
     x_0, noise = torch.randn(2, 2, 1, 4, 4).unbind()
     network = Constant(torch.zeros(1, 1, 4, 4, dtype=torch.bfloat16))
@@ -108,7 +109,7 @@ def reference_bits(target, variance, x, t, x_t, prediction, v_output) -> torch.T
     else:
         epsilon = (x_t - a * prediction) / b if target == "sample" else a * prediction + b * x_t
     mean = (x_t - beta / b * epsilon) / (1 - beta).sqrt()  # DDPM, eq. 11
-    s = max(t, 1)  # β̃ of the first index is 0: that of the next takes its place
+    s = max(t, 1)  # β̃ of index 0 is 0: index 1 is used
     small = (1 - abar[s - 1]) / (1 - abar[s]) * BETAS[s]
     large = beta if t or variance == "learned_range" else small
     share = {"fixed_small": 0.0, "fixed_large": 1.0, "learned_range": (v_output + 1) / 2}[variance]
@@ -130,7 +131,7 @@ def phi(z):
 
 
 def batch(dtype=torch.float64):
-    """8-bit images with both outer levels in them, noise, and timesteps of which some are 0."""
+    """8-bit images that contain both outer levels, timesteps of which some are 0, and noise."""
     levels = torch.randint(256, (8, 2, 6, 6))
     levels[:, :, 0], levels[:, :, 1] = 0, 255
     return (levels / 127.5 - 1).to(dtype), torch.tensor([0, 1, 0, 5, 11, 8, 2, 0]), torch.randn(8, 2, 6, 6, dtype=dtype)
@@ -143,7 +144,7 @@ def gradients(network, losses):
 @each_target
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 @pytest.mark.parametrize("weighting", ["simple", "min_snr", "p2", "vlb"])
-def test_objectives_and_their_gradients_are_those_of_the_papers_formulas(target, variance, weighting):
+def test_objectives_and_gradients_equal_the_papers_formulas(target, variance, weighting):
     diffusion = GaussianDiffusion(BETAS, target, variance)
     network = Small(2, 4 if variance == "learned_range" else 2, T).double()
     x_0, t, noise = batch()
@@ -161,8 +162,8 @@ def test_objectives_and_their_gradients_are_those_of_the_papers_formulas(target,
 
 
 @each_target
-def test_min_snr_is_the_same_objective_whatever_the_network_predicts(target):
-    """Networks that stand for one x_0 have one loss."""
+def test_min_snr_loss_does_not_depend_on_the_prediction_type(target):
+    """Predictions that convert to the same x_0 have the same loss."""
     x_0, t, noise = batch()
     guess = torch.randn_like(x_0)
     losses = []
@@ -174,7 +175,7 @@ def test_min_snr_is_the_same_objective_whatever_the_network_predicts(target):
     torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 
 
-def test_the_bound_trains_the_variance_and_leaves_the_mean_to_l_simple():
+def test_hybrid_loss_trains_the_variance_by_the_bound_only():
     diffusion = GaussianDiffusion(BETAS, variance_type="learned_range")
     x_0, t, noise = batch()
     network = Constant(torch.randn(8, 4, 6, 6, dtype=torch.float64))
@@ -187,8 +188,8 @@ def test_the_bound_trains_the_variance_and_leaves_the_mean_to_l_simple():
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
-def test_the_terms_are_those_of_the_likelihood(variance):
-    """Which `likelihood.py` computes for evaluation, timestep by timestep."""
+def test_bound_terms_equal_those_of_the_evaluation(variance):
+    """`BoundSums` evaluates timestep by timestep, training a batch of them."""
     diffusion = GaussianDiffusion(BETAS, variance_type=variance)
     network = Small(2, 4 if variance == "learned_range" else 2, T).double().requires_grad_(False)
     x_0, _, _ = batch()
@@ -199,12 +200,12 @@ def test_the_terms_are_those_of_the_likelihood(variance):
     for index in range(T):
         t = torch.full((8,), index)
         x_t = diffusion.q_sample(x_0, t, torch.randn(x_0.shape, generator=generator, dtype=torch.float64))
-        terms = bound_terms(diffusion, network(x_t, t)[0], x_0, x_t, t)
+        terms, _ = bound_terms(diffusion, network(x_t, t)[0], x_0, x_t, t)
         assert terms.mean().item() == pytest.approx(bound.terms[index], rel=1e-9)
 
 
-def test_the_bound_has_finite_gradients_far_from_the_image_and_of_the_longest_chains():
-    """Where a difference of float32 probabilities would be 0, its logarithm −∞ and the gradient gone."""
+def test_gradients_of_the_bound_are_finite_far_from_the_image():
+    """A difference of float32 probabilities would be 0 there, its logarithm −∞ and the gradient NaN."""
     for scheduler in (
         DDPMSchedulerCustom(variance_type="learned_range", prediction_type="sample"),
         DDPMSchedulerCustom(4000, beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
@@ -213,13 +214,13 @@ def test_the_bound_has_finite_gradients_far_from_the_image_and_of_the_longest_ch
         T = len(scheduler)
         t = torch.tensor([0, 1, 2, T // 4, T // 2, T - 3, T - 2, T - 1])
         output = torch.zeros(8, 4, 6, 6, requires_grad=True)
-        losses = bound_terms(scheduler.diffusion, output, x_0, scheduler.diffusion.q_sample(x_0, t, noise), t)
+        losses, _ = bound_terms(scheduler.diffusion, output, x_0, scheduler.diffusion.q_sample(x_0, t, noise), t)
         (gradient,) = torch.autograd.grad(losses.sum(), output)
         assert losses.isfinite().all() and gradient.isfinite().all()
         assert (gradient[0] != 0).all()
 
 
-def test_p2_with_gamma_0_is_l_simple_and_its_weight_falls_with_the_signal():
+def test_p2_weight_is_1_for_gamma_0_and_falls_with_the_snr():
     diffusion = DDPMSchedulerCustom().diffusion
     t, like = torch.arange(1000), torch.ones(1000)
     assert torch.equal(Objective("p2", p2_gamma=0.0).weight(diffusion, t, like), torch.ones(1000))
@@ -231,18 +232,18 @@ def test_p2_with_gamma_0_is_l_simple_and_its_weight_falls_with_the_signal():
     ("options", "message"),
     [
         ({"loss_weighting": "snr"}, "loss_weighting must be one of.*'snr'"),
-        ({"min_snr_gamma": 0.0}, "min_snr_gamma must be a finite number above 0, got 0"),
+        ({"min_snr_gamma": 0.0}, r"min_snr_gamma must be a finite number in \(0, inf\), got 0"),
         ({"p2_k": float("nan")}, "p2_k.*nan"),
         ({"p2_gamma": -1.0}, "p2_gamma.*-1"),
         ({"hybrid_lambda": 0.0}, "hybrid_lambda.*0"),
     ],
 )
-def test_numbers_that_make_no_objective_are_named(options, message):
+def test_bad_objective_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Objective(**options)
 
 
-def test_a_variance_that_could_be_negative_is_not_trained():
+def test_learned_variance_that_may_be_negative_is_refused():
     x_0, t, noise = batch()
     with pytest.raises(ValueError, match="use 'learned_range'"):
         Objective()(Small(2, 4, T).double(), GaussianDiffusion(BETAS, variance_type="learned"), x_0, t, noise)

@@ -1,4 +1,4 @@
-"""Timestep samplers against the distribution they promise."""
+"""Timestep samplers against their documented distributions."""
 
 import collections
 
@@ -16,7 +16,7 @@ def generator(seed=0):
 
 @pytest.mark.parametrize("name", TIMESTEP_SAMPLERS)
 @pytest.mark.parametrize("T", [1, 7, 1000])
-def test_every_timestep_is_equally_likely_at_first_and_none_is_outside_the_chain(name, T):
+def test_timesteps_are_uniform_at_first_and_within_the_chain(name, T):
     sampler, random = make_timestep_sampler(name, T), generator()
     draws = [sampler(64, random) for _ in range(2000)]
     t = torch.cat([d[0] for d in draws])
@@ -27,16 +27,16 @@ def test_every_timestep_is_equally_likely_at_first_and_none_is_outside_the_chain
     assert ((share * T - 1).abs() <= 5 * deviation + 1e-6).all()
 
 
-def test_stratified_timesteps_share_the_range_out_evenly():
+def test_stratified_timesteps_are_evenly_spread():
     sampler, random = make_timestep_sampler("stratified", 1000), generator()
     for _ in range(20):
         t = sampler(50, random)[0].sort().values
-        assert ((t // 20).unique().numel()) >= 49  # one in each fiftieth, up to one that straddles a border
+        assert ((t // 20).unique().numel()) >= 49  # one in each fiftieth of the range, except at borders
         assert t.diff().max() <= 21
 
 
 def loss_at(t):
-    """A loss that is large where t is small."""
+    """A loss that is large for small t."""
     return 2.0 / (1 + t) ** 1.5 + 0.01
 
 
@@ -48,7 +48,7 @@ def trained(T=40, steps=300, batch=16):
     return sampler
 
 
-def test_the_history_is_each_timestep_s_last_losses_also_where_a_batch_holds_one_often():
+def test_history_holds_the_last_losses_of_each_timestep():
     T, sampler, random = 5, LossSecondMomentTimesteps(5), generator(1)
     history = [collections.deque(maxlen=HISTORY) for _ in range(T)]
     for step in range(30):
@@ -65,7 +65,7 @@ def test_the_history_is_each_timestep_s_last_losses_also_where_a_batch_holds_one
     assert all(len(h) == HISTORY for h in history)
 
 
-def test_timesteps_follow_the_second_moment_of_the_loss():
+def test_timestep_probability_follows_the_second_moment_of_the_loss():
     sampler = trained()
     loss = loss_at(torch.arange(40, dtype=torch.float64))
     torch.testing.assert_close(sampler.probabilities(), 0.999 * loss / loss.sum() + 0.001 / 40)
@@ -76,8 +76,8 @@ def test_timesteps_follow_the_second_moment_of_the_loss():
     torch.testing.assert_close(weight, (1 / (40 * p[t])).float())
 
 
-def test_the_weighted_loss_is_unbiased_and_less_noisy_than_the_uniform_one():
-    """Here each t has several losses, as with images."""
+def test_weighted_loss_is_unbiased_with_less_variance_than_uniform():
+    """The loss at a t varies, as it does between images."""
     sampler, n, T = trained(), 200_000, 40
     expected = loss_at(torch.arange(T, dtype=torch.float64)).mean().item()
     estimates = {}
@@ -89,7 +89,7 @@ def test_the_weighted_loss_is_unbiased_and_less_noisy_than_the_uniform_one():
     assert estimates["importance"].var() < 0.1 * estimates["uniform"].var()
 
 
-def test_a_restored_state_goes_on_with_the_same_timesteps():
+def test_restored_state_draws_the_same_timesteps():
     sampler, restored = trained(), LossSecondMomentTimesteps(40)
     saved = sampler.state_dict()
     restored.load_state_dict(saved)
@@ -102,14 +102,14 @@ def test_a_restored_state_goes_on_with_the_same_timesteps():
     assert not torch.equal(saved["losses"], sampler.state_dict()["losses"])  # a copy
 
 
-def test_losses_that_are_not_finite_are_left_out():
+def test_losses_that_are_not_finite_are_ignored():
     sampler = trained()
     before = sampler.state_dict()
     sampler.update(torch.tensor([0, 1, 0]), torch.tensor([float("nan"), float("inf"), float("nan")]))
     assert all(torch.equal(before[name], value) for name, value in sampler.state_dict().items())
 
 
-def test_another_sampler_s_state_and_other_names_are_refused():
+def test_state_of_another_sampler_and_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"must hold \{'losses': \(40, 10\)"):
         LossSecondMomentTimesteps(40).load_state_dict(LossSecondMomentTimesteps(41).state_dict())
     with pytest.raises(ValueError, match="must hold {}"):

@@ -1,8 +1,7 @@
-"""What diffusers' DDPMScheduler gets wrong, each shown on it and absent here.
+"""Defects of diffusers' DDPMScheduler that DDPMSchedulerCustom does not have.
 
-A case takes a scheduler class and raises where the defect is. Every case is run on stock, which must fail in the way
-the case names, and then on DDPMSchedulerCustom, which must not. A case that stock no longer fails has been repaired
-there: it can go.
+A case takes a scheduler class and fails if it has the defect. Every case must fail on stock with the exception it names,
+and pass on DDPMSchedulerCustom. A case that passes on stock was fixed in diffusers and can be deleted.
 """
 
 import logging
@@ -19,7 +18,7 @@ CASES = []
 
 
 def defect(*failures: type[Exception]) -> Callable:
-    """Marks a case; `failures` are what stock raises where that is no failed assertion."""
+    """Mark a case. `failures` are the exceptions that stock raises, by default AssertionError."""
 
     def mark(case: Callable) -> Callable:
         CASES.append(pytest.param(case, failures or (AssertionError,), id=case.__name__))
@@ -29,14 +28,14 @@ def defect(*failures: type[Exception]) -> Callable:
 
 
 @pytest.mark.parametrize(("case", "failures"), CASES)
-def test_a_defect_of_stock_is_absent_here(case, failures):
+def test_defect_of_stock_is_absent_here(case, failures):
     with pytest.raises(failures):
         case(DDPMScheduler)
     case(DDPMSchedulerCustom)
 
 
 def refuses(error: type[Exception], call: Callable, *args, **kwargs) -> None:
-    """Asserts that a call raises `error`: going on silently is the defect, and so is failing in another way."""
+    """Assert that a call raises `error`: both accepting the arguments and any other exception are defects."""
     try:
         call(*args, **kwargs)
     except error:
@@ -47,7 +46,7 @@ def refuses(error: type[Exception], call: Callable, *args, **kwargs) -> None:
 
 
 def warns(call: Callable) -> None:
-    """Asserts that a call logs a warning."""
+    """Assert that a call logs a warning."""
     records = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = records.append
@@ -73,7 +72,7 @@ IMAGE = (2, 3, 8, 8)
 
 
 def cosine_betas(T: int) -> list[float]:
-    """1 − cos²b/cos²a with the difference taken exactly, in angles from π/2."""
+    """1 − cos²b/cos²a without cancellation, in angles from π/2."""
     angles = [(T - i) / T / 1.008 * math.pi / 2 for i in range(T + 1)]
     return [min(math.sin(a - b) * math.sin(a + b) / math.sin(a) ** 2, 0.999) for a, b in zip(angles[:-1], angles[1:])]
 
@@ -83,7 +82,7 @@ def linear_betas(T: int) -> list[float]:
 
 
 def worst_error_of_the_noise(cls, T: int, beta_schedule: str, betas: list[float]) -> float:
-    """The largest relative error of β̃_t as `step` uses it: from x_t = x_0 = 0 it makes √β̃_t·z."""
+    """The largest relative error of the β̃_t in `step`, which gives √β̃_t·z for x_t = x_0 = 0."""
     scheduler = cls(T, beta_schedule=beta_schedule, prediction_type="sample")
     zero, worst, log_prev = torch.zeros(1, 1, 1, 1), 0.0, math.log1p(-betas[0])
     z = torch.randn(zero.shape, generator=seeded()).item()
@@ -136,12 +135,12 @@ def noising_in_bfloat16_adds_noise_from_the_first_step(cls):
 
 
 @defect()
-def noising_in_bfloat16_is_right_to_its_rounding_linear(cls):
+def noising_in_bfloat16_is_correct_up_to_rounding_linear(cls):
     assert max(noise_in_bfloat16(cls, "linear", linear_betas(1000))) < 2**-7
 
 
 @defect()
-def noising_in_bfloat16_is_right_to_its_rounding_cosine(cls):
+def noising_in_bfloat16_is_correct_up_to_rounding_cosine(cls):
     assert max(noise_in_bfloat16(cls, "squaredcos_cap_v2", cosine_betas(1000))) < 2**-7
 
 
@@ -149,14 +148,14 @@ def noising_in_bfloat16_is_right_to_its_rounding_cosine(cls):
 
 
 @defect()
-def fixed_large_log_gives_numbers(cls):
+def fixed_large_log_gives_no_nan(cls):
     x = torch.randn(IMAGE, generator=seeded())
     for t in (1, 500, 999):
         assert bool(cls(variance_type="fixed_large_log").step(x, t, x).prev_sample.isfinite().all())
 
 
 @defect()
-def trailing_spacing_gives_the_steps_asked_for(cls):
+def trailing_spacing_gives_the_requested_number_of_steps(cls):
     scheduler = cls(timestep_spacing="trailing")
     wrong = []
     for n in range(1, 1001):
@@ -167,7 +166,7 @@ def trailing_spacing_gives_the_steps_asked_for(cls):
 
 
 def spread_of_samples(cls, steps: int, **arguments) -> float:
-    """Standard deviation of samples of a perfect denoiser of N(0.6, 0.2²)."""
+    """Standard deviation of samples of the optimal denoiser of N(0.6, 0.2²)."""
     scheduler = cls(timestep_spacing="trailing", prediction_type="sample", clip_sample=False, **arguments)
     scheduler.set_timesteps(steps)
     bars = torch.tensor([1 - b for b in linear_betas(1000)], dtype=torch.float64).cumprod(0).tolist()
@@ -181,7 +180,7 @@ def spread_of_samples(cls, steps: int, **arguments) -> float:
 
 
 @defect()
-def sixty_one_trailing_steps_keep_the_spread_that_sixty_and_sixty_two_have(cls):
+def sixty_one_trailing_steps_have_the_spread_of_sixty(cls):
     around = [spread_of_samples(cls, n) for n in (60, 61, 62)]
     assert around[1] == pytest.approx((around[0] + around[2]) / 2, rel=0.05)
 
@@ -192,12 +191,12 @@ def an_offset_cannot_leave_the_chain(cls):
 
 
 @defect()
-def starting_where_an_image_is_still_seen_is_warned_of(cls):
+def starting_from_a_partly_noised_image_logs_a_warning(cls):
     warns(lambda: cls().set_timesteps(600))
 
 
 @defect()
-def no_noise_stays_in_the_result_with_fixed_large(cls):
+def the_last_step_of_fixed_large_adds_no_noise(cls):
     scheduler = cls(variance_type="fixed_large", timestep_spacing="trailing", prediction_type="sample")
     scheduler.set_timesteps(10)
     last = scheduler.timesteps[-1]
@@ -207,7 +206,7 @@ def no_noise_stays_in_the_result_with_fixed_large(cls):
 
 
 @defect(AssertionError, IndexError)
-def training_may_step_anywhere_after_sampling(cls):
+def step_works_at_every_timestep_after_set_timesteps(cls):
     scheduler, fresh = cls(), cls()
     scheduler.set_timesteps(10)
     x = torch.randn(IMAGE, generator=seeded())
@@ -227,7 +226,7 @@ def step_compiles_to_one_graph(cls):
     torch.compile(scheduler.step, fullgraph=True, backend="eager")(x, scheduler.timesteps[3], x)
 
 
-# Reading a value of the meta device, where tensors have none, is an error: it stands for a sync of any device.
+# On the meta device, where tensors have no values, every read raises: it detects synchronization on any device.
 @defect(RuntimeError, NotImplementedError)
 def step_reads_nothing_back_from_the_device(cls):
     scheduler = cls()
@@ -237,7 +236,7 @@ def step_reads_nothing_back_from_the_device(cls):
 
 
 @defect(RuntimeError, IndexError)
-def step_takes_a_timestep_per_sample(cls):
+def step_accepts_a_timestep_per_sample(cls):
     scheduler = cls()
     scheduler.set_timesteps(50)
     x = torch.randn(IMAGE, generator=seeded())
@@ -253,13 +252,13 @@ def a_list_of_generators_longer_than_the_batch_is_refused(cls):
 
 
 @defect()
-def a_list_of_one_generator_does_not_stand_for_all(cls):
+def a_list_of_one_generator_is_refused_for_a_batch(cls):
     x = torch.zeros(IMAGE)
     refuses(ValueError, cls().step, x, 500, x, generator=[seeded()])
 
 
 @defect(RuntimeError)
-def dynamic_thresholding_takes_large_images(cls):
+def dynamic_thresholding_accepts_large_images(cls):
     scheduler = cls(thresholding=True, prediction_type="sample")
     x = torch.randn(1, 1, 4200, 4200, generator=seeded())
     assert scheduler.step(x, 500, x).pred_original_sample.abs().max() <= 1
@@ -269,7 +268,7 @@ def dynamic_thresholding_takes_large_images(cls):
 
 
 @defect()
-def a_short_chain_that_ends_in_no_noise_is_warned_of(cls):
+def a_short_chain_that_does_not_end_in_noise_logs_a_warning(cls):
     warns(lambda: cls(num_train_timesteps=100))
 
 
@@ -279,22 +278,22 @@ def trained_betas_of_another_length_are_refused(cls):
 
 
 @defect()
-def a_misspelt_variance_type_is_refused(cls):
+def a_misspelled_variance_type_is_refused(cls):
     refuses(ValueError, cls, variance_type="fixed_smal")
 
 
 @defect()
-def a_misspelt_prediction_type_is_refused_at_once(cls):
+def a_misspelled_prediction_type_is_refused_at_once(cls):
     refuses(ValueError, cls, prediction_type="eps")
 
 
 @defect()
-def a_misspelt_spacing_is_refused_at_once(cls):
+def a_misspelled_spacing_is_refused_at_once(cls):
     refuses(ValueError, cls, timestep_spacing="trailling")
 
 
 @defect()
-def noise_prediction_without_any_image_left_is_refused(cls):
+def epsilon_prediction_at_zero_terminal_snr_is_refused(cls):
     """Zero terminal SNR: stock's first step divides by √ᾱ_T = 0."""
     refuses(ValueError, cls, rescale_betas_zero_snr=True)
 
@@ -318,24 +317,24 @@ def negative_timesteps_do_not_wrap_in_step(cls):
 
 
 @defect()
-def a_negative_timestep_is_no_chain(cls):
+def negative_timesteps_are_refused_by_set_timesteps(cls):
     refuses(ValueError, cls().set_timesteps, timesteps=[5, -3])
 
 
 @defect()
-def fractional_timesteps_are_no_chain(cls):
-    """Stock cuts them off: both of these are 5."""
+def fractional_timesteps_are_refused_by_set_timesteps(cls):
+    """Stock truncates them: both are 5."""
     refuses(ValueError, cls().set_timesteps, timesteps=[5.7, 5.2])
 
 
 @defect()
-def arguments_given_by_position_survive_from_config(cls):
+def from_config_keeps_arguments_given_by_position(cls):
     config = cls(300, 3e-4, 0.05, "scaled_linear").config
     assert cls.from_config(config).config.num_train_timesteps == 300
 
 
 @defect()
-def images_of_bytes_are_refused(cls):
-    """Stock adds noise in uint8, which is none."""
+def uint8_images_are_refused(cls):
+    """Stock converts the noise to uint8, which makes it 0."""
     pixels = torch.full(IMAGE, 100, dtype=torch.uint8)
     refuses(TypeError, cls().add_noise, pixels, torch.randn(IMAGE), torch.tensor([500, 500]))

@@ -1,0 +1,111 @@
+"""The tables that follow from a chain's β, and their values at a timestep."""
+
+import torch
+
+from ddpm_hf.diffusion.timesteps import Timestep, to_index_device
+
+
+def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of sample arithmetic: the widest of the tensors' own, and at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+class TableLookup:
+    """Values of tables at timesteps, rounded once to at least float32, without copies between host and device.
+
+    Args:
+        tables: float64 tensors on the CPU, whose first dimension is T.
+    """
+
+    def __init__(self, tables: dict[str, torch.Tensor]):
+        self._tables = tables
+        self._floats: dict[str, list] = {}
+        self._rounded: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+        self.cache_tables(torch.device("cpu"))
+
+    def cache_tables(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Copy the tables to `device`, rounded to `dtype`, ahead of the first lookup on it."""
+        if (device, dtype) not in self._rounded:
+            self._rounded[device, dtype] = {name: table.to(device, dtype) for name, table in self._tables.items()}
+
+    def __call__(self, name: str, t: Timestep, like: torch.Tensor) -> torch.Tensor | float | list[float]:
+        """Table `name` at t, to broadcast against `like` (batch first).
+
+        For a table (T,): a float for an int t, and a tensor (B, 1, 1, ...) for a tensor t. For a table (T, n): n of
+        them, as a list or along the first dimension.
+        """
+        t = to_index_device(t, like)
+        if isinstance(t, int) and not torch.compiler.is_compiling():
+            if name not in self._floats:
+                self._floats[name] = self._tables[name].tolist()
+            return self._floats[name][t]
+        dtype = working_dtype(like)
+        self.cache_tables(like.device, dtype)
+        table = self._rounded[like.device, dtype][name]
+        if isinstance(t, int):
+            return table[t]
+        # Indexing with a 0-d tensor would read it back to the host; with a tensor of length 1 it does not.
+        rows = table[t.reshape(-1)].movedim(0, -1)
+        return rows.reshape(*rows.shape, *[1] * (like.ndim - 1))
+
+
+def chain_tables(
+    betas: torch.Tensor, alphas: torch.Tensor | None = None, analytic_moments: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Every table of the chain with these `betas`, float64 (T,), named as the attributes of `GaussianDiffusion`.
+
+    Args:
+        betas: float64 (T,).
+        alphas: float64 (T,), for β so near 1 that 1 − β would lose its digits.
+        analytic_moments: float64 (T,), Γ_t of Analytic-DPM; adds the tables of its variance.
+    """
+    alphas = 1 - betas if alphas is None else alphas
+    alphas_cumprod = torch.cumprod(alphas, 0)
+    alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
+    # 1 − ᾱ_t = Σ ᾱ_{s−1}β_s: a sum of positive terms keeps the relative precision that 1 − ᾱ loses at small t.
+    one_minus = torch.cumsum(alphas_cumprod_prev * betas, 0)
+    one_minus_prev = torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), one_minus[:-1]])
+    posterior_variance = one_minus_prev / one_minus * betas
+    # β̃ is 0 at index 0, so that its logarithm is taken of the next β̃ (as in the original code).
+    clipped = torch.cat([posterior_variance[1:2] if len(betas) > 1 else betas[:1], posterior_variance[1:]])
+    is_not_last_step = (torch.arange(len(betas), device="cpu") > 0).double()
+    tables = {
+        "betas": betas,
+        "alphas": alphas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": alphas_cumprod_prev,
+        "one_minus_alphas_cumprod": one_minus,
+        "snr": alphas_cumprod / one_minus,
+        "sqrt_snr": (alphas_cumprod / one_minus).sqrt(),
+        "sqrt_betas": betas.sqrt(),
+        "sqrt_alphas": alphas.sqrt(),
+        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": one_minus.sqrt(),
+        "sqrt_recip_alphas_cumprod": alphas_cumprod.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (one_minus / alphas_cumprod).sqrt(),
+        "minus_sqrt_recipm1_alphas_cumprod": -(one_minus / alphas_cumprod).sqrt(),
+        "sqrt_recip_one_minus_alphas_cumprod": one_minus.rsqrt(),
+        "posterior_variance": posterior_variance,
+        "posterior_log_variance_clipped": clipped.log(),
+        "log_betas": betas.log(),
+        "log_variance_betas": torch.cat([clipped[:1], betas[1:]]).log(),
+        "posterior_mean_coef_x_0": alphas_cumprod_prev.sqrt() * betas / one_minus,
+        "posterior_mean_coef_x_t": alphas.sqrt() * one_minus_prev / one_minus,
+        "epsilon_mean_coef_x_t": alphas.rsqrt(),
+        "epsilon_mean_coef_epsilon": betas / (one_minus * alphas).sqrt(),
+        "sampling_std_posterior_variance": posterior_variance.sqrt(),
+        "sampling_std_betas": betas.sqrt() * is_not_last_step,
+        "is_not_last_step": is_not_last_step,
+    }
+    if analytic_moments is not None:
+        # Analytic-DPM, theorem 1, with λ² = β̃: β̃_t + (coefficient of x_0 in μ̃)²·Var(x_0 | x_t), and
+        # Var(x_0 | x_t) = (1−ᾱ_t)/ᾱ_t·(1 − Γ_t). An estimate Γ_t > 1 would make it negative: clamped (theorem 2).
+        x_0_variance = one_minus / alphas_cumprod * (1 - analytic_moments).clamp(min=0)
+        analytic = posterior_variance + tables["posterior_mean_coef_x_0"].square() * x_0_variance
+        tables["analytic_variance"] = analytic
+        tables["sampling_std_analytic_variance"] = analytic.sqrt() * is_not_last_step
+        tables["log_variance_analytic"] = torch.where(analytic > 0, analytic, clipped).log()
+    return tables
