@@ -76,16 +76,18 @@ def decode_image(data: bytes, form: ImageFormat) -> torch.Tensor:
 
     Raises one of `UNREADABLE` for a broken image, and for one whose range of values is unknown.
     """
-    return torch.from_numpy(decode_pixels(data, form)).permute(2, 0, 1).contiguous()
-
-
-def decode_pixels(data: bytes, form: ImageFormat) -> np.ndarray:
-    """The same as an array (H, W, C)."""
     with Image.open(io.BytesIO(data)) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode == "F":
             raise ValueError("an image of floats has no known range of values to map to [-1, 1]")
-        return _decode_deep(image, form) if image.mode.startswith("I") else _decode(image, form)
+        pixels = _decode_deep(image, form) if image.mode.startswith("I") else _decode(image, form)
+    # Transposed by NumPy: threads of torch may hang in a forked process.
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def decode_entry(entry: dict, form: ImageFormat) -> torch.Tensor:
+    """`decode_image` of `read_entry`."""
+    return decode_image(read_entry(entry), form)
 
 
 def reads_at_8_bits(data: bytes) -> bool:
@@ -120,12 +122,8 @@ def _decode_deep(image: Image.Image, form: ImageFormat) -> np.ndarray:
 
 
 def _resize(image: Image.Image, form: ImageFormat, fill) -> Image.Image:
-    H, W = form.size
-    if image.size == (W, H):
-        return image
-    if form.crop == "center":
-        return ImageOps.fit(image, (W, H), method=Image.Resampling.LANCZOS)
-    return ImageOps.pad(image, (W, H), method=Image.Resampling.LANCZOS, color=fill)
+    size, method = form.size[::-1], Image.Resampling.LANCZOS
+    return ImageOps.fit(image, size, method) if form.crop == "center" else ImageOps.pad(image, size, method, fill)
 
 
 def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,8 +12,8 @@ import torch
 from ddpm_hf.data.decoding import (
     UNREADABLE,
     ImageFormat,
+    decode_entry,
     decode_image,
-    decode_pixels,
     read_entry,
     reads_at_8_bits,
     stack_images,
@@ -56,16 +56,13 @@ class ImageColumns:
     ):
         self.format, self.size, self.channels = form, form.size, form.channels
         self.image_column = find_column(dataset, datasets.Image, image_column, "image_column")
-        self.label_column = label_column
+        self.label_column, self.columns = label_column, [self.image_column]
         if label_column is not None:
-            find_column(dataset, (datasets.ClassLabel, datasets.Value), label_column, "label_column")
+            self.columns.append(
+                find_column(dataset, (datasets.ClassLabel, datasets.Value), label_column, "label_column")
+            )
         # Undecoded, so that an error about a broken image can name its path.
         self.dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of images and labels."""
-        return [column for column in (self.image_column, self.label_column) if column is not None]
 
     @property
     def class_names(self) -> list[str] | None:
@@ -117,7 +114,7 @@ class Images(ImageColumns, torch.utils.data.Dataset):
     def _decode(self, parts) -> dict[str, torch.Tensor]:
         images, labels = [], []
         for rows in parts:
-            images += [decode_image(read_entry(entry), self.format) for entry in rows[self.image_column]]
+            images += [decode_entry(entry, self.format) for entry in rows[self.image_column]]
             labels += rows[self.label_column] if self.label_column is not None else []
         batch = {"images": stack_images(images)}
         return batch if self.label_column is None else {**batch, "labels": torch.tensor(labels)}
@@ -229,8 +226,7 @@ def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> 
 def _check_image(entry: dict, form: ImageFormat) -> dict[str, bool | float]:
     try:
         data = read_entry(entry)
-        # Without torch, whose threads may hang in a forked process.
-        is_deep = decode_pixels(data, form).dtype == np.uint16
+        is_deep = decode_image(data, form).dtype == torch.uint16
     except UNREADABLE:
         return {"broken": True, "deep": False, "reduced": False, "hash": 1.0}
     return {"broken": False, "deep": is_deep, "reduced": reads_at_8_bits(data), "hash": validation_hash(data)}

@@ -21,7 +21,7 @@ import datasets
 import torch
 
 from ddpm_hf.checks import check_int
-from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, read_entry, stack_images
+from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_entry, read_entry, stack_images
 from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, validation_hash
 from ddpm_hf.seeds import make_generator
 
@@ -95,8 +95,8 @@ class StreamedImages(ImageColumns):
         Raises StreamError if the processes or the batch cannot share the lanes evenly, or `state` has another number of
         lanes.
         """
-        states = state and state["lanes"]
-        num_lanes = self.num_lanes or (len(states) if states else num_processes)
+        states = state["lanes"] if state else []
+        num_lanes = self.num_lanes or len(states) or num_processes
         if states and len(states) != num_lanes:
             raise StreamError(f"stream_lanes = {num_lanes}, but the run to resume has {len(states)}.")
         if num_lanes % num_processes or batch_size % num_lanes:
@@ -105,8 +105,8 @@ class StreamedImages(ImageColumns):
                 f"{batch_size} images."
             )
         share = num_lanes // num_processes
-        own = range(rank * share, (rank + 1) * share)
-        return [Lane(self, lane, num_lanes, seed, states and states[lane]) for lane in own]
+        states = states or [{"start": None, "block": 0, "given": 0}] * num_lanes
+        return [Lane(self, i, num_lanes, seed, states[i]) for i in range(rank * share, (rank + 1) * share)]
 
 
 class StreamBatch(NamedTuple):
@@ -146,82 +146,75 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                     tensors = {"images": stack_images(images)}
                     if self.images.label_column is not None:
                         tensors["labels"] = torch.tensor([row[self.images.label_column] for row in rows])
-                    states = [lane.state() for lane in self.lanes] if end == self.batch_size else None
+                    states = [lane.state for lane in self.lanes] if end == self.batch_size else None
                     yield StreamBatch(tensors, states)
 
     def _take(self, lane: Iterator[dict], pool: ThreadPoolExecutor) -> list[tuple[torch.Tensor, dict]]:
         """The next images of a lane, decoded, with their rows."""
-        pairs, count = [], self.batch_size // len(self.lanes)
+        pairs, count, column = [], self.batch_size // len(self.lanes), self.images.image_column
         while len(pairs) < count:
             rows = [next(lane) for _ in range(count - len(pairs))]
-            for image, row in zip(pool.map(self._decode, rows), rows):
-                if isinstance(image, torch.Tensor):
-                    pairs.append((image, row))
-                    continue
-                name = row[self.images.image_column]["path"] or "an image without a name"
-                if not self.images.skip_broken:
-                    raise StreamError(
-                        f"an image of the stream cannot be read: {name} ({image}). Repair or remove it, or leave such "
-                        "images out with --skip_broken_images."
-                    )
-                logger.warning("Leaving out an image that cannot be read: %s (%s)", name, image)
+            decoded = [pool.submit(decode_entry, row[column], self.images.format) for row in rows]
+            for image, row in zip(decoded, rows):
+                try:
+                    pairs.append((image.result(), row))
+                except UNREADABLE as error:
+                    name = row[column]["path"] or "an image without a name"
+                    if not self.images.skip_broken:
+                        raise StreamError(
+                            f"an image of the stream cannot be read: {name} ({error}). Repair or remove it, or leave such "
+                            "images out with --skip_broken_images."
+                        ) from error
+                    logger.warning("Leaving out an image that cannot be read: %s (%s)", name, error)
         return pairs
 
-    def _decode(self, row: dict) -> torch.Tensor | Exception:
-        try:
-            return decode_image(read_entry(row[self.images.image_column]), self.images.format)
-        except UNREADABLE as error:
-            return error
 
-
+@dataclass
 class Lane:
     """The rows of one lane, endless and shuffled: a block is yielded in random order while the next one is read, one row
     for each that is yielded.
 
-    Resuming from `state` reads the unfinished block again, and as much of the next one as had been read.
+    `state` is JSON-serializable: where the current block starts, its number, and how many of its rows were yielded. Resuming
+    reads that block again, and as much of the next one as had been read.
     """
 
-    def __init__(self, images: StreamedImages, lane: int, num_lanes: int, seed: int, state: dict | None = None):
-        self.lane, self.seed = lane, seed
-        self.block_size = max(1, images.shuffle_buffer // num_lanes)
-        state = state or {"start": None, "block": 0, "given": 0}
-        self.start, self.block, self.num_yielded = state["start"], state["block"], state["given"]
-        self.reader = Reader(images, lane, num_lanes, seed, self.start)
+    images: StreamedImages
+    lane: int
+    num_lanes: int
+    seed: int
+    state: dict
 
     def __iter__(self) -> Iterator[dict]:
-        rows = iter(self.reader)
-        block = Block(self.reader, rows, self.block_size)
+        reader = Reader(self.images, self.lane, self.num_lanes, self.seed, self.state["start"])
+        number, skip = self.state["block"], self.state["given"]
+        size = max(1, self.images.shuffle_buffer // self.num_lanes)
+        block = Block(reader, size)
         while True:
-            block.read(self.block_size)
-            self.start = block.start
-            generator = make_generator("cpu", self.seed, f"blocks of lane {self.lane}", self.block)
+            block.read(size)
+            generator = make_generator("cpu", self.seed, f"blocks of lane {self.lane}", number)
             order = torch.randperm(len(block.rows), generator=generator).tolist()
-            following = Block(self.reader, rows, self.block_size)
-            following.read(self.num_yielded)
-            for i in order[self.num_yielded :]:
-                self.num_yielded += 1
+            following = Block(reader, size)
+            following.read(skip)
+            for given, i in enumerate(order[skip:], skip + 1):
                 following.read(1)
+                self.state = {"start": block.start, "block": number, "given": given}
                 yield block.rows[i]
-            block, self.block, self.num_yielded = following, self.block + 1, 0
-
-    def state(self) -> dict:
-        """Where the lane is, as JSON-serializable values."""
-        return {"start": self.start, "block": self.block, "given": self.num_yielded}
+            block, number, skip = following, number + 1, 0
 
 
 class Block:
     """Up to `size` consecutive rows of one epoch, read as far as asked. `start`: the position of the first."""
 
-    def __init__(self, reader: "Reader", source: Iterator[dict | None], size: int):
-        self.reader, self.source, self.size = reader, source, size
+    def __init__(self, reader: "Reader", size: int):
+        self.reader, self.size = reader, size
         self.rows, self.start, self.is_complete = [], None, False
 
     def read(self, count: int) -> None:
         """Read `count` more rows, or as many as are left of the block."""
         while count and not self.is_complete:
-            if not self.rows:  # also after the end of an epoch, which ended the block before
+            if not self.rows:  # also after the end of an epoch, which completed the block before
                 self.start = self.reader.position()
-            row = next(self.source)
+            row = next(self.reader.rows)
             if row is not None:
                 self.rows.append(row)
                 count -= 1
@@ -229,7 +222,8 @@ class Block:
 
 
 class Reader:
-    """The rows of a lane in the order of their shards, epoch after epoch, starting at `position`. None follows an epoch."""
+    """`rows`: the rows of a lane in the order of their shards, epoch after epoch, from `position` on, with None after each
+    epoch."""
 
     def __init__(self, images: StreamedImages, lane: int, num_lanes: int, seed: int, position: dict | None):
         self.images, self.lane, self.seed = images, lane, seed
@@ -238,13 +232,13 @@ class Reader:
         self.shards = range(lane, shards, num_lanes) if has_own_shards else range(shards)
         self.every, self.offset = (1, 0) if has_own_shards else (num_lanes, lane)
         self.at = dict(position or {"epoch": 0, "shard": 0, "row": 0, "stream": None})
-        self._stream = None
+        self._stream, self.rows = None, self._read()
 
     def position(self) -> dict:
         """The position of the next row, as JSON-serializable values."""
         return {**self.at, "stream": self._stream.state_dict() if self._stream is not None else self.at["stream"]}
 
-    def __iter__(self) -> Iterator[dict | None]:
+    def _read(self) -> Iterator[dict | None]:
         dataset = self.images.dataset
         found = self.at["shard"] + self.at["row"] > 0
         while True:
