@@ -126,11 +126,11 @@ def _resize(image: Image.Image, form: ImageFormat, fill) -> Image.Image:
     return ImageOps.fit(image, size, method) if form.crop == "center" else ImageOps.pad(image, size, method, fill)
 
 
-def stack_images(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stack images (C, H, W) to (N, C, H, W): uint16, with 8-bit images scaled up, if one of them is; uint8 otherwise."""
+def match_depth(images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same images, or batches of images: uint16, with 8-bit ones scaled up, if one of them is uint16."""
     if any(image.dtype == torch.uint16 for image in images):
         images = [x if x.dtype == torch.uint16 else (x.int() * DEEP).to(torch.uint16) for x in images]
-    return torch.stack(list(images))
+    return list(images)
 
 
 def to_signed(images: torch.Tensor) -> torch.Tensor:

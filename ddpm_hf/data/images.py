@@ -14,14 +14,14 @@ from ddpm_hf.data.decoding import (
     ImageFormat,
     decode_entry,
     decode_image,
+    match_depth,
     read_entry,
     reads_at_8_bits,
-    stack_images,
 )
 from ddpm_hf.data.finding import find_column
 
 logger = logging.getLogger("train")
-MIN_IMAGES_FOR_WORKERS = 1000  # fewer are checked before worker processes would have started
+MIN_IMAGES_FOR_WORKERS = 2000  # fewer small images are checked sooner than worker processes start
 
 
 def validation_hash(data: bytes) -> float:
@@ -109,21 +109,17 @@ class Images(ImageColumns, torch.utils.data.Dataset):
     def __getitem__(self, indices: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
         if self.in_memory:
             return {name: values[indices] for name, values in self._memory.items()}
-        return self._decode([self.dataset[list(indices)]])
-
-    def _decode(self, parts) -> dict[str, torch.Tensor]:
-        images, labels = [], []
-        for rows in parts:
-            images += [decode_entry(entry, self.format) for entry in rows[self.image_column]]
-            labels += rows[self.label_column] if self.label_column is not None else []
-        batch = {"images": stack_images(images)}
-        return batch if self.label_column is None else {**batch, "labels": torch.tensor(labels)}
+        rows = self.dataset[list(indices)]
+        images = [decode_entry(entry, self.format) for entry in rows[self.image_column]]
+        batch = {"images": torch.stack(match_depth(images))}
+        if self.label_column is not None:
+            batch["labels"] = torch.tensor(rows[self.label_column])
+        return batch
 
     def keep_in_memory(self, device: torch.device | str = "cpu") -> None:
         """Decode all images, `num_bytes` in total, into the memory of a device. A batch is then an index on that device."""
-        # By parts: the files may be larger than the decoded images.
-        decoded = self._decode(self.dataset.select_columns(self.columns).iter(batch_size=1024))
-        self._memory = {name: values.to(device) for name, values in decoded.items()}
+        parts = [self[range(i, min(i + 1024, len(self)))] for i in range(0, len(self), 1024)]
+        self._memory = {name: torch.cat(match_depth([part[name] for part in parts])).to(device) for name in parts[0]}
 
     @property
     def in_memory(self) -> bool:

@@ -21,7 +21,7 @@ import datasets
 import torch
 
 from ddpm_hf.checks import check_int
-from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_entry, read_entry, stack_images
+from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_entry, match_depth, read_entry
 from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, validation_hash
 from ddpm_hf.seeds import make_generator
 
@@ -143,7 +143,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                     return
                 for end in range(size, self.batch_size + 1, size):
                     images, rows = zip(*pairs[end - size : end])
-                    tensors = {"images": stack_images(images)}
+                    tensors = {"images": torch.stack(match_depth(images))}
                     if self.images.label_column is not None:
                         tensors["labels"] = torch.tensor([row[self.images.label_column] for row in rows])
                     states = [lane.state for lane in self.lanes] if end == self.batch_size else None

@@ -16,8 +16,8 @@ from ddpm_hf.data.decoding import (
     ImageFormat,
     check_crop_and_background,
     decode_image,
+    match_depth,
     reads_at_8_bits,
-    stack_images,
     to_signed,
 )
 
@@ -66,10 +66,10 @@ def test_16_bits_are_rounded_to_8_on_request():
 def test_8_bit_images_keep_their_values_among_16_bit_ones():
     eight = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
     deep = torch.from_numpy(RAMP)[None]
-    both = stack_images([eight, deep])
+    both = torch.stack(match_depth([eight, deep]))
     assert both.dtype == torch.uint16 and torch.equal(both[1], deep)
     assert torch.equal(to_signed(both)[0], to_signed(eight))
-    assert stack_images([eight, eight]).dtype == torch.uint8
+    assert torch.stack(match_depth([eight, eight])).dtype == torch.uint8
 
 
 def test_signed_pixels_span_minus_one_to_one():
