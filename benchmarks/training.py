@@ -31,7 +31,7 @@ from transformers import HfArgumentParser
 from benchmarks.harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.batches import MicroBatches
-from ddpm_hf.data.decoding import PILLOW_MODES, to_signed
+from ddpm_hf.data.decoding import PILLOW_MODES, ImageFormat, to_signed
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
 from ddpm_hf.training.build import build
@@ -156,7 +156,7 @@ class Ours:
         model = torch.compile(self.unet, backend=backend) if backend else self.unet
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         source = open_dataset(config.dataset, config.dataset_config, config.split)
-        self.images = Images(source, config.resolution, config.channels)
+        self.images = Images(source, ImageFormat(config.resolution, config.channels))
         self.images.keep_in_memory(device)
         self.batches = MicroBatches(self.images, config.batch_size, config.seed, 0, ENDLESS, device=device)
         self.step, self.loss_sum, self.bar = 0, torch.zeros((), device=device), tqdm(disable=True)

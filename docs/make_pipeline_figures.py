@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.data.decoding import to_signed
+from ddpm_hf.data.decoding import ImageFormat, to_signed
 from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.plots import figure_bytes, image_grid, to_display
 from ddpm_hf.files import atomic_file
@@ -33,7 +33,7 @@ def main() -> None:
     (args,) = HfArgumentParser(FigureArguments).parse_args_into_dataclasses()
     pipe = DDPMPipelineCustom.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    given = to_signed(Images(digits()["test"], (8, 8), channels=1)[range(COLUMNS)]["images"])
+    given = to_signed(Images(digits()["test"], ImageFormat((8, 8), channels=1))[range(COLUMNS)]["images"])
     IMAGES.mkdir(exist_ok=True)
     for name, make in FIGURES.items():
         atomic_file(

@@ -1,7 +1,6 @@
-"""Which examples make the batches of a run, and how they get to the device."""
+"""Which images form the batches of a run, and how they get to the device."""
 
 import atexit
-import json
 import signal
 import weakref
 from collections.abc import Callable, Iterator
@@ -9,15 +8,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ddpm_hf.data.images import Images
-from ddpm_hf.data.streaming import StreamedImages, StreamError
+from ddpm_hf.data.streaming import StreamBatch, StreamedBatches, StreamedImages, StreamError
 from ddpm_hf.seeds import make_generator
 
 
 class GlobalBatches:
-    """Which examples make the global batch of a step: consecutive runs through shuffled data, one epoch after another.
+    """The indices of the images in the global batch of each step: consecutive parts of shuffled epochs.
 
-    The shuffle of an epoch depends on (seed, epoch) alone, so that step k has the same examples in any run, on any
-    number of processes, resumed or not, and no example is read in order to skip it. `device` holds an epoch's order.
+    The order of an epoch depends on (seed, epoch) alone. So step k has the same images on any number of processes, resumed
+    or not, and resuming reads no image only to skip it. `device` holds the order of the current epoch.
     """
 
     def __init__(self, num_examples: int, batch_size: int, seed: int, device: torch.device | str = "cpu"):
@@ -25,7 +24,7 @@ class GlobalBatches:
         self._epoch, self._order = -1, None
 
     def indices(self, step: int) -> torch.Tensor:
-        """Indices (batch_size,) of the examples of step 0, 1, ..., by their position in the global batch, on `device`."""
+        """Indices (batch_size,) of the images of step 0, 1, ..., by position in the global batch, on `device`."""
         parts, found = [], 0
         while found < self.batch_size:
             epoch, start = divmod(step * self.batch_size + found, self.num_examples)
@@ -41,27 +40,10 @@ class GlobalBatches:
         """`indices` as a list."""
         return self.indices(step).tolist()
 
-
-class ProcessBatches(torch.utils.data.Sampler):
-    """This process's share of the global batches of steps first_step .. num_steps−1, in `micro_batches` parts each."""
-
-    def __init__(
-        self, batches: GlobalBatches, first_step: int, num_steps: int, rank: int, num_processes: int, micro_batches: int
-    ):
-        self.batches, self.steps, self.micro_batches = batches, range(first_step, num_steps), micro_batches
-        self.positions = process_positions(batches.batch_size, rank, num_processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (part.tolist() for part in self.tensors())
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """The same as tensors on the device of `batches`."""
-        for step in self.steps:
-            share = self.batches.indices(step)[self.positions.start : self.positions.stop]
-            yield from share.chunk(self.micro_batches)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.micro_batches
+    def micro_batches(self, steps: range, positions: range, num_parts: int) -> Iterator[torch.Tensor]:
+        """The indices at some positions of each step (see `process_positions`), in `num_parts` equal parts."""
+        for step in steps:
+            yield from self.indices(step)[positions.start : positions.stop].chunk(num_parts)
 
 
 def process_positions(batch_size: int, rank: int, num_processes: int) -> range:
@@ -71,27 +53,36 @@ def process_positions(batch_size: int, rank: int, num_processes: int) -> range:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """A signal sent to everyone, Ctrl-C for example, must not take the images of the step away that is to be finished.
-    Workers end with the process that they work for."""
+    # A signal to all processes, such as Ctrl-C, must not stop the workers before the run has finished its step.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _shut_down(batches: weakref.ref) -> None:
-    if (loader := batches()) is not None:
-        loader._shutdown_workers()
+def _shut_down(loader: weakref.ref) -> None:
+    # Before Python exits: it sends the workers SIGTERM, which they ignore, and waits for them. No public name as of
+    # torch 2.13.
+    if (iterator := loader()) is not None:
+        iterator._shutdown_workers()
 
 
 class MicroBatches:
-    """This process's micro-batches of steps first_step .. num_steps−1, `micro_batches` of them a step: dicts of "images"
-    (B, C, H, W) and, where there are labels, "labels" (B,).
+    """Iterator over this process's micro-batches of steps first_step .. num_steps−1: dicts of "images" (B, C, H, W) and,
+    with a label column, "labels" (B,).
 
-    Images in memory are chosen where they are. Others are decoded by `num_workers` processes (a stream: threads of one),
-    which live as long as the run and read ahead, into pinned memory where the device is a GPU.
+    Images in memory are indexed there. Others are decoded ahead by `num_workers` processes (a stream: by threads of one
+    process), into pinned memory if the device is a GPU.
 
     Args:
-        images: what is trained on; a stream goes on from `state`.
-        rank, num_processes, micro_batches: see `ProcessBatches`.
+        images: the images to train on.
+        batch_size: images in a global batch.
+        seed: of the order of the images.
+        rank, num_processes: this process, and how many share a global batch.
+        micro_batches: micro-batches per step.
+        device: where training runs.
+        state: of a stream, from `gather_state`, to resume at `first_step`.
+
+    Raises:
+        StreamError: see `StreamedImages.lanes`.
     """
 
     def __init__(
@@ -108,51 +99,51 @@ class MicroBatches:
         device: torch.device | str = "cpu",
         state: dict | None = None,
     ):
-        self.state, self.micro_batches = state, micro_batches
-        sharing = (first_step, num_steps, rank, num_processes, micro_batches)
-        self.is_stream = isinstance(images, StreamedImages)
-        if self.is_stream:
-            dataset = images.batches(batch_size, seed, *sharing, threads=num_workers, state=state)
+        self.micro_batches = micro_batches
+        self._lane_states: list[dict] | None = None
+        if isinstance(images, StreamedImages):
+            lanes = images.lanes(batch_size, seed, rank, num_processes, state)
+            share, steps = batch_size // num_processes, num_steps - first_step
+            dataset = StreamedBatches(images, lanes, share, steps, micro_batches, max(1, num_workers))
             sampler, num_workers = None, min(1, num_workers)
         else:
-            on = device if images.in_memory else "cpu"
-            sampler = ProcessBatches(GlobalBatches(len(images), batch_size, seed, on), *sharing)
-            dataset = images
-        if sampler is not None and images.in_memory:
-            self._batches = (images[part] for part in sampler.tensors())
-        else:
-            self._batches = iter(
-                torch.utils.data.DataLoader(
-                    dataset,
-                    sampler=sampler,
-                    batch_size=None,
-                    num_workers=num_workers,
-                    prefetch_factor=4 if num_workers else None,
-                    pin_memory=torch.device(device).type == "cuda",
-                    worker_init_fn=_ignore_signals,
-                )
+            order = GlobalBatches(len(images), batch_size, seed, device if images.in_memory else "cpu")
+            positions = process_positions(batch_size, rank, num_processes)
+            parts = order.micro_batches(range(first_step, num_steps), positions, micro_batches)
+            if images.in_memory:
+                self._batches = (images[part] for part in parts)
+                return
+            dataset, sampler = images, (part.tolist() for part in parts)
+        self._batches = iter(
+            torch.utils.data.DataLoader(
+                dataset,
+                sampler=sampler,
+                batch_size=None,
+                num_workers=num_workers,
+                prefetch_factor=4 if num_workers else None,
+                pin_memory=torch.device(device).type == "cuda",
+                worker_init_fn=_ignore_signals,
             )
-            # Before the end of Python, which sends workers the SIGTERM that they ignore, and waits for them.
-            if num_workers:
-                atexit.register(_shut_down, weakref.ref(self._batches))
+        )
+        if num_workers:
+            atexit.register(_shut_down, weakref.ref(self._batches))
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self._batches)
-        if "error" in batch:
-            raise StreamError(batch["error"])
-        if "state" in batch:
-            self.state = json.loads(batch.pop("state"))
+        if isinstance(batch, StreamError):
+            raise batch
+        if isinstance(batch, StreamBatch):
+            self._lane_states = batch.lane_states or self._lane_states
+            return batch.tensors
         return batch
 
     def gather_state(self, gather: Callable[[list], list]) -> dict | None:
-        """The state of all processes, for a checkpoint; None for what is no stream. `gather` joins every process's list."""
-        if not self.is_stream:
-            return None
-        lanes = gather(self.state["lanes"])
-        return {"lanes": lanes}
+        """The state of a stream after the last step, for a checkpoint; None without a stream. `gather` concatenates the
+        lists of all processes."""
+        return None if self._lane_states is None else {"lanes": gather(self._lane_states)}
 
     def step(self) -> Iterator[dict[str, torch.Tensor]]:
         """The micro-batches of one step."""

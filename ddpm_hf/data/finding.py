@@ -1,4 +1,4 @@
-"""Finding a data set, its images and its columns."""
+"""Open data sets, and find the columns in them."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,11 @@ from PIL import Image
 from ddpm_hf.data.builtin import BUILTIN
 
 TABLES = {".parquet", ".arrow", ".tar", ".zip"}
-
-
-STREAM_SHARDS = 64  # of a data set here that is read as a stream
+STREAM_SHARDS = 64  # into which a local data set is divided to be read as a stream
 
 
 class NoSuchSplit(ValueError):
-    """The data set is there, and has no split of that name."""
+    """The data set exists, but has no split of that name."""
 
 
 def open_dataset(
@@ -25,17 +23,25 @@ def open_dataset(
     revision: str | None = None,
     streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """A split of "digits" or "photos", of a folder of images or of Parquet, Arrow, tar or zip files, of a folder made by
-    `save_to_disk`, or of a data set on the Hub, there at `revision` (a branch, a tag or a commit).
+    """Open a split of a data set.
 
-    `streaming` gives an IterableDataset, which reads as it goes and keeps nothing on the disk.
-    Raises ValueError, saying what was found, for a folder without images, for a data set, a revision or a split that is not
-    there, and for a revision of what has none.
+    Args:
+        name: "digits" or "photos" (built in), a folder of images or of Parquet, Arrow, tar or zip files, a folder that
+            `save_to_disk` wrote, or a data set on the Hub.
+        config_name: the configuration, or subset, of a data set on the Hub.
+        split: the name of the split. A single split saved to disk is "train".
+        revision: a branch, tag or commit of a data set on the Hub.
+        streaming: return an IterableDataset, which reads while iterating and keeps nothing on the disk.
+
+    Raises:
+        NoSuchSplit: a ValueError that names the splits there are.
+        ValueError: for a folder without images, an unknown data set or revision, and a revision of local data.
     """
     folder = Path(name)
+    is_on_hub = False
     if name in BUILTIN:
         if folder.is_dir():
-            raise ValueError(f"dataset {name!r} is embedded here and is a folder too: './{name}' is the folder.")
+            raise ValueError(f"dataset {name!r} is built in and is a folder too: write './{name}' for the folder.")
         found = BUILTIN[name].load()
     elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = datasets.load_from_disk(str(folder))
@@ -46,21 +52,21 @@ def open_dataset(
         elif suffixes & TABLES:
             found = datasets.load_dataset(str(folder.resolve()), config_name, streaming=streaming)
         else:
-            raise ValueError(f"the folder {name!r} holds no image (nothing with a suffix such as .png or .jpg).")
+            raise _no_image(name)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(
-            f"dataset {name!r} is neither 'digits' nor 'photos', nor a folder here, nor a data set's name on the Hub."
+            f"dataset {name!r} is neither 'digits' nor 'photos', nor a folder, nor the name of a data set on the Hub."
         )
     else:
+        is_on_hub = True
         try:
             found = datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise ValueError(f"dataset {name!r}, dataset_revision {revision!r}: {error}") from error
-        revision = None
-    if revision is not None:
-        raise ValueError(f"dataset_revision {revision!r} is of data sets on the Hub, and {name!r} is none.")
+    if revision is not None and not is_on_hub:
+        raise ValueError(f"dataset_revision {revision!r} is for data sets on the Hub, and {name!r} is local.")
     if not isinstance(found, dict):
-        # One split, saved alone: training and validation images must not both be it.
+        # A single split: it cannot be both the training and the validation images.
         found = {"train": found}
     if split not in found:
         raise NoSuchSplit(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")
@@ -74,16 +80,20 @@ def open_dataset(
 
 
 def dataset_files(folder: str) -> list[Path]:
-    """The image files in a folder, sorted by name. Raises ValueError where there are none."""
+    """The image files in a folder, sorted by name. Raises ValueError if there are none."""
     extensions = Image.registered_extensions()
     files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in extensions)
     if not files:
-        raise ValueError(f"the folder {folder!r} holds no image (nothing with a suffix such as .png or .jpg).")
+        raise _no_image(folder)
     return files
 
 
+def _no_image(folder: str) -> ValueError:
+    return ValueError(f"the folder {folder!r} holds no image (no file with a suffix such as .png or .jpg).")
+
+
 def find_column(dataset: datasets.Dataset | datasets.IterableDataset, kind, name: str | None, argument: str) -> str:
-    """The column of that name, or the only one of a kind of feature. Raises ValueError, naming the columns."""
+    """The column `name`, or the only column, of a kind of feature. Raises ValueError, with the columns, if there is none."""
     fitting = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
     if name is None and len(fitting) == 1:
         return fitting[0]
@@ -92,3 +102,8 @@ def find_column(dataset: datasets.Dataset | datasets.IterableDataset, kind, name
             f"{argument} must be one of {fitting}, got {name!r}; the columns are {list(dataset.features)}."
         )
     return name
+
+
+def fingerprint(dataset: datasets.Dataset) -> str:
+    """The hash that `datasets` keeps of a data set's source and transforms. It has no public name (as of datasets 5.2)."""
+    return dataset._fingerprint

@@ -1,297 +1,266 @@
-"""Data sets larger than the disk: read as a stream, shared out, shuffled, and gone on with exactly where a run stopped.
+"""Data sets larger than the disk, read as a stream: shared among processes, shuffled, and resumed exactly.
 
-A stream is cut into `num_lanes` lanes once and for all. Lane l fills the l-th of `num_lanes` equal parts of every global
-batch, and a process computes some whole lanes. So a run of L lanes is the same run on any number of processes that divides
-L, and may go on with another such number.
+A stream is divided into `num_lanes` lanes, each with images and an order of its own. Lane l fills the l-th of `num_lanes`
+equal parts of every global batch, and each process reads one or more lanes. So a run of L lanes is the same on any number
+of processes that divides L, and can resume on another such number.
 
-Where the data set has at least as many shards (files) as there are lanes, a lane reads every L-th shard; otherwise every
-lane reads all of them and keeps every L-th row. A lane goes through its shards in an order that depends on (seed, lane,
-epoch), and shuffles blocks of consecutive images by (seed, lane, block). Every image of a lane comes once before one comes
-again; lanes of different lengths finish their epochs at different times.
+If the data set has at least as many shards (files) as there are lanes, a lane reads every L-th shard. Otherwise every lane
+reads all shards and keeps every L-th row. The order of the shards of a lane depends on (seed, lane, epoch), the order
+within a block of consecutive images on (seed, lane, block). A lane has each of its images once per epoch. Lanes of
+different lengths finish their epochs at different times.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import datasets
 import torch
 
-from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, read_entry, stack_images
-from ddpm_hf.data.finding import find_column
-from ddpm_hf.data.images import Images, check_class_count, label_names, validation_hash
+from ddpm_hf.checks import check_int
+from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_entry, match_depth, read_entry
+from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, validation_hash
 from ddpm_hf.seeds import make_generator
 
 logger = logging.getLogger(__name__)
-VALIDATION_LIMIT = 512  # images that `validation` reads from the start of a stream
+VALIDATION_LIMIT = 512  # validation images that are read from the start of a stream
 
 
 class StreamError(ValueError):
-    """What ends a run on a stream: lanes that cannot be shared out, no image to train on, or one that cannot be read."""
+    """An error that ends a run on a stream: lanes that cannot be shared evenly, no image to train on, or a broken one."""
 
 
-class StreamedImages:
-    """The images of a stream, brought to one size as `Images` does.
+class StreamedImages(ImageColumns):
+    """The images of a stream, converted to one format.
 
     Args:
-        dataset: a stream with a column of images. A row whose image is held out by `validation_fraction` (see
-            `validation_hash`) is passed over.
-        shuffle_buffer: images in a block, over all lanes; the files of up to twice as many are in memory.
-        num_lanes: see above. None: one a process, which makes the order depend on their number.
-        skip_broken: pass over an image that cannot be read, and say so; otherwise it ends the run.
-        image_column, label_column, size, channels, crop, background: see `Images`.
+        dataset: a stream with a column of images.
+        form, image_column, label_column: see `ImageColumns`.
+        shuffle_buffer: images in a block, over all lanes. The files of up to twice as many are in memory.
+        num_lanes: see the module. None: one per process, so that the order depends on the number of processes.
+        skip_broken: skip broken images, with a warning. Otherwise a broken image ends the run.
     """
-
-    in_memory = False
 
     def __init__(
         self,
         dataset: datasets.IterableDataset,
-        size: tuple[int, int],
-        channels: int = 3,
+        form: ImageFormat,
         image_column: str | None = None,
         label_column: str | None = None,
-        crop: str = "center",
-        background: str = "white",
         shuffle_buffer: int = 4096,
         num_lanes: int | None = None,
-        validation_fraction: float = 0.0,
         skip_broken: bool = False,
     ):
-        self.format = ImageFormat(size, channels, crop, background)
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer!r}.")
         if dataset.features is None:
-            dataset = dataset._resolve_features()
-        self.image_column = find_column(dataset, datasets.Image, image_column, "image_column")
-        columns, self.label_column = [self.image_column], None
-        if label_column is not None:
-            kinds = (datasets.ClassLabel, datasets.Value)
-            self.label_column = find_column(dataset, kinds, label_column, "label_column")
-            columns.append(label_column)
-        dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
-        self.dataset = dataset.select_columns(columns)
-        self.shuffle_buffer, self.num_lanes, self.skip_broken = shuffle_buffer, num_lanes, skip_broken
-        self.validation_fraction = validation_fraction
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The names of the classes 0, 1, ..., where the label column knows them."""
-        return label_names(self.dataset, self.label_column)
-
-    def check_labels(self, num_classes: int) -> None:
-        """ValueError for another number of classes than the column names; labels are read while training only."""
-        check_class_count(self.class_names, num_classes, self.label_column)
+            dataset = dataset.cast(datasets.Dataset.from_list(list(dataset.take(5))).features)
+        super().__init__(dataset, form, image_column, label_column)
+        self.dataset = self.dataset.select_columns(self.columns)
+        self.shuffle_buffer = check_int("shuffle_buffer", shuffle_buffer, 1)
+        self.num_lanes, self.skip_broken, self.validation_fraction = num_lanes, skip_broken, 0.0
 
     @property
     def num_examples(self) -> int | None:
-        """How many images the data set says it has, held-out ones included; None where it does not say."""
+        """The number of images, validation included, that the data set declares; None if it declares none."""
         split = (self.dataset.info.splits or {}).get(str(self.dataset.split))
         return split.num_examples if split is not None else None
 
-    def validation(self, limit: int = VALIDATION_LIMIT) -> Images:
-        """The first validation images, at most `limit`, all of which are read now."""
-        rows = []
-        for row in self.dataset:
-            entry = {"bytes": read_entry(row[self.image_column]), "path": row[self.image_column]["path"]}
-            if validation_hash(entry["bytes"]) < self.validation_fraction:
-                rows.append(row | {self.image_column: entry})
-                if len(rows) == limit:
-                    break
+    def split_validation(self, fraction: float, limit: int = VALIDATION_LIMIT) -> Images:
+        """Leave the share `fraction` of the images, chosen by `validation_hash`, out of training. Returns the first of them,
+        at most `limit`, which are read now. Raises ValueError if there are none."""
+        self.validation_fraction = fraction
+        rows = list(islice(filter(self.is_validation, self.dataset), limit))
         if not rows:
-            raise ValueError(f"validation_fraction = {self.validation_fraction!r} holds out no image of the stream.")
+            raise ValueError(f"validation_fraction = {fraction!r} selects no image of the stream.")
         rows = datasets.Dataset.from_list(rows, features=self.dataset.features)
-        rows = rows.cast_column(self.image_column, datasets.Image())
-        f = self.format
-        images = Images(rows, f.size, f.channels, self.image_column, self.label_column, f.crop, f.background)
-        images.without(images.broken())
+        images = Images(rows, self.format, self.image_column, self.label_column)
+        leave_out_broken(images, True, "validation images")
         return images
 
-    def batches(
-        self,
-        batch_size: int,
-        seed: int,
-        first_step: int,
-        num_steps: int,
-        rank: int,
-        num_processes: int,
-        micro_batches: int,
-        threads: int = 0,
-        state: dict | None = None,
-    ) -> "StreamedBatches":
-        """What `MicroBatches` reads; `state` is that of the step before `first_step`, of all lanes.
+    def is_validation(self, row: dict) -> bool:
+        """Whether the image is left out of training. If its file had to be read for that, the row keeps the bytes."""
+        if not self.validation_fraction:
+            return False
+        entry = row[self.image_column]
+        entry["bytes"] = read_entry(entry)
+        return validation_hash(entry["bytes"]) < self.validation_fraction
 
-        Raises StreamError for a number of lanes that the batch or the processes do not share out evenly, and for a state
-        that was saved with another.
+    def lanes(
+        self, batch_size: int, seed: int, rank: int, num_processes: int, state: dict | None = None
+    ) -> list["Lane"]:
+        """The lanes of a process, at the start or at `state` (see `MicroBatches.gather_state`).
+
+        Raises StreamError if the processes or the batch cannot share the lanes evenly, or `state` has another number of
+        lanes.
         """
-        lanes = self.num_lanes or (len(state["lanes"]) if state else num_processes)
-        if state and len(state["lanes"]) != lanes:
-            raise StreamError(f"stream_lanes = {lanes}, but the run that is gone on with has {len(state['lanes'])}.")
-        if lanes % num_processes or batch_size % lanes:
+        states = state["lanes"] if state else []
+        num_lanes = self.num_lanes or len(states) or num_processes
+        if states and len(states) != num_lanes:
+            raise StreamError(f"stream_lanes = {num_lanes}, but the run to resume has {len(states)}.")
+        if num_lanes % num_processes or batch_size % num_lanes:
             raise StreamError(
-                f"stream_lanes = {lanes} must be a multiple of the {num_processes} processes and divide the batch of "
+                f"stream_lanes = {num_lanes} must be a multiple of the {num_processes} processes and divide the batch of "
                 f"{batch_size} images."
             )
-        share = lanes // num_processes
-        mine = range(rank * share, (rank + 1) * share)
-        readers = [Lane(self, lane, lanes, seed, state["lanes"][lane] if state else None) for lane in mine]
-        steps = num_steps - first_step
-        return StreamedBatches(self, readers, batch_size // lanes, steps, micro_batches, max(1, threads))
+        share = num_lanes // num_processes
+        states = states or [{"start": None, "block": 0, "given": 0}] * num_lanes
+        return [Lane(self, i, num_lanes, seed, states[i]) for i in range(rank * share, (rank + 1) * share)]
 
 
+class StreamBatch(NamedTuple):
+    """A micro-batch: "images" (B, C, H, W) and "labels" (B,), and after the last one of a step the states of the lanes."""
+
+    tensors: dict[str, torch.Tensor]
+    lane_states: list[dict] | None
+
+
+@dataclass(eq=False)
 class StreamedBatches(torch.utils.data.IterableDataset):
-    """The micro-batches of a process, in order, decoded by `threads` threads. The last one of a step has the lanes' state
-    after it, as JSON, in "state". An image that cannot be read makes a batch of "error" alone, which is the last."""
+    """The micro-batches of `num_steps` steps of a process, in order, decoded by threads. `batch_size` counts the images of
+    this process in a step.
 
-    def __init__(
-        self, images: StreamedImages, lanes: list["Lane"], per_lane: int, steps: int, micro_batches: int, threads: int
-    ):
-        self.images, self.lanes, self.per_lane, self.steps = images, lanes, per_lane, steps
-        self.micro_batches, self.threads = micro_batches, threads
-
-    def __iter__(self) -> Iterator[dict]:
-        with ThreadPoolExecutor(self.threads) as pool:
-            for _ in range(self.steps):
-                try:
-                    pairs = [pair for lane in self.lanes for pair in self._take(lane, pool)]
-                except (StreamError, OSError) as error:
-                    yield {"error": str(error)}
-                    return
-                size = len(pairs) // self.micro_batches
-                for i in range(self.micro_batches):
-                    part = pairs[i * size : (i + 1) * size]
-                    batch = {"images": stack_images([image for image, _ in part])}
-                    if self.images.label_column is not None:
-                        batch["labels"] = torch.tensor([row[self.images.label_column] for _, row in part])
-                    if i == self.micro_batches - 1:
-                        batch["state"] = json.dumps({"lanes": [lane.state() for lane in self.lanes]})
-                    yield batch
-
-    def _take(self, lane: "Lane", pool: ThreadPoolExecutor) -> list[tuple[torch.Tensor, dict]]:
-        """The lane's next images, decoded, with their rows."""
-        pairs = []
-        while len(pairs) < self.per_lane:
-            rows = [lane.next() for _ in range(self.per_lane - len(pairs))]
-            for image, row in zip(pool.map(self._decode, rows), rows):
-                if isinstance(image, torch.Tensor):
-                    pairs.append((image, row))
-                    continue
-                name = row[self.images.image_column]["path"] or "an image without a name"
-                if not self.images.skip_broken:
-                    raise StreamError(
-                        f"an image of the stream cannot be read: {name} ({image}). Repair or remove it, or leave such "
-                        "images out with --skip_broken_images."
-                    )
-                logger.warning("Leaving out an image that cannot be read: %s (%s)", name, image)
-        return pairs
-
-    def _decode(self, row: dict) -> torch.Tensor | Exception:
-        try:
-            return decode_image(read_entry(row[self.images.image_column]), self.images.format)
-        except UNREADABLE as error:
-            return error
-
-
-class Lane:
-    """One lane of a stream, endless and shuffled.
-
-    A block is given out in random order while the next one is read, one row for each given. Going on from `state` reads
-    the unfinished block again, from where it starts, and as much of the next as had been read.
+    A StreamError is the last item, not raised: a DataLoader would add the traceback of its worker to the message.
     """
 
-    def __init__(self, images: StreamedImages, lane: int, num_lanes: int, seed: int, state: dict | None = None):
-        self.size = max(1, images.shuffle_buffer // num_lanes)
-        self.lane, self.seed = lane, seed
-        self._reader = Reader(images, lane, num_lanes, seed, state and state["start"])
-        self._number, self._given, self._rows = (state["block"], state["given"], None) if state else (0, 0, None)
+    images: StreamedImages
+    lanes: list["Lane"]
+    batch_size: int
+    num_steps: int
+    micro_batches: int
+    num_threads: int
 
-    def next(self) -> dict:
-        if self._rows is None:  # lazily: in the process that reads, not in the one that made this
-            self._open(Block(self._reader, self.size))
-            self._upcoming.read(self._given)
-        if self._given == len(self._rows):
-            self._number, self._given = self._number + 1, 0
-            self._open(self._upcoming)
-        self._given += 1
-        self._upcoming.read(1)
-        return self._rows[self._order[self._given - 1]]
+    def __iter__(self) -> Iterator[StreamBatch | StreamError]:
+        lanes = [iter(lane) for lane in self.lanes]
+        size = self.batch_size // self.micro_batches
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            for _ in range(self.num_steps):
+                try:
+                    pairs = [pair for lane in lanes for pair in self._take(lane, pool)]
+                except (StreamError, OSError) as error:
+                    yield StreamError(str(error))
+                    return
+                for end in range(size, self.batch_size + 1, size):
+                    images, rows = zip(*pairs[end - size : end])
+                    tensors = {"images": torch.stack(match_depth(images))}
+                    if self.images.label_column is not None:
+                        tensors["labels"] = torch.tensor([row[self.images.label_column] for row in rows])
+                    states = [lane.state for lane in self.lanes] if end == self.batch_size else None
+                    yield StreamBatch(tensors, states)
 
-    def _open(self, block: "Block") -> None:
-        block.read(self.size)
-        self._rows, self._start = block.rows, block.start
-        generator = make_generator("cpu", self.seed, f"blocks of lane {self.lane}", self._number)
-        self._order = torch.randperm(len(self._rows), generator=generator).tolist()
-        self._upcoming = Block(self._reader, self.size)
+    def _take(self, lane: Iterator[dict], pool: ThreadPoolExecutor) -> list[tuple[torch.Tensor, dict]]:
+        """The next images of a lane, decoded, with their rows."""
+        pairs, count, column = [], self.batch_size // len(self.lanes), self.images.image_column
+        while len(pairs) < count:
+            rows = [next(lane) for _ in range(count - len(pairs))]
+            decoded = [pool.submit(decode_entry, row[column], self.images.format) for row in rows]
+            for image, row in zip(decoded, rows):
+                try:
+                    pairs.append((image.result(), row))
+                except UNREADABLE as error:
+                    name = row[column]["path"] or "an image without a name"
+                    if not self.images.skip_broken:
+                        raise StreamError(
+                            f"an image of the stream cannot be read: {name} ({error}). Repair or remove it, or leave such "
+                            "images out with --skip_broken_images."
+                        ) from error
+                    logger.warning("Leaving out an image that cannot be read: %s (%s)", name, error)
+        return pairs
 
-    def state(self) -> dict:
-        """JSON-able."""
-        return {"start": self._start, "block": self._number, "given": self._given}
+
+@dataclass
+class Lane:
+    """The rows of one lane, endless and shuffled: a block is yielded in random order while the next one is read, one row
+    for each that is yielded.
+
+    `state` is JSON-serializable: where the current block starts, its number, and how many of its rows were yielded. Resuming
+    reads that block again, and as much of the next one as had been read.
+    """
+
+    images: StreamedImages
+    lane: int
+    num_lanes: int
+    seed: int
+    state: dict
+
+    def __iter__(self) -> Iterator[dict]:
+        reader = Reader(self.images, self.lane, self.num_lanes, self.seed, self.state["start"])
+        number, skip = self.state["block"], self.state["given"]
+        size = max(1, self.images.shuffle_buffer // self.num_lanes)
+        block = Block(reader, size)
+        while True:
+            block.read(size)
+            generator = make_generator("cpu", self.seed, f"blocks of lane {self.lane}", number)
+            order = torch.randperm(len(block.rows), generator=generator).tolist()
+            following = Block(reader, size)
+            following.read(skip)
+            for given, i in enumerate(order[skip:], skip + 1):
+                following.read(1)
+                self.state = {"start": block.start, "block": number, "given": given}
+                yield block.rows[i]
+            block, number, skip = following, number + 1, 0
 
 
 class Block:
-    """Up to `size` rows of one epoch; read in any number of steps."""
+    """Up to `size` consecutive rows of one epoch, read as far as asked. `start`: the position of the first."""
 
     def __init__(self, reader: "Reader", size: int):
-        self.reader, self.size, self.rows, self.is_whole, self.start = reader, size, [], False, None
+        self.reader, self.size = reader, size
+        self.rows, self.start, self.is_complete = [], None, False
 
     def read(self, count: int) -> None:
-        """`count` more rows, or as many as are left of the block."""
-        while count and not self.is_whole:
-            if self.start is None:
+        """Read `count` more rows, or as many as are left of the block."""
+        while count and not self.is_complete:
+            if not self.rows:  # also after the end of an epoch, which completed the block before
                 self.start = self.reader.position()
-            row = self.reader.next()
+            row = next(self.reader.rows)
             if row is not None:
                 self.rows.append(row)
                 count -= 1
-            elif not self.rows:
-                self.start = None  # the block before it ended with the epoch
-            self.is_whole = len(self.rows) == self.size or (row is None and bool(self.rows))
+            self.is_complete = len(self.rows) == self.size or (row is None and bool(self.rows))
 
 
 class Reader:
-    """The rows of a lane in the order of their shards, epoch after epoch, from `position` on."""
+    """`rows`: the rows of a lane in the order of their shards, epoch after epoch, from `position` on, with None after each
+    epoch."""
 
     def __init__(self, images: StreamedImages, lane: int, num_lanes: int, seed: int, position: dict | None):
-        self.images, self.dataset, self.lane, self.seed = images, images.dataset, lane, seed
-        shards = self.dataset.num_shards
-        self.shards = list(range(lane, shards, num_lanes)) if shards >= num_lanes else list(range(shards))
-        self.every = 1 if shards >= num_lanes else num_lanes
+        self.images, self.lane, self.seed = images, lane, seed
+        shards = images.dataset.num_shards
+        has_own_shards = shards >= num_lanes
+        self.shards = range(lane, shards, num_lanes) if has_own_shards else range(shards)
+        self.every, self.offset = (1, 0) if has_own_shards else (num_lanes, lane)
         self.at = dict(position or {"epoch": 0, "shard": 0, "row": 0, "stream": None})
-        self._rows, self._stream, self._found = None, None, self.at["shard"] + self.at["row"] > 0
+        self._stream, self.rows = None, self._read()
 
     def position(self) -> dict:
-        stream = self._stream.state_dict() if self._rows is not None else self.at["stream"]
-        return {**self.at, "stream": stream}
+        """The position of the next row, as JSON-serializable values."""
+        return {**self.at, "stream": self._stream.state_dict() if self._stream is not None else self.at["stream"]}
 
-    def next(self) -> dict | None:
-        """The next row; None once where an epoch ends."""
-        while self.at["shard"] < len(self.shards):
-            if self._rows is None:
-                generator = make_generator("cpu", self.seed, f"shards of lane {self.lane}", self.at["epoch"])
-                order = torch.randperm(len(self.shards), generator=generator).tolist()
-                self._stream = self.dataset.shard(self.dataset.num_shards, self.shards[order[self.at["shard"]]])
+    def _read(self) -> Iterator[dict | None]:
+        dataset = self.images.dataset
+        found = self.at["shard"] + self.at["row"] > 0
+        while True:
+            generator = make_generator("cpu", self.seed, f"shards of lane {self.lane}", self.at["epoch"])
+            order = torch.randperm(len(self.shards), generator=generator).tolist()
+            for shard in order[self.at["shard"] :]:
+                self._stream = dataset.shard(dataset.num_shards, self.shards[shard])
                 if self.at["stream"] is not None:
                     self._stream.load_state_dict(self.at["stream"])
-                self._rows = iter(self._stream)
-            for row in self._rows:
-                self.at["row"] += 1
-                if (self.at["row"] - 1) % self.every == (self.lane if self.every > 1 else 0) and self._is_mine(row):
-                    self._found = True
-                    return row
-            self._rows, self.at = None, self.at | {"shard": self.at["shard"] + 1, "row": 0, "stream": None}
-        if not self._found:
-            raise StreamError(f"lane {self.lane} of the stream has no image to train on: use fewer lanes.")
-        self.at, self._found = {"epoch": self.at["epoch"] + 1, "shard": 0, "row": 0, "stream": None}, False
-        return None
+                for row in self._stream:
+                    self.at["row"] += 1
+                    if (self.at["row"] - 1) % self.every == self.offset and self._is_for_training(row):
+                        found = True
+                        yield row
+                self._stream, self.at = None, self.at | {"shard": self.at["shard"] + 1, "row": 0, "stream": None}
+            if not found:
+                raise StreamError(f"lane {self.lane} of the stream has no image to train on: use fewer lanes.")
+            self.at, found = {"epoch": self.at["epoch"] + 1, "shard": 0, "row": 0, "stream": None}, False
+            yield None
 
-    def _is_mine(self, row: dict) -> bool:
-        """Whether it is trained on. What had to be read for that is kept."""
-        fraction, entry = self.images.validation_fraction, row[self.images.image_column]
-        if fraction:
-            try:
-                entry["bytes"] = read_entry(entry)
-            except UNREADABLE:
-                return True  # so that it is met, and named, where it is decoded
-            return validation_hash(entry["bytes"]) >= fraction
-        return True
+    def _is_for_training(self, row: dict) -> bool:
+        try:
+            return not self.images.is_validation(row)
+        except UNREADABLE:
+            return True  # the error is reported where the image is decoded

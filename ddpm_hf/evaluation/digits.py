@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import EvalResult
 
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.metrics import memorization
 
@@ -117,7 +118,7 @@ def non_digits(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndar
 
 
 def _pixels(split: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    images = Images(split, (8, 8), channels=1, label_column="label")
+    images = Images(split, ImageFormat((8, 8), channels=1), label_column="label")
     batch = images[range(len(images))]
     return batch["images"].numpy().reshape(len(images), -1) / 255.0, batch["labels"].numpy()
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
+from ddpm_hf.data.finding import fingerprint
 from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.files import atomic_file
 
@@ -151,7 +152,7 @@ def dataset_revision(dataset: datasets.Dataset) -> str:
     """What tells one content of a data set from another: the Hub's commit by the addresses it was downloaded from, or the
     fingerprint that `datasets` keeps of local data."""
     sources = sorted(dataset.info.download_checksums or {})
-    return hashlib.sha256(json.dumps([sources, dataset._fingerprint]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([sources, fingerprint(dataset)]).encode()).hexdigest()[:16]
 
 
 def read_cached(folder: Path, key: dict) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from ddpm_hf.data.decoding import to_signed
+from ddpm_hf.data.decoding import ImageFormat, to_signed
 from ddpm_hf.data.finding import NoSuchSplit, dataset_files, open_dataset
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
@@ -59,9 +59,10 @@ def split_images(args, run: dict, config: Mapping, split: str) -> Images:
             raise ValueError("the model is class-conditional: label_column must say which column holds the classes.")
     size = config["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    form = {"crop": run.get("crop", "center"), "background": run.get("background", "white"), "bits": 8}
+    crop, background = run.get("crop", "center"), run.get("background", "white")
+    form = ImageFormat(size, config["in_channels"], crop, background, bits=8)
     dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
-    images = Images(dataset, size, config["in_channels"], args.image_column, labels, **form)
+    images = Images(dataset, form, args.image_column, labels)
     if labels is not None:
         images.check_labels(run.get("num_classes") or config["num_class_embeds"])
     return images

@@ -1,21 +1,18 @@
-"""The images of a run: those trained on, and those held out by `validation_fraction`, all looked at before the first step."""
-
-import logging
+"""The training and validation images of a run. All of them, except those of a stream, are checked before the first step."""
 
 import torch
 
+from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.training.config import TrainingConfig
 
-logger = logging.getLogger("train")
-
 
 def load_images(
     config: TrainingConfig, device: torch.device | str = "cpu"
 ) -> tuple[Images | StreamedImages, Images | None]:
-    """What `open_images` gives; a set of at most `memory_limit_bytes` is decoded into the memory of `device`."""
+    """The images of `open_images`, decoded into the memory of `device` if they fit in `memory_limit_bytes`."""
     images, validation = open_images(config)
     for part in (images, validation):
         if isinstance(part, Images) and part.num_bytes <= config.memory_limit_bytes:
@@ -24,35 +21,29 @@ def load_images(
 
 
 def open_images(config: TrainingConfig) -> tuple[Images | StreamedImages, Images | None]:
-    """Training images, and validation images where there are any.
+    """The training images and, with a `validation_fraction`, the validation images.
 
-    Every image but those of a stream is read once. Raises ValueError that names the broken ones.
+    Raises ValueError that names the broken images, unless `skip_broken_images` leaves them out.
     """
-    source = open_dataset(
-        config.dataset, config.dataset_config, config.split, config.dataset_revision, config.streaming
-    )
-    form = image_form(config)
     if config.streaming:
-        images = StreamedImages(
-            source,
-            config.resolution,
-            **form,
-            shuffle_buffer=config.shuffle_buffer,
-            num_lanes=config.stream_lanes,
-            validation_fraction=config.validation_fraction,
-            skip_broken=config.skip_broken_images,
-        )
+        source = _source(config, config.split, streaming=True)
+        images = StreamedImages(*source, config.shuffle_buffer, config.stream_lanes, config.skip_broken_images)
     else:
-        images = Images(source, config.resolution, **form)
+        images = open_split(config, config.split)
         leave_out_broken(images, config.skip_broken_images)
     if config.label_column is not None:
         images.check_labels(config.num_classes)
-    validation = None
-    if config.validation_fraction:
-        validation = images.validation() if config.streaming else images.split_validation(config.validation_fraction)
-    return images, validation
+    fraction = config.validation_fraction
+    return images, images.split_validation(fraction) if fraction else None
 
 
-def image_form(config: TrainingConfig) -> dict:
-    """How images become tensors, as `Images` takes it."""
-    return {name: getattr(config, name) for name in ("channels", "image_column", "label_column", "crop", "background")}
+def open_split(config: TrainingConfig, split: str) -> Images:
+    """The images of a split, not checked yet. Raises NoSuchSplit if there is no such split."""
+    return Images(*_source(config, split), num_workers=config.num_workers)
+
+
+def _source(config: TrainingConfig, split: str, streaming: bool = False) -> tuple:
+    """The arguments that `Images` and `StreamedImages` share."""
+    dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision, streaming)
+    form = ImageFormat(config.resolution, config.channels, config.crop, config.background)
+    return dataset, form, config.image_column, config.label_column

@@ -1,16 +1,16 @@
-"""The loss of images that a run is not trained on: which they are, and the draws at which they are looked at."""
+"""Validation: the images that a run is not trained on, and the loss on them."""
 
 import torch
 from accelerate import Accelerator
 
 from ddpm_hf import GaussianDiffusion
 from ddpm_hf.data.decoding import to_signed
-from ddpm_hf.data.finding import NoSuchSplit, open_dataset
+from ddpm_hf.data.finding import NoSuchSplit
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.losses import Objective
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.run_data import image_form
+from ddpm_hf.training.run_data import open_split
 from ddpm_hf.training.sharding import reshard
 
 L_SIMPLE = Objective()
@@ -20,10 +20,12 @@ BLOCK = 64  # images whose noise is drawn together
 def load_validation_images(
     config: TrainingConfig, validation: Images | None = None, device: torch.device | str = "cpu"
 ) -> Images | None:
-    """At most `validation_images` images, drawn once: of `validation`, what `load_images` held out, or of the validation split
-    where there is one. In the memory of `device`. None where there is nothing held out, or no wish for it.
+    """At most `validation_images` images, chosen by the seed, in the memory of `device`.
 
-    Raises ValueError for a `validation_split` that is not there, and for images that cannot be read.
+    They are from `validation` (see `load_images`), or else from the validation split. None if there are none, or if
+    `validate_every_steps` is 0.
+
+    Raises ValueError for an unknown `validation_split`, and for images that cannot be read.
     """
     if not config.validate_every_steps:
         return None
@@ -40,28 +42,33 @@ def load_validation_images(
 
 
 def _validation_split(config: TrainingConfig) -> Images | None:
-    # All of a split is kept on the disk; a stream's test split only if somebody asks for it.
+    # A split is downloaded as a whole. For a stream, that is done only if a split is named.
     if config.validation_split is None and config.streaming:
         return None
-    split = config.validation_split or "test"
     try:
-        dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision)
+        images = open_split(config, config.validation_split or "test")
     except NoSuchSplit:
         if config.validation_split is not None:
             raise
         return None
-    images = Images(dataset, config.resolution, **image_form(config))
     if config.label_column is not None:
         images.check_labels(config.num_classes)
     return images
 
 
 class ValidationLoss:
-    """L_simple (eq. 14) of validation images at draws that never change, so that two values differ by the weights alone.
+    """L_simple (DDPM, eq. 14) of validation images at fixed timesteps and noise, so that two values differ by the weights
+    alone.
 
-    Image i of N is looked at for t = ⌊(i + ½)T/N⌋, with noise that depends on (seed, i) alone. The processes share the
-    images, each computing `images_at_a_time` at the most, and all of them get the mean. A class-conditional network is told
-    the images' labels.
+    Image i of N gets t = ⌊(i + ½)T/N⌋ and noise that depends on (seed, i) alone. A class-conditional network gets the
+    labels. The processes share the images.
+
+    Args:
+        images: the validation images.
+        diffusion: the chain that the network is trained on.
+        seed: of the noise.
+        accelerator: the processes and their device.
+        images_at_a_time: images that a process computes together, at most.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class ValidationLoss:
 
     @torch.no_grad()
     def __call__(self, unet: torch.nn.Module) -> float:
-        """The loss of a network, which is in eval mode meanwhile. Every process has to call it."""
+        """The mean loss of a network, in eval mode, on every process. Every process has to call it."""
         device, was_training = self.accelerator.device, unet.training
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         sums = torch.zeros(2, device=device)
@@ -85,14 +92,13 @@ class ValidationLoss:
             noise = torch.randn(shape, generator=generator, device=device)
             together = self.images_at_a_time * world
             for positions in (block[i : i + together] for i in range(0, len(block), together)):
-                # Where there are fewer images than processes, the others compute one for nothing: all take the same steps.
+                # A process without an image computes one that is not counted: with FSDP, all must make the same calls.
                 mine = positions[rank::world] or positions[:1]
                 counts = float(rank < len(positions))
                 batch = {name: values.to(device) for name, values in self.images[list(mine)].items()}
-                x_0 = to_signed(batch["images"])
-                t = self.timesteps[list(mine)].to(device)
-                drawn = noise[[i - start for i in mine]]
-                losses = L_SIMPLE(unet, self.diffusion, x_0, t, drawn, batch.get("labels")).simple
+                x_0, t = to_signed(batch["images"]), self.timesteps[list(mine)].to(device)
+                own_noise = noise[[i - start for i in mine]]
+                losses = L_SIMPLE(unet, self.diffusion, x_0, t, own_noise, batch.get("labels")).simple
                 sums += counts * torch.stack([losses.sum(), torch.full_like(losses[0], len(mine))])
         unet.train(was_training)
         reshard(unet)

@@ -1,14 +1,15 @@
-"""Order has an address, and every way to the device gives the same batches."""
+"""Batches depend on seed and step alone, and are the same from memory, from workers and on any number of processes."""
 
 import pytest
 import torch
 
-from ddpm_hf.data.batches import GlobalBatches, MicroBatches, ProcessBatches, process_positions
+from ddpm_hf.data.batches import GlobalBatches, MicroBatches, process_positions
+from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
 
 
-def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
+def test_every_epoch_has_every_image_once_in_a_new_order():
     batches = GlobalBatches(num_examples=30, batch_size=12, seed=3)
     stream = [index for step in range(10) for index in batches(step)]
     epochs = [stream[i : i + 30] for i in range(0, 120, 30)]
@@ -16,7 +17,7 @@ def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_a_step_has_the_same_examples_whenever_it_is_asked_for():
+def test_a_step_has_the_same_images_in_any_order_of_steps():
     straight = [GlobalBatches(7, 20, seed=0)(step) for step in range(6)]
     batches = GlobalBatches(7, 20, seed=0)
     assert [batches(step) for step in (5, 0, 3)] == [straight[5], straight[0], straight[3]]
@@ -24,9 +25,10 @@ def test_a_step_has_the_same_examples_whenever_it_is_asked_for():
 
 
 @pytest.mark.parametrize(("num_processes", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1)])
-def test_processes_and_micro_batches_share_the_global_batch_out_in_order(num_processes, micro_batches):
+def test_processes_and_micro_batches_split_the_global_batch_in_order(num_processes, micro_batches):
     batches = GlobalBatches(50, 12, seed=0)
-    shares = [list(ProcessBatches(batches, 2, 5, rank, num_processes, micro_batches)) for rank in range(num_processes)]
+    positions = [process_positions(12, rank, num_processes) for rank in range(num_processes)]
+    shares = [[part.tolist() for part in batches.micro_batches(range(2, 5), own, micro_batches)] for own in positions]
     for i, step in enumerate(range(2, 5)):
         parts = [part for share in shares for part in share[i * micro_batches : (i + 1) * micro_batches]]
         assert sum(parts, []) == batches(step)
@@ -37,9 +39,9 @@ def test_positions_of_all_processes_cover_the_batch():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_images_in_memory_and_images_decoded_by_workers_make_the_same_batches(num_workers):
+def test_batches_are_the_same_from_memory_and_from_workers(num_workers):
     dataset = open_dataset("digits", split="test")
-    images = Images(dataset, (8, 8), 1, label_column="label")
+    images = Images(dataset, ImageFormat((8, 8), 1), label_column="label")
     sharing = {"batch_size": 200, "seed": 1, "first_step": 1, "num_steps": 4, "rank": 1, "num_processes": 2}
     decoded = list(MicroBatches(images, **sharing, micro_batches=2, num_workers=num_workers))
     images.keep_in_memory()
@@ -50,9 +52,9 @@ def test_images_in_memory_and_images_decoded_by_workers_make_the_same_batches(nu
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_images_on_a_device_are_chosen_there():
-    """The "meta" device has no values: whatever brought an index or an image to the host would fail on it."""
-    images = Images(open_dataset("digits", split="test"), (8, 8), 1, label_column="label")
+def test_images_on_a_device_are_indexed_there():
+    """The "meta" device has no values: moving an index or an image to the host would raise."""
+    images = Images(open_dataset("digits", split="test"), ImageFormat((8, 8), 1), label_column="label")
     images.keep_in_memory("meta")
     batch = next(MicroBatches(images, 400, seed=0, first_step=0, num_steps=1, device="meta"))
     assert batch["images"].device.type == batch["labels"].device.type == "meta"

@@ -1,7 +1,8 @@
-"""Images of every kind come in as what they show: depth, transparency, palettes, shapes."""
+"""Images of every depth, transparency, palette and shape are decoded to what they show."""
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -10,7 +11,15 @@ import torch
 from PIL import Image, ImageColor
 from sklearn.datasets import load_sample_image
 
-from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, reads_at_8_bits, stack_images, to_signed
+from ddpm_hf.data.decoding import (
+    UNREADABLE,
+    ImageFormat,
+    check_crop_and_background,
+    decode_image,
+    match_depth,
+    reads_at_8_bits,
+    to_signed,
+)
 
 RAMP = np.linspace(0, 65535, 16 * 16).round().astype(np.uint16).reshape(16, 16)
 
@@ -30,7 +39,7 @@ def pixels(image, size, channels, kind="PNG", save=None, **options) -> np.ndarra
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_grey_of_16_bits_keeps_every_one_of_its_values(kind, channels):
+def test_16_bit_gray_keeps_every_value(kind, channels):
     found = pixels(Image.fromarray(RAMP), (16, 16), channels, kind)
     assert found.dtype == np.uint16 and found.shape == (16, 16, channels)
     for plane in range(min(channels, 3)):
@@ -41,26 +50,26 @@ def test_grey_of_16_bits_keeps_every_one_of_its_values(kind, channels):
     np.testing.assert_allclose(signed[..., 0], RAMP / 32767.5 - 1.0, atol=2e-7)
 
 
-def test_scaling_keeps_the_precision_of_16_bits():
+def test_resizing_keeps_the_precision_of_16_bits():
     found = pixels(Image.fromarray(RAMP), (8, 8), 1)[..., 0].astype(float)
     exact = np.asarray(Image.fromarray(RAMP.astype(np.float32)).resize((8, 8), Image.Resampling.LANCZOS))
     np.testing.assert_allclose(found, exact.clip(0, 65535), atol=0.51)
-    assert (found % 257 != 0).mean() > 0.9  # not 8 bits blown up
+    assert (found % 257 != 0).mean() > 0.9  # more than 8 bits scaled up
 
 
-def test_16_bits_are_rounded_to_8_where_that_is_asked_for():
+def test_16_bits_are_rounded_to_8_on_request():
     found = pixels(Image.fromarray(RAMP), (16, 16), 1, bits=8)
     assert found.dtype == np.uint8
     np.testing.assert_allclose(found[..., 0], RAMP / 257, atol=0.501)
 
 
-def test_8_bit_images_are_the_same_numbers_among_16_bit_ones():
+def test_8_bit_images_keep_their_values_among_16_bit_ones():
     eight = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
     deep = torch.from_numpy(RAMP)[None]
-    both = stack_images([eight, deep])
+    both = torch.stack(match_depth([eight, deep]))
     assert both.dtype == torch.uint16 and torch.equal(both[1], deep)
     assert torch.equal(to_signed(both)[0], to_signed(eight))
-    assert stack_images([eight, eight]).dtype == torch.uint8
+    assert torch.stack(match_depth([eight, eight])).dtype == torch.uint8
 
 
 def test_signed_pixels_span_minus_one_to_one():
@@ -88,7 +97,8 @@ def transparent(mode: str) -> tuple[Image.Image, dict]:
 
 @pytest.mark.parametrize("background", ["white", "black", "#808080"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "P, by entry", "L"])
-def test_what_is_transparent_shows_the_background_and_not_what_is_hidden(mode, background):
+def test_transparent_parts_show_the_background(mode, background):
+    warnings.simplefilter("error")
     image, save = transparent(mode)
     red = [76, 76, 76] if mode in ("LA", "L") else [255, 0, 0]
     found = pixels(image, (8, 8), 3, save=save, background=background)
@@ -99,13 +109,13 @@ def test_what_is_transparent_shows_the_background_and_not_what_is_hidden(mode, b
     assert (alpha[:4] == 255).all() and (alpha[4:] == 0).all()
 
 
-def test_half_transparent_is_the_mean_of_image_and_background():
+def test_half_transparent_parts_blend_with_the_background():
     found = pixels(Image.new("RGBA", (4, 4), (200, 100, 0, 128)), (4, 4), 3, background="#0000ff")
     a = 128 / 255
     np.testing.assert_allclose(found[0, 0], [200 * a, 100 * a, 255 * (1 - a)], atol=1)
 
 
-def test_what_is_transparent_in_16_bits_shows_the_background():
+def test_transparent_parts_of_16_bits_show_the_background():
     ramp = RAMP.copy()
     ramp[:4] = 1000
     found = decode_image(with_transparent_value(ramp, 1000), ImageFormat((16, 16), 1))[0].numpy()
@@ -130,7 +140,7 @@ def with_transparent_value(values: np.ndarray, value: int) -> bytes:
     return png(values, 0, chunk(b"tRNS", struct.pack(">H", value)))
 
 
-def test_colors_of_16_bits_are_known_to_be_read_at_8():
+def test_16_bit_color_is_detected_and_read_at_8_bits():
     colors = np.stack([RAMP, RAMP, RAMP], -1)
     assert reads_at_8_bits(png(colors, 2)) and not reads_at_8_bits(png(RAMP, 0))
     assert not reads_at_8_bits(file(Image.fromarray(RAMP))) and not reads_at_8_bits(file(Image.new("RGB", (4, 4))))
@@ -140,7 +150,7 @@ def test_colors_of_16_bits_are_known_to_be_read_at_8():
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_padding_keeps_the_whole_image_and_fills_up_with_the_background(channels):
+def test_padding_keeps_the_whole_image_and_adds_background(channels):
     photo = Image.fromarray(load_sample_image("china.jpg")[:100, :200])
     found = pixels(photo, (32, 32), channels, crop="pad", background="#102030").astype(int)
     whole = photo.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]).resize((32, 16), Image.Resampling.LANCZOS)
@@ -149,7 +159,7 @@ def test_padding_keeps_the_whole_image_and_fills_up_with_the_background(channels
     assert (found[:8] == fill).all() and (found[24:] == fill).all()
 
 
-def test_padding_of_16_bits_is_filled_up_too():
+def test_padding_of_16_bit_images_adds_background():
     found = pixels(Image.fromarray(RAMP[:8]), (16, 16), 1, crop="pad", background="#808080")[..., 0]
     np.testing.assert_array_equal(found[4:12], RAMP[:8])
     assert (found[:4] == 128 * 257).all()
@@ -157,16 +167,16 @@ def test_padding_of_16_bits_is_filled_up_too():
     assert (with_alpha[4:12] == 65535).all() and (with_alpha[:4] == 0).all()
 
 
-def test_cropping_takes_the_centre():
+def test_cropping_takes_the_center():
     image = Image.new("L", (64, 32), 0)
     image.paste(255, (16, 0, 48, 32))
     assert pixels(image, (16, 16), 1).min() >= 235  # white but for the ringing of the scaling
-    assert pixels(image, (8, 16), 1)[:, :3].max() <= 5  # the shape asked for is the image's: nothing to cut
+    assert pixels(image, (8, 16), 1)[:, :3].max() <= 5  # the same aspect ratio: nothing is cropped
 
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
-def test_what_has_no_range_that_could_be_known_is_refused_not_clipped(values):
-    with pytest.raises(UNREADABLE, match="no range of values|integers from 70000"):
+def test_images_of_unknown_range_raise(values):
+    with pytest.raises(UNREADABLE, match="no known range of values|integers from 70000"):
         pixels(Image.fromarray(values), (4, 4), 1, "TIFF")
 
 
@@ -174,11 +184,18 @@ def test_what_has_no_range_that_could_be_known_is_refused_not_clipped(values):
     ("options", "message"),
     [
         ({"channels": 2}, r"channels must be one of \[1, 3, 4\], got 2"),
-        ({"crop": "left"}, "crop must be one of"),
+        ({"crop": "left"}, r"crop must be one of \['center', 'pad'\], got 'left'"),
+        ({"size": (0, 8)}, "size must be an integer of at least 1, got 0"),
+        ({"size": (8.0, 8)}, "size must be an integer of at least 1, got 8.0"),
         ({"background": "whitish"}, "background must be a color"),
-        ({"bits": 16}, "bits must be 8 or None"),
+        ({"bits": 16}, r"bits must be one of \[8, None\], got 16"),
     ],
 )
-def test_a_format_that_is_none_is_refused(options, message):
+def test_a_wrong_image_format_raises(options, message):
     with pytest.raises(ValueError, match=message):
-        ImageFormat((8, 8), **options)
+        ImageFormat(**({"size": (8, 8)} | options))
+
+
+def test_british_spelling_of_crop_is_accepted():
+    assert ImageFormat((8, 8), crop="centre") == ImageFormat((8, 8), crop="center")
+    assert check_crop_and_background("centre", "white") == "center"

@@ -1,4 +1,4 @@
-"""A stream is shared out, shuffled and gone on with exactly, whatever reads it; broken and validation images are kept off."""
+"""A stream is shared among processes, shuffled and resumed exactly, without broken and validation images."""
 
 import io
 import json
@@ -16,9 +16,10 @@ from PIL import Image
 
 from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
-from ddpm_hf.data.streaming import StreamedImages
+from ddpm_hf.data.streaming import Reader, StreamedImages
 from tests.hub import HubServer
 
 EXAMPLES = 90
@@ -52,7 +53,7 @@ def folders(tmp_path_factory):
 
 def stream(folder, **options):
     source = open_dataset(str(folder), streaming=True)
-    return StreamedImages(source, (8, 8), 1, **({"shuffle_buffer": 32, "label_column": "label"} | options))
+    return StreamedImages(source, ImageFormat((8, 8), 1), **({"shuffle_buffer": 32, "label_column": "label"} | options))
 
 
 def batches(images, steps=12, first_step=0, rank=0, processes=1, **options):
@@ -65,12 +66,12 @@ def keys(found) -> list[bytes]:
 
 
 def every_image(folder) -> Counter:
-    return Counter(keys([Images(open_dataset(str(folder)), (8, 8), 1)[range(EXAMPLES)]]))
+    return Counter(keys([Images(open_dataset(str(folder)), ImageFormat((8, 8), 1))[range(EXAMPLES)]]))
 
 
 @pytest.mark.parametrize("shards", [5, 1])
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_every_image_comes_once_before_one_comes_again(folders, shards, lanes):
+def test_every_epoch_of_a_lane_has_its_images_once(folders, shards, lanes):
     found = keys(batches(stream(folders[shards], num_lanes=lanes), steps=60))
     everything = every_image(folders[shards])
     by_lane = [[found[i] for i in range(len(found)) if i % 12 // (12 // lanes) == lane] for lane in range(lanes)]
@@ -83,7 +84,7 @@ def test_every_image_comes_once_before_one_comes_again(folders, shards, lanes):
 
 
 def test_an_epoch_is_shuffled_within_the_buffer_and_across_files(folders):
-    order = [image for image in keys([Images(open_dataset(str(folders[5])), (8, 8), 1)[range(EXAMPLES)]])]
+    order = [image for image in keys([Images(open_dataset(str(folders[5])), ImageFormat((8, 8), 1))[range(EXAMPLES)]])]
     epochs = [[order.index(k) for k in keys(batches(stream(folders[5], shuffle_buffer=b), steps=7))] for b in (1, 32)]
     unshuffled, shuffled = epochs
     # Without a buffer the files' order alone is random: 18 digits of a file follow each other.
@@ -92,14 +93,15 @@ def test_an_epoch_is_shuffled_within_the_buffer_and_across_files(folders):
 
 
 def test_labels_stay_with_their_images(folders):
-    label = dict(zip(every := keys([Images(open_dataset(str(folders[5])), (8, 8), 1)[range(EXAMPLES)]]), digits()["train"]["label"]))  # fmt: skip
+    every = keys([Images(open_dataset(str(folders[5])), ImageFormat((8, 8), 1))[range(EXAMPLES)]])
+    label = dict(zip(every, digits()["train"]["label"]))
     assert len(every) == EXAMPLES
     for batch in batches(stream(folders[5])):
         assert [label[k] for k in keys([batch])] == batch["labels"].tolist()
 
 
 @pytest.mark.parametrize("shards", [5, 1])
-def test_any_number_of_processes_that_divides_the_lanes_and_any_micro_batches_make_the_same_run(folders, shards):
+def test_batches_are_the_same_on_any_processes_and_micro_batches(folders, shards):
     images = stream(folders[shards], num_lanes=4)
     one = [keys([batch]) for batch in batches(images)]
     for processes, parts in ((2, 1), (4, 3), (1, 4)):
@@ -110,7 +112,7 @@ def test_any_number_of_processes_that_divides_the_lanes_and_any_micro_batches_ma
 
 @pytest.mark.parametrize(("shards", "lanes"), [(5, 2), (1, 2), (5, 1)])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stream_goes_on_exactly_where_it_stopped_whatever_reads_it(folders, shards, lanes, workers):
+def test_a_stream_resumes_exactly_with_and_without_workers(folders, shards, lanes, workers):
     images = stream(folders[shards], num_lanes=lanes)
     straight = keys(batches(images, steps=20))
     for stop in (1, 5, 8, 13):
@@ -121,43 +123,41 @@ def test_a_stream_goes_on_exactly_where_it_stopped_whatever_reads_it(folders, sh
         assert done + keys(after) == straight
 
 
-def test_two_processes_go_on_with_what_one_began_and_the_number_of_lanes_is_then_kept(folders):
+def test_a_stream_resumes_on_two_processes_with_its_number_of_lanes(folders):
     straight = keys(batches(stream(folders[5], num_lanes=2)))
     before = batches(stream(folders[5], num_lanes=2))
     done, state = keys(islice(before, 4)), before.gather_state(list)
     images = stream(folders[5])  # no number given: that of the run
     shares = [list(batches(images, first_step=4, rank=r, processes=2, state=state)) for r in (0, 1)]
     assert done + [key for pair in zip(*shares) for key in keys(pair)] == straight
-    with pytest.raises(ValueError, match="stream_lanes = 4, but the run that is gone on with has 2"):
+    with pytest.raises(ValueError, match="stream_lanes = 4, but the run to resume has 2"):
         batches(stream(folders[5], num_lanes=4), first_step=4, state=state)
 
 
-def test_lanes_that_processes_or_batch_do_not_share_out_evenly_are_refused(folders):
+def test_lanes_that_cannot_be_shared_evenly_raise(folders):
     with pytest.raises(ValueError, match="stream_lanes = 3 must be a multiple of the 2 processes"):
         batches(stream(folders[5], num_lanes=3), processes=2)
     with pytest.raises(ValueError, match="stream_lanes = 5 .*divide the batch of 12"):
         batches(stream(folders[5], num_lanes=5))
 
 
-def test_going_on_reads_no_more_of_the_past_than_the_unfinished_block(folders):
-    """Hundreds of epochs are not read again: the state says where the block starts."""
+def test_resuming_rereads_the_unfinished_block_only(folders, monkeypatch):
+    """The state says where the block starts, so that no earlier epoch is read again."""
     images = stream(folders[5], shuffle_buffer=16)
     before = batches(images, steps=100)
     keys(islice(before, 90))
     reads = []
+    monkeypatch.setattr(Reader, "_is_for_training", lambda *_: reads.append(1) or True)
     resumed = batches(images, steps=100, first_step=90, state=before.gather_state(list))
-    lane = resumed._batches._dataset_fetcher.dataset.lanes[0]
-    reader, read = lane._reader, lane._reader.next
-    reader.next = lambda: reads.append(1) or read()
     next(resumed)
     assert len(reads) <= 3 * 16 + 12
 
 
-def test_validation_images_are_those_of_the_whole_set_and_are_never_trained_on(folders):
-    whole = Images(open_dataset(str(folders[5])), (8, 8), 1)
+def test_validation_images_are_those_of_the_set_and_not_trained_on(folders):
+    whole = Images(open_dataset(str(folders[5])), ImageFormat((8, 8), 1))
     validation = whole.split_validation(0.2)
-    images = stream(folders[5], validation_fraction=0.2)
-    streamed = images.validation()
+    images = stream(folders[5])
+    streamed = images.split_validation(0.2)
     expected = Counter(keys([validation[range(len(validation))]]))
     assert Counter(keys([streamed[range(len(streamed))]])) == expected and 5 <= len(validation) <= 35
     trained = set(keys(batches(images, steps=30)))
@@ -173,8 +173,9 @@ def with_broken(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named_when_it_is_met_and_may_be_passed_over(with_broken, workers, caplog):
-    images = stream(with_broken, label_column=None, validation_fraction=0.01)
+def test_a_broken_image_is_named_and_can_be_skipped(with_broken, workers, caplog):
+    images = stream(with_broken, label_column=None)
+    images.validation_fraction = 0.01
     with pytest.raises(ValueError, match="cannot be read: .*17.png.*--skip_broken_images"):
         keys(batches(images, num_workers=workers))
     images.skip_broken = True
@@ -183,12 +184,12 @@ def test_a_broken_image_is_named_when_it_is_met_and_may_be_passed_over(with_brok
     assert workers or "17.png" in caplog.text
 
 
-def test_photographs_of_a_folder_are_streamed_as_they_are_read(tmp_path):
+def test_images_of_a_folder_are_streamed_with_their_labels(tmp_path):
     for name, split in zip(("a", "b"), (range(6), range(6, 12))):
         (tmp_path / name).mkdir()
         for i in split:
             Image.fromarray(np.full((10, 20, 3), 20 * i, np.uint8)).save(tmp_path / name / f"{i}.png")
-    images = StreamedImages(open_dataset(str(tmp_path), streaming=True), (8, 8), 3, label_column="label")
+    images = StreamedImages(open_dataset(str(tmp_path), streaming=True), ImageFormat((8, 8), 3), label_column="label")
     batch = next(batches(images))
     assert sorted(batch["images"][:, 0, 0, 0].tolist()) == [20 * i for i in range(12)]
     assert all((value >= 120) == label for value, label in zip(batch["images"][:, 0, 0, 0], batch["labels"]))
@@ -198,6 +199,7 @@ CLIENT = """
 import json, sys, torch
 from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.data.finding import open_dataset
+from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamedImages
 
@@ -205,9 +207,9 @@ def keys(found):
     return [image.numpy().tobytes().hex() for batch in found for image in batch["images"]]
 
 name, old = "user/digits", sys.argv[1]
-out = {"plain": keys([(i := Images(open_dataset(name), (8, 8), 1))[range(len(i))]])}
+out = {"plain": keys([(i := Images(open_dataset(name), ImageFormat((8, 8), 1)))[range(len(i))]])}
 out["old"] = len(open_dataset(name, revision=old))
-images = StreamedImages(open_dataset(name, streaming=True), (8, 8), 1, shuffle_buffer=32)
+images = StreamedImages(open_dataset(name, streaming=True), ImageFormat((8, 8), 1), shuffle_buffer=32)
 out["resolved at old"] = sum(1 for _ in open_dataset(name, revision=old, streaming=True))
 for workers in (0, 1):
     first = MicroBatches(images, 12, 7, 0, 15, num_workers=workers)
@@ -225,7 +227,7 @@ print(json.dumps(out))
 """
 
 
-def test_a_data_set_on_the_hub_is_read_by_revision_plainly_and_as_a_stream(tmp_path, folders):
+def test_a_data_set_on_the_hub_is_read_by_revision_and_streamed(tmp_path, folders):
     with HubServer() as hub:
         hub.add_user("user")
         few = parquet(digits()["train"].select(range(10)))
@@ -249,3 +251,20 @@ def test_a_data_set_on_the_hub_is_read_by_revision_plainly_and_as_a_stream(tmp_p
     nothing, revision, split = out["errors"]
     assert "'user/nothing'" in nothing and "doesn't exist" in nothing
     assert "dataset_revision 'v9'" in revision and "no split 'test'; it has ['train']" in split
+
+
+def test_a_stream_without_declared_features_finds_its_images():
+    rows = digits()["train"].select(range(24))
+    source = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    assert source.features is None
+    images = StreamedImages(source, ImageFormat((8, 8), 1), label_column="label")
+    assert images.image_column == "image" and images.class_names is None
+    expected = keys([Images(rows, ImageFormat((8, 8), 1))[range(24)]])
+    assert Counter(keys(batches(images, steps=2))) == Counter(expected)
+
+
+def test_broken_validation_images_of_a_stream_are_left_out(with_broken, caplog):
+    images = stream(with_broken, label_column=None)
+    assert len(images.split_validation(1.0)) == 29 and "17.png" in caplog.text
+    with pytest.raises(ValueError, match="validation_fraction = 1e-09 selects no image of the stream"):
+        images.split_validation(1e-9)

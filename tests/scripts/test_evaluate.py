@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 from benchmarks import steps_and_variances
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.measures import Shares
 
@@ -172,7 +173,7 @@ def test_a_data_set_without_a_validation_split_is_validation_as_the_run_did(mode
     (model / "config.yaml").write_text(yaml.safe_dump(run))
     evaluate.main(options)
     protocol = measured(model)["figures"][0]["protocol"]
-    images = Images(some, (8, 8), 1)
+    images = Images(some, ImageFormat((8, 8), 1))
     validation = images.split_validation(0.4)
     assert protocol["reference"] == f"train split, {len(images)} images" and len(images) + len(validation) == 90
     assert protocol["validation_split"] == "0.4 of train by hash" and len(protocol["dataset_revision"]) == 16

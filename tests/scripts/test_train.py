@@ -180,15 +180,6 @@ def test_a_broken_image_of_a_stream_ends_the_run_in_one_sentence(photos, tmp_pat
         run(tmp_path / "out", *photo_options(photos), "--streaming")
 
 
-def test_images_validation_are_not_trained_on():
-    config = parse_config([*TINY, "--validation_fraction", "0.2"])
-    images, validation = train.load_images(config)
-    everything, none = train.load_images(parse_config(TINY))
-    rows = [[row.numpy().tobytes() for row in part[range(len(part))]["images"]] for part in (images, validation)]
-    assert none is None and len(rows[0]) + len(rows[1]) == len(everything) == 1437
-    assert set(rows[0]).isdisjoint(rows[1]) and 220 <= len(rows[1]) <= 350
-
-
 def test_a_data_set_that_has_grown_is_not_gone_on_with(photos, tmp_path):
     run(tmp_path / "out", *photo_options(photos))
     drop_checkpoints_after(tmp_path / "out", 1)

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,6 @@ from accelerate import Accelerator
 from ddpm_hf.scripts import train
 from PIL import Image
 from safetensors.torch import load_file
-from sklearn.datasets import load_sample_image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_hf import DDPMPipelineCustom
@@ -25,7 +23,7 @@ from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.posthoc_ema import list_snapshots, read_snapshot
 from ddpm_hf.training.run_logger import RunLogger, read_log
 from ddpm_hf.training.step import StepReport, training_step
-from ddpm_hf.training.validation import BLOCK, ValidationLoss, load_validation_images
+from ddpm_hf.training.validation import BLOCK, load_validation_images
 from tests.scripts.test_train import TINY, assert_bit_identical, checkpoint, rows
 
 RUN = [*TINY, "--checkpoint_every_steps", "4", "--log_every_steps", "3", "--ema_snapshot_every_images", "48"]
@@ -126,19 +124,6 @@ def test_the_validation_loss_is_that_of_the_saved_weights_raw_and_averaged(watch
             assert torch.cat(losses).mean().item() == pytest.approx(rows(folder)[-1][key], rel=1e-5)
 
 
-def test_validation_images_are_looked_at_over_the_whole_chain_at_draws_that_never_change(watched):
-    config = parse_config(["--config", str(watched[0] / "config.yaml"), "--validation_images", "100"])
-    unet, scheduler = build(config)
-    loss = ValidationLoss(load_validation_images(config), scheduler.diffusion, 0, Accelerator(), 16)
-    assert loss.timesteps.tolist() == list(range(5, 1000, 10))
-    unet.train()
-    first = loss(unet)
-    torch.randn(3)
-    assert loss(unet) == first and unet.training
-    # The network gives 0 at first, so that the loss is the mean square of the noise.
-    assert first == pytest.approx(1, abs=4 * (2 / (100 * 64)) ** 0.5)
-
-
 def test_tensorboard_has_the_figures_of_the_log_and_the_pictures_of_the_files(watched):
     folder, _ = watched
     events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0, "scalars": 0}).Reload()
@@ -227,61 +212,6 @@ def test_rows_that_a_full_disk_did_not_take_are_in_the_log_once_there_is_room(tm
     assert "Row 2 of log.jsonl could not be written ([Errno 28] No space left on device)" in caplog.text
     assert list(steps) == [None]
     assert [row["step"] for row in read_log(log)] == [1, 2, 3] and not log.is_symlink()
-
-
-def test_the_validation_loss_of_a_class_conditional_network_is_told_the_labels(tmp_path):
-    options = [
-        "--label_column",
-        "label",
-        "--num_classes",
-        "10",
-        "--label_dropout",
-        "0.1",
-        "--validation_fraction",
-        "0.1",
-    ]
-    config = parse_config([*TINY, "--output_dir", str(tmp_path), *options, "--validation_images", "32"])
-    unet, scheduler = build(config)
-    for parameter in unet.parameters():  # some begin at 0
-        torch.nn.init.normal_(parameter, std=0.1)
-    _, validation = train.load_images(config)
-    images = load_validation_images(config, validation)
-    assert len(images) == 32 < len(validation)
-    loss = ValidationLoss(images, scheduler.diffusion, 0, Accelerator(), 16)
-    told = loss(unet)
-    images._labels = (images._labels + 1) % 10
-    assert loss(unet) != told
-
-
-def test_a_data_set_without_a_validation_split_is_validated_nowhere_and_a_split_that_is_not_there_is_named(tmp_path):
-    source = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8), 9 * i) for i in range(20)]})
-    source = source.cast_column("image", datasets.Image())
-    source.save_to_disk(tmp_path / "plain")
-    datasets.DatasetDict(train=source, extra=source.select(range(5))).save_to_disk(tmp_path / "splits")
-    for name in ("plain", "splits"):
-        config = parse_config([*TINY, "--dataset", str(tmp_path / name)])
-        assert load_validation_images(config) is None
-    config = parse_config([*TINY, "--dataset", str(tmp_path / "splits"), "--validation_split", "extra"])
-    assert len(load_validation_images(config)) == 5
-    for name, message in (("plain", "has no split 'test'"), ("splits", "has no split 'test'")):
-        with pytest.raises(ValueError, match=message):
-            load_validation_images(
-                parse_config([*TINY, "--dataset", str(tmp_path / name), "--validation_split", "test"])
-            )
-
-
-def test_a_broken_validation_image_is_named_before_training(tmp_path):
-    photo = Image.fromarray(load_sample_image("china.jpg")[:64, :64])
-    for split, number in (("train", 20), ("test", 3)):
-        (tmp_path / "photos" / split).mkdir(parents=True)
-        for i in range(number):
-            photo.save(tmp_path / "photos" / split / f"{i}.png")
-    (tmp_path / "photos" / "test" / "1.png").write_bytes(b"nothing")
-    options = [*TINY, "--dataset", str(tmp_path / "photos"), "--channels", "3", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="1 of 3 validation images cannot be read:\\n.*1.png"):
-        train.main(options)
-    assert not (tmp_path / "out").exists()
-    assert len(load_validation_images(parse_config([*options, "--skip_broken_images"]))) == 2
 
 
 def test_a_pipeline_of_the_weights_in_the_folder_is_what_was_averaged(watched):
