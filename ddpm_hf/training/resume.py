@@ -12,17 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
-from ddpm_hf.training.checkpoints import (
-    checkpoint_folder,
-    list_checkpoints,
-    load_checkpoint,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-    versions,
-)
+from ddpm_hf.training import checkpoints
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.posthoc_ema import PowerEMA
@@ -57,7 +47,7 @@ class TrainingState:
         groups = {
             "model": self.model.state_dict(),
             **{name: average.state_dict() for name, average in self.averages.items()},
-            "optimizer": optimizer_tensors(self.optimizer, self.model),
+            "optimizer": checkpoints.optimizer_tensors(self.optimizer, self.model),
         }
         tensors = {name: full_on_cpu(group, keep) for name, group in groups.items()}
         sampler = self.timestep_sampler.state_dict()
@@ -67,7 +57,7 @@ class TrainingState:
         """Restore all but the model, whose weights are loaded before it is prepared for several processes."""
         for name, average in self.averages.items():
             average.load_state_dict(tensors[name])
-        load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
+        checkpoints.load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
         self.timestep_sampler.load_state_dict(tensors.get("timestep_sampler", {}))
 
 
@@ -81,19 +71,17 @@ def save(
     """
     root = Path(config.output_dir) / "checkpoints"
     tensors = training_state.tensors(keep=accelerator.is_main_process)
-    folder = checkpoint_folder(root, step)
+    folder = checkpoints.checkpoint_folder(root, step)
     if accelerator.is_main_process:
         scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
         try:
             _save_or_make_room(root, step, tensors, {**state, **scaler, "config": dataclasses.asdict(config)})
-            prune_checkpoints(root, config.keep_checkpoints)
+            checkpoints.prune_checkpoints(root, config.keep_checkpoints)
         except OSError as error:
-            folder, kept = None, list_checkpoints(root)
+            folder, kept = None, checkpoints.list_checkpoints(root)
+            last = f"that of step {checkpoints.read_state(kept[-1])['step']}" if kept else "none"
             logger.warning(
-                "The checkpoint of step %d could not be written (%s); the last one is %s.",
-                step,
-                error,
-                f"that of step {read_state(kept[-1])['step']}" if kept else "none",
+                "The checkpoint of step %d could not be written (%s); the last one is %s.", step, error, last
             )
     accelerator.wait_for_everyone()
     return folder
@@ -101,13 +89,13 @@ def save(
 
 def _save_or_make_room(root: Path, step: int, tensors: dict, state: dict) -> None:
     try:
-        save_checkpoint(root, step, tensors, state)
+        checkpoints.save_checkpoint(root, step, tensors, state)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(list_checkpoints(root)) < 2:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(checkpoints.list_checkpoints(root)) < 2:
             raise
         logger.warning("%s: deleting all checkpoints but the newest to write that of step %d.", error, step)
-        prune_checkpoints(root, keep=1)
-        save_checkpoint(root, step, tensors, state)
+        checkpoints.prune_checkpoints(root, keep=1)
+        checkpoints.save_checkpoint(root, step, tensors, state)
 
 
 def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] | None:
@@ -115,9 +103,9 @@ def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] |
 
     Raises ValueError if the checkpoint has a different configuration (`TrainingConfig.check_same_run`).
     """
-    for checkpoint in reversed(list_checkpoints(folder)):
+    for checkpoint in reversed(checkpoints.list_checkpoints(folder)):
         try:
-            tensors, state = load_checkpoint(checkpoint)
+            tensors, state = checkpoints.load_checkpoint(checkpoint)
         except ValueError as error:
             logger.warning("%s Using the checkpoint before it.", error)
             continue
@@ -144,14 +132,11 @@ def data_position(step: int, batch_size: int, num_examples: int | None, stream: 
 
 def warn_of_changes(dropout: float, images_at_a_time: int, state: dict) -> None:
     """Log what may make the resumed run differ from one that was not stopped."""
-    then, now = state["versions"], versions()
+    then, now = state["versions"], checkpoints.versions()
     if changed := [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]:
         logger.warning("The checkpoint was made with other versions: %s.", ", ".join(changed))
-    if dropout and state["images_at_a_time"] != images_at_a_time:
+    if dropout and (before := state["images_at_a_time"]) != images_at_a_time:
         logger.warning(
-            "Dropout masks are now drawn for %d images at a time, before for %d: to continue the same run, give "
-            "--micro_batch_size %d.",
-            images_at_a_time,
-            state["images_at_a_time"],
-            state["images_at_a_time"],
+            f"Dropout masks are now drawn for {images_at_a_time} images at a time, before for {before}: to continue the same "
+            f"run, give --micro_batch_size {before}."
         )
