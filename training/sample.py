@@ -23,7 +23,6 @@ from ddpm_hf.files import atomic_file
 from ddpm_hf.pipelines.guidance import cycled_classes
 from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
 from ddpm_hf.seeds import check_seed, image_generators
-from ddpm_hf.training.launch import run
 
 FORMATS = ("png", "npz", "parquet")
 
@@ -207,4 +206,4 @@ def write_parquet(stream: io.BytesIO, parts: list[np.ndarray], bits: int, labels
 
 
 if __name__ == "__main__":
-    run(main)
+    main()
