@@ -21,7 +21,7 @@ from ddpm_hf.training.processes import TIMEOUT, fail, prepare_process, use_cpu_t
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, print_error
 
 # torch and the libraries on top of it take seconds to import. The functions below import them when they run, after the
-# options were parsed, so that --help and a mistyped option are answered at once.
+# options were parsed, so that --help and an unknown option are answered at once.
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -102,7 +102,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
-    """Set up a run; its folder stays locked until `stack` closes. Raises ValueError for whatever prevents the run."""
+    """Set up a run; its folder stays locked until `stack` closes. Raises ValueError for invalid options, data or checkpoints."""
     from ddpm_hf.pipelines.guidance import mark_class_names
     from ddpm_hf.training.build import build
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
@@ -188,8 +188,8 @@ def train(run: Run, signals: StopSignals) -> None:
     batches = MicroBatches(
         run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
     )
-    watched = (run.unet, run.scheduler, state.averages, run.validation_subset)
-    run_logger = RunLogger(config, accelerator, *watched, first_step, logged, num_examples)
+    parts = (run.unet, run.scheduler, state.averages, run.validation_subset)
+    run_logger = RunLogger(config, accelerator, *parts, first_step, logged, num_examples)
     last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
     exit_code = 0
     model.train()

@@ -325,7 +325,9 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(TrainingConfig, description="Train a DDPM.", allow_abbrev=False)
     parser.add_argument("--config", default="digits", help=f"one of {presets()}, or a YAML file")
-    known, _ = parser.parse_known_args(arguments)
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]}; --help lists all.")
     parser.set_defaults(**load_preset(known.config))
     config, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     return config

@@ -96,7 +96,7 @@ def test_micro_batches_make_the_same_run(straight, tmp_path):
     assert_same_run(run(tmp_path, "--micro_batch_size", "4"), straight[1])
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_before_any_training(straight):
+def test_a_checkpoint_with_another_configuration_is_refused(straight):
     folder, saved = straight
     with pytest.raises(SystemExit, match="saved with a different configuration:(.|\n)*seed: 3 there, 4 here"):
         run(folder, "--seed", "4")

@@ -98,7 +98,7 @@ def test_an_unknown_option_in_a_file_is_named(tmp_path):
 
 
 def test_an_unknown_flag_is_refused():
-    with pytest.raises(ValueError, match="--learning_rte"):
+    with pytest.raises(ValueError, match="unknown option --learning_rte; --help lists all"):
         parse_config(["--learning_rte", "1"])
 
 

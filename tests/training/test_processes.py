@@ -19,21 +19,30 @@ from ddpm_hf.scripts import train
 from ddpm_hf.training.config import parse_config
 from tests.training.helpers import ROOT, TINY, until
 
-HELP = """
+LIGHT = """
 import sys
 from ddpm_hf.scripts import train
 try:
-    train.main(["--help"])
+    train.main([{option!r}])
 except SystemExit as ended:
-    assert ended.code in (0, None), ended.code
-assert not {"torch", "diffusers", "datasets", "accelerate"} & sys.modules.keys()
+    print(ended)
+    assert ended.code in {codes}, ended
+assert not {{"torch", "diffusers", "datasets", "accelerate"}} & sys.modules.keys()
 """
 
 
-def test_help_answers_without_importing_torch():
-    answer = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=60, cwd=ROOT)
+@pytest.mark.parametrize(
+    ("option", "code", "words"),
+    [
+        ("--help", 0, "--total_images"),
+        ("--hlep", "train.py: error: unknown option --hlep; --help lists all.", "--hlep"),
+    ],
+)
+def test_help_and_unknown_options_are_answered_without_torch(option, code, words):
+    program = LIGHT.format(option=option, codes=(code, code or None))
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert answer.returncode == 0, answer.stderr
-    assert "--total_images" in answer.stdout
+    assert words in answer.stdout
 
 
 MACHINES = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "1"]

@@ -338,9 +338,9 @@ def test_gradient_checkpointing_makes_the_same_run_bit_for_bit(trainer, with_dro
 def test_fsdp_makes_the_same_run_and_files_and_each_resumes_the_other(trainer, tmp_path):
     # Without dropout: masks follow the order of images in memory, which FSDP changes.
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    watched = ["--validation_fraction", "0.2", "--sample_every_steps", "12", "--ema_snapshot_every_images", "96"]
-    assert trainer.run(whole, *watched)[0] == [0]
-    codes, output = trainer.run(sharded, *watched, processes=2, environment=FSDP)
+    logging = ["--validation_fraction", "0.2", "--sample_every_steps", "12", "--ema_snapshot_every_images", "96"]
+    assert trainer.run(whole, *logging)[0] == [0]
+    codes, output = trainer.run(sharded, *logging, processes=2, environment=FSDP)
     assert codes == [0, 0], output
     expected, found = checkpoint(whole, 12), checkpoint(sharded, 12)
     assert_same_run(found, expected)
@@ -354,7 +354,7 @@ def test_fsdp_makes_the_same_run_and_files_and_each_resumes_the_other(trainer, t
     for run in (whole, sharded):
         assert (run / "samples" / "step-00000012.png").exists() and len(list_snapshots(run / "ema_snapshots")) == 2
         drop_checkpoints_after(run, 8)
-    assert trainer.run(sharded, *watched)[0] == [0]
-    assert trainer.run(whole, *watched, processes=2, environment=FSDP)[0] == [0, 0]
+    assert trainer.run(sharded, *logging)[0] == [0]
+    assert trainer.run(whole, *logging, processes=2, environment=FSDP)[0] == [0, 0]
     for run in (whole, sharded):
         assert_same_run(checkpoint(run, 12), expected)
