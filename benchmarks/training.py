@@ -1,12 +1,12 @@
 """Training against the logic of diffusers' train_unconditional.py: `python -m benchmarks.training [--presets digits photos]`
 
-Both train the network of a preset from the same weights, with AdamW of the same settings, on the same images, batch and
-precision. Stock's side is what diffusers' example does: `UNet2DModel`, `DDPMScheduler.add_noise`, `EMAModel`, a DataLoader
-that decodes and transforms each image whenever it comes (by default in the process itself), and a loop that reads the loss
-every step. This package's side is what training/train.py does: `training_step`, `MicroBatches`, `EMA`, the loss read every
-`log_every_steps`. First all take the same steps with the same images, timesteps and noise: this package's losses must be
-stock's but for rounding. Then they are timed in turn, loading included. With each speed goes the arithmetic that stock's
-network needs as a share of what the machine reaches at best in that precision.
+Both train the network of a preset from the same initial weights, with the same AdamW settings, images, batch size and
+precision. The stock side does what diffusers' example does: `UNet2DModel`, `DDPMScheduler.add_noise`, `EMAModel`, a DataLoader
+that decodes and transforms every image each time (by default in the main process), and a loop that reads the loss every
+step. The other side does what training/train.py does: `training_step`, `MicroBatches`, `EMA`, and a loss that is read every
+`log_every_steps`. First both take the same steps with the same images, timesteps and noise: their losses must be equal up to
+rounding. Then they are timed in turn, data loading included. The utilization is the arithmetic of the stock network as a
+fraction of the machine's measured peak in that precision.
 
 On a GPU, the paper's network on images that need no download:
 `python -m benchmarks.training --presets cifar10 --dataset photos --batch_size 512 --mixed_precision bf16 --compile inductor`
@@ -40,7 +40,7 @@ from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.step import StepReport, training_step
 from ddpm_hf.training.step_randomness import draw_randomness
 
-ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}  # the example's defaults
+ADAMW = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}  # defaults of the example
 CHECKED_STEPS = 4
 STOCK = "train_unconditional.py's logic"
 ENDLESS = 10**9
@@ -51,11 +51,15 @@ class BenchmarkArguments:
     presets: list[str] = field(default_factory=lambda: ["digits", "photos"])
     dataset: str | None = field(default=None, metadata={"help": "None: the preset's"})
     batch_size: int | None = field(default=None, metadata={"help": "None: the preset's"})
-    steps: int = field(default=20, metadata={"help": "training steps a round"})
-    rounds: int = 7
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    num_workers: int = field(default=0, metadata={"help": "of stock's DataLoader; its example's default is 0"})
-    compile: str | None = field(default=None, metadata={"help": "backend of torch.compile; time both compiled as well"})
+    steps: int = field(default=20, metadata={"help": "training steps per round"})
+    rounds: int = field(default=7, metadata={"help": "the median of this many rounds is printed"})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "precision of both sides"})
+    num_workers: int = field(
+        default=0, metadata={"help": "workers of the stock DataLoader; the example's default is 0"}
+    )
+    compile: str | None = field(
+        default=None, metadata={"help": "torch.compile backend; both sides are also timed compiled"}
+    )
 
 
 def transform(image: Image.Image, config: TrainingConfig) -> torch.Tensor:
@@ -72,13 +76,13 @@ def transform(image: Image.Image, config: TrainingConfig) -> torch.Tensor:
 
 
 class Stock:
-    """The example's loop, from its description."""
+    """The training loop of diffusers' example."""
 
     def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None):
         self.config = config
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         pipe = DDPMPipelineCustom(unet, scheduler).to_diffusers()
-        # As the example builds it: weights laid out for channels-last images are a part of what is compared.
+        # The example's memory format: channels-last weights are one of the differences that are measured.
         unet = copy.deepcopy(pipe.unet).to(memory_format=torch.contiguous_format).train()
         self.scheduler = pipe.scheduler
         self.ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
@@ -190,14 +194,14 @@ class Ours:
 def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
     """Median seconds of a round of each."""
     changes = {"learning_rate": ADAMW["lr"], "warmup_steps": 0, "learning_rate_schedule": "constant"}
-    # The two draw their dropout masks each in its own way.
+    # The two sides draw dropout masks differently.
     changes |= {"mixed_precision": args.mixed_precision, "dropout": 0.0}
     changes |= {name: getattr(args, name) for name in ("dataset", "batch_size") if getattr(args, name) is not None}
     config = TrainingConfig(**(load_preset(preset) | changes))
     torch.manual_seed(0)
     unet, scheduler = build(config)
     for parameter in unet.parameters():
-        if not parameter.any():  # a last convolution that starts at zero hides whatever is wrong before it
+        if not parameter.any():  # layers that start at zero would hide errors in the layers before them
             torch.nn.init.normal_(parameter, std=0.02)
     trainers = {}
     for backend in (None, args.compile) if args.compile else (None,):

@@ -1,4 +1,4 @@
-"""What the tests share: a quiet, offline environment, and networks small enough to run in milliseconds."""
+"""Shared by the tests: a quiet, offline environment, and networks small enough to run in milliseconds."""
 
 import os
 
@@ -13,14 +13,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 
-# Networks this small lose more by waiting for a second thread than it computes.
+# Networks this small are slower with a second thread.
 torch.set_num_threads(1)
 
 # A chain whose end is noise though it is short, and a prediction that keeps an untrained network's images off the
@@ -117,8 +119,21 @@ def diffusers_log(caplog) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of 20 small color photos."""
+    from sklearn.datasets import load_sample_image
+
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(20):
+        photo = load_sample_image("china.jpg" if i % 2 else "flower.jpg")
+        Image.fromarray(photo[i * 10 : i * 10 + 200, i * 20 : i * 20 + 200]).save(folder / f"{i:02d}.jpg")
+    return folder
+
+
+@pytest.fixture
 def model(make_pipeline, tmp_path):
-    """The output folder of a digits run, as far as the scripts look at it."""
+    """The output folder of a digits run, with the files that the scripts read."""
     from ddpm_hf.training.artifacts import write_metrics_and_card
     from ddpm_hf.training.config import TrainingConfig, load_preset
     from tests.hub.test_model_card import TRAINING

@@ -27,7 +27,6 @@ from ddpm_hf.evaluation.measures import Shares, features_of, make_samples, measu
 from ddpm_hf.evaluation.metrics import check_enough, frechet_distance, moments
 from ddpm_hf.evaluation.plots import figure_bytes, length_curve
 from ddpm_hf.files import atomic_file, lock_folder
-from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import read_metrics, show, write_metrics_and_card
 from ddpm_hf.training.config import TrainingConfig, load_preset
 from ddpm_hf.training.posthoc_ema import list_snapshots, plan_rebuild, rebuild
@@ -246,4 +245,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    main()

@@ -40,7 +40,6 @@ from ddpm_hf.evaluation.metrics import (
 from ddpm_hf.evaluation.plots import bound_by_timestep, closest_pairs, figure_bytes
 from ddpm_hf.files import atomic_file
 from ddpm_hf.hub.model_card import average_of_weights, update_results
-from ddpm_hf.training import launch
 from ddpm_hf.training.artifacts import read_metrics, write_metrics, write_metrics_and_card
 from ddpm_hf.training.processes import fail
 
@@ -254,4 +253,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    main()

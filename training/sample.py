@@ -18,13 +18,11 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.checks import check_int
 from ddpm_hf.evaluation.plots import PNG_COLOUR_TYPES, png_bytes, quantized
 from ddpm_hf.files import atomic_file
 from ddpm_hf.pipelines.guidance import cycled_classes
 from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
-from ddpm_hf.seeds import image_generators
-from ddpm_hf.training.launch import run
+from ddpm_hf.seeds import check_seed, image_generators
 
 FORMATS = ("png", "npz", "parquet")
 
@@ -84,7 +82,7 @@ def prepare(args: SampleArguments) -> DDPMPipelineCustom:
     for name, value in (("num_images", args.num_images), ("batch_size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    check_int("seed", args.seed, 0)
+    check_seed("seed", args.seed)
     if args.format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {args.format!r}.")
     if args.bits not in (8, 16):
@@ -96,7 +94,7 @@ def prepare(args: SampleArguments) -> DDPMPipelineCustom:
     if args.format != "npz" and channels not in PNG_COLOUR_TYPES:
         raise ValueError(f"format={args.format!r} holds 1 to 4 channels, the model has {channels}: use npz.")
     labels = labels_of(pipe, args, range(1))
-    pipe.check_inputs(1, None, args.steps, output_type="np", class_labels=labels, guidance_scale=args.guidance_scale)
+    pipe.denoise(1, num_inference_steps=args.steps, class_labels=labels, guidance_scale=args.guidance_scale)
     return pipe
 
 
@@ -208,4 +206,4 @@ def write_parquet(stream: io.BytesIO, parts: list[np.ndarray], bits: int, labels
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

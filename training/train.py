@@ -1,251 +1,241 @@
 """Train a DDPM: `accelerate launch training/train.py --config <preset> [--option value ...]`.
 
-Reads top to bottom: `main` prepares data, network and optimizer, goes on from the last checkpoint if there is one,
-runs `training_step` until enough images were seen, and leaves a pipeline, figures and a model card in `output_dir`.
+Reads top to bottom: `main` reads the options, `prepare` loads data and network and the last checkpoint, `train` runs
+`training_step` until enough images were seen, and `finish` writes a pipeline, figures and a model card to `output_dir`.
 """
+
+from __future__ import annotations
 
 import logging
 import platform
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
-
-from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.data.batches import MicroBatches
-from ddpm_hf.data.images import Images
-from ddpm_hf.data.streaming import StreamedImages, StreamError
-from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
-from ddpm_hf.files import atomic_file, lock_folder
-from ddpm_hf.pipelines.guidance import mark_class_names
-from ddpm_hf.training import launch
-from ddpm_hf.training.artifacts import finish
-from ddpm_hf.training.build import build, build_unet
-from ddpm_hf.training.checkpoints import load_optimizer_tensors
+from ddpm_hf.files import lock_folder
 from ddpm_hf.training.config import TrainingConfig, parse_config
-from ddpm_hf.training.ema import EMA
-from ddpm_hf.training.energy import EnergyMeter
-from ddpm_hf.training.nonfinite import SkippedSteps
-from ddpm_hf.training.posthoc_ema import PowerEMA
-from ddpm_hf.training.processes import fail, use_cpu_threads
-from ddpm_hf.training.resume import check_same_data, data_position, is_sharded, last_checkpoint, save, warn_of_changes
-from ddpm_hf.training.run_data import load_images
-from ddpm_hf.training.run_logger import RunLogger
-from ddpm_hf.training.sharding import full_on_cpu
-from ddpm_hf.training.step import training_step
-from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, say_error
-from ddpm_hf.training.uploads import Pusher
-from ddpm_hf.training.validation import load_validation_images
+from ddpm_hf.training.processes import TIMEOUT, fail, prepare_process, use_cpu_threads
+from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, print_error
 
-logger = logging.getLogger("train")
+# torch and the libraries on top of it take seconds to import. The functions below import them when they run, after the
+# options were parsed, so that --help and an unknown option are answered at once.
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
+    from ddpm_hf.data.images import Images
+    from ddpm_hf.data.streaming import StreamedImages
+    from ddpm_hf.training.run_logger import RunLogger
+    from ddpm_hf.training.uploads import Pusher
+
+
+@dataclass
+class Run:
+    """What `prepare` sets up. `restored`: tensors and state of the checkpoint to resume from."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    unet: UNet2DModelCustom
+    scheduler: DDPMSchedulerCustom
+    images: Images | StreamedImages
+    validation: Images | None
+    validation_subset: Images | None
+    restored: tuple[dict, dict] | None
+    pusher: Pusher
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prepare a run; whatever is wrong with it is said here, before anything is trained or written."""
+    """Run the script. Errors in options, data or checkpoints are reported before anything is trained or written."""
+    prepare_process()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         try:
-            config = parse_config(arguments)
-            accelerator = Accelerator(
-                cpu=not torch.accelerator.is_available(),
-                mixed_precision=config.mixed_precision,
-                log_with=None if config.report_to == "none" else config.report_to,
-                project_dir=config.output_dir,
-                kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-            )
-            if is_sharded(accelerator) and config.compile:
-                raise ValueError(f"compile = {config.compile!r} does not go together with FSDP.")
-            if accelerator.device.type == "cpu":
-                use_cpu_threads(config.cpu_threads)
-            if not accelerator.is_main_process:
-                datasets.disable_progress_bars()
-            config.micro_batches(accelerator.num_processes)
-            set_seed(config.seed)
-            torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
-            torch.backends.cudnn.allow_tf32 = config.tf32
-            pusher = Pusher(config, accelerator.is_main_process)
-            unet, scheduler = build(config)
-            with accelerator.main_process_first():
-                images, validation = load_images(config, accelerator.device)
-                validation_subset = load_validation_images(config, validation, accelerator.device)
-            if images.class_names is not None:
-                mark_class_names(unet, images.class_names)
-            output_dir = Path(config.output_dir)
-            if accelerator.is_main_process and not config.dry_run:
-                stack.enter_context(lock_folder(output_dir))
-                if config.overwrite:
-                    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
-            accelerator.wait_for_everyone()
-            restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
-            check_same_data(images, restored)
-            pusher.start()
+            run = prepare(parse_config(arguments), stack)
         except ValueError as error:
             fail("train.py", error)
+        from ddpm_hf.data.streaming import StreamError
+
         try:
-            run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, pusher, signals)
+            train(run, signals)
         except StreamError as error:
             sys.exit(f"train.py: error: {error}")
         except (RuntimeError, ConnectionError, EOFError) as error:
             if (sentence := lost_process(error)) is None:
                 raise
-            fail("train.py", f"{sentence} The last checkpoint is as it was; the same command goes on from there.")
+            fail("train.py", f"{sentence} The last checkpoint is intact; the same command resumes from it.")
 
 
-def run(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    unet: UNet2DModelCustom,
-    scheduler: DDPMSchedulerCustom,
-    images: Images | StreamedImages,
-    validation: Images | None,
-    validation_subset: Images | None,
-    restored: tuple[dict, dict] | None,
-    pusher: Pusher,
-    signals: StopSignals,
-) -> None:
-    """Train from `restored`, or from the start, to the end; a dry run stops after a few steps and writes nothing.
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The processes of the run, with their precision, threads and seeds."""
+    import datasets
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 
-    Raises SystemExit with a code of stopping.py where it ends before.
-    """
-    output_dir, parts = Path(config.output_dir), config.micro_batches(accelerator.num_processes)
-    images_at_a_time = config.images_at_a_time(accelerator.num_processes)
-    diffusion = scheduler.diffusion
-    optimizer = torch.optim.Adam(
-        unet.parameters(),
-        lr=config.learning_rate,
-        betas=(0.9, config.adam_beta2),
-        fused=accelerator.device.type != "mps",
+    from ddpm_hf.training.resume import is_sharded
+
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
     )
-    # FSDP takes weights in torch's own order only.
-    memory_format = torch.contiguous_format if is_sharded(accelerator) else torch.channels_last
-    unet.to(accelerator.device, memory_format=memory_format)
+    if is_sharded(accelerator) and config.compile:
+        raise ValueError(f"compile = {config.compile!r} cannot be combined with FSDP.")
+    config.micro_batches(accelerator.num_processes)  # raises ValueError if the batch cannot be divided
+    if accelerator.device.type == "cpu":
+        use_cpu_threads(config.cpu_threads)
+    if not accelerator.is_main_process:
+        datasets.disable_progress_bars()
+    set_seed(config.seed)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    return accelerator
+
+
+def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
+    """Set up a run; its folder stays locked until `stack` closes. Raises ValueError for invalid options, data or checkpoints."""
+    from ddpm_hf.pipelines.guidance import mark_class_names
+    from ddpm_hf.training.build import build
+    from ddpm_hf.training.resume import check_same_data, last_checkpoint
+    from ddpm_hf.training.run_data import load_images
+    from ddpm_hf.training.uploads import Pusher
+    from ddpm_hf.training.validation import load_validation_images
+
+    accelerator = make_accelerator(config)
+    pusher = Pusher(config, accelerator.is_main_process)
+    unet, scheduler = build(config)
+    with accelerator.main_process_first():
+        images, validation = load_images(config, accelerator.device)
+        validation_subset = load_validation_images(config, validation, accelerator.device)
+    if images.class_names is not None:
+        mark_class_names(unet, images.class_names)
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process and not config.dry_run:
+        stack.enter_context(lock_folder(output_dir))
+        if config.overwrite:
+            shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
+    check_same_data(images.num_examples, restored)
+    pusher.start()
+    return Run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, pusher)
+
+
+def build_training(run: Run):
+    """The model and optimizer to train with, and the `TrainingState` that checkpoints save, restored from the last one."""
+    import torch
+
+    from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
+    from ddpm_hf.training.ema import EMA
+    from ddpm_hf.training.posthoc_ema import PowerEMA
+    from ddpm_hf.training.resume import TrainingState, is_sharded
+
+    config, accelerator, unet = run.config, run.accelerator, run.unet
+    device, betas = accelerator.device, (0.9, config.adam_beta2)
+    optimizer = torch.optim.Adam(unet.parameters(), config.learning_rate, betas, fused=device.type != "mps")
+    # FSDP accepts weights in torch's default memory format only.
+    unet.to(device, memory_format=torch.contiguous_format if is_sharded(accelerator) else torch.channels_last)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if restored is not None:
-        unet.load_state_dict(restored[0]["model"])
+    if run.restored is not None:
+        unet.load_state_dict(run.restored[0]["model"])
     model = torch.compile(unet, backend=config.compile) if config.compile else unet
     model, optimizer = accelerator.prepare(model, optimizer)
-
     averages = {"ema": EMA(unet, config.ema_halflife_images, decay=config.ema_decay, warmup=config.ema_warmup)}
     if config.ema_snapshot_every_images:
         averages["power_ema"] = PowerEMA(unet)
-    timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, accelerator.device)
-    skipped = SkippedSteps(accelerator, images, config.batch_size, config.seed, config.max_nonfinite_steps)
-    first_step, stream, recorded = 0, None, None
-    if restored is not None:
-        tensors, state = restored
-        for name, average in averages.items():
-            average.load_state_dict(tensors[name])
-        load_optimizer_tensors(optimizer.optimizer, unet, tensors["optimizer"])
-        timestep_sampler.load_state_dict(tensors.get("timestep_sampler", {}))
+    timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, device)
+    state = TrainingState(unet, averages, optimizer.optimizer, timestep_sampler)
+    if run.restored is not None:
+        state.load(run.restored[0])
         if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        first_step, stream, recorded = state["step"], state["data"]["stream"], state["records"]
-        skipped.total, skipped.in_a_row = state["nonfinite_steps"], state["nonfinite_steps_in_a_row"]
+            accelerator.scaler.load_state_dict(run.restored[1]["scaler"])
+    return model, optimizer, state
+
+
+def train(run: Run, signals: StopSignals) -> None:
+    """Train to the end of the run; a dry run stops after a few steps. Raises SystemExit with a code of stopping.py."""
+    from accelerate.utils import gather_object
+
+    from ddpm_hf.data.batches import MicroBatches
+    from ddpm_hf.training.nonfinite import SkippedSteps
+    from ddpm_hf.training.resume import data_position, save, warn_of_changes
+    from ddpm_hf.training.run_logger import RunLogger
+    from ddpm_hf.training.run_summary import TIMED_STEPS
+    from ddpm_hf.training.step import training_step
+
+    config, accelerator, num_examples = run.config, run.accelerator, run.images.num_examples
+    world, images_at_a_time = accelerator.num_processes, config.images_at_a_time(accelerator.num_processes)
+    model, optimizer, state = build_training(run)
+    skipped = SkippedSteps(accelerator, run.images, config.batch_size, config.seed, config.max_nonfinite_steps)
+    first_step, stream, logged = 0, None, None
+    if run.restored is not None:
+        saved = run.restored[1]
+        first_step, stream, logged = saved["step"], saved["data"]["stream"], saved["records"]
+        skipped.total, skipped.in_a_row = saved["nonfinite_steps"], saved["nonfinite_steps_in_a_row"]
         if accelerator.is_main_process:
-            warn_of_changes(config, state, images_at_a_time)
-        accelerator.print(f"Going on from step {first_step} of {config.num_steps} ({output_dir / 'checkpoints'}).")
-
+            warn_of_changes(config.dropout, images_at_a_time, saved)
+        accelerator.print(f"Resuming from step {first_step} of {config.num_steps} ({config.output_dir}/checkpoints).")
+    share = (accelerator.process_index, world, config.micro_batches(world), config.num_workers, accelerator.device)
     batches = MicroBatches(
-        images,
-        config.batch_size,
-        config.seed,
-        first_step,
-        config.num_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-        parts,
-        config.num_workers,
-        accelerator.device,
-        stream,
+        run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
     )
-    records = RunLogger(
-        config, accelerator, unet, scheduler, averages, validation_subset, first_step, recorded, images.num_examples
-    )
-    if records.is_writer:
-        atomic_file(output_dir / "config.yaml", config.to_yaml())
-
-    meter = EnergyMeter(records.is_writer and first_step == 0)
-    model.train()
+    parts = (run.unet, run.scheduler, state.averages, run.validation_subset)
+    run_logger = RunLogger(config, accelerator, *parts, first_step, logged, num_examples)
+    last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
     exit_code = 0
-    with signals.deferred(accelerator.num_processes):
-        for step in range(first_step, records.last_step):
-            report = training_step(
-                accelerator, model, optimizer, diffusion, config, step, batches.step(), timestep_sampler
-            )
-            done = step + 1
-            for average in averages.values():
-                average.update(unet, done * config.batch_size, config.batch_size, report.skipped)
-            skipped.add(step, report.t, report.objective, report.skipped)
+    model.train()
+    with signals.deferred(world):
+        for done in range(first_step + 1, last_step + 1):
+            micro_batches, diffusion, sampler = batches.step(), run.scheduler.diffusion, state.timestep_sampler
+            report = training_step(accelerator, model, optimizer, diffusion, config, done - 1, micro_batches, sampler)
+            for average in state.averages.values():
+                average.update(run.unet, done * config.batch_size, config.batch_size, report.skipped)
+            skipped.add(done - 1, report.t, report.objective, report.skipped)
 
             stop = signals.should_stop()
-            saves = done % config.checkpoint_every_steps == 0 or done == config.num_steps or stop
-            if (saves or records.is_logged(done)) and skipped.too_many_skipped():
-                say_error(
-                    f"{skipped.in_a_row} steps in a row had no finite loss and gradient; the checkpoints are as they were."
+            is_saved = done % config.checkpoint_every_steps == 0 or done == config.num_steps or stop
+            if (is_saved or run_logger.is_logged(done)) and skipped.too_many_skipped():
+                print_error(
+                    f"{skipped.in_a_row} steps in a row had no finite loss and gradient; the checkpoints are unchanged."
                 )
                 exit_code = EXIT_NONFINITE
                 break
-            records.after_step(done, report)
+            run_logger.after_step(done, report)
 
-            if saves and not config.dry_run:
+            if is_saved and not config.dry_run:
                 stream = batches.gather_state(gather_object)
-                state = {
-                    "data": data_position(done, config.batch_size, images.num_examples, stream),
+                progress = {
+                    "data": data_position(done, config.batch_size, num_examples, stream),
                     "images_at_a_time": images_at_a_time,
-                    "records": records.state(),
+                    "records": run_logger.state(),
                     "nonfinite_steps": skipped.total,
                     "nonfinite_steps_in_a_row": skipped.in_a_row,
                 }
-                saved = save(config, accelerator, done, unet, averages, optimizer.optimizer, timestep_sampler, state)
-                if saved is not None:
-                    pusher.checkpoint(done, unet, scheduler, saved)
+                folder = save(config, accelerator, done, state, progress)
+                if folder is not None:
+                    run.pusher.checkpoint(done, run.unet, run.scheduler, folder)
                 elif stop or done == config.num_steps:
-                    say_error("the run ends without its last checkpoint; make room and give the same command.")
+                    print_error("the last checkpoint could not be saved; free some space and run the same command.")
                     exit_code = EXIT_NOT_SAVED
-
             if stop:
-                accelerator.print(
-                    f"\nStopped after step {done} of {config.num_steps}: the same command goes on from there."
-                )
+                accelerator.print(f"\nStopped after step {done} of {config.num_steps}; the same command resumes.")
                 exit_code = exit_code or 128 + stop
                 break
-    if signals.received:
-        exit_code = exit_code or 128 + signals.received
-    records.close()
-
-    # With FSDP every process is needed for this, also at the end of one that a signal ended after the last step.
-    averaged = full_on_cpu(averages["ema"].state_dict(), keep=accelerator.is_main_process)
-    if records.is_writer and not exit_code:
-        seconds = records.seconds if first_step < config.num_steps else recorded["seconds"]
-        training = {
-            "images_seen": config.num_steps * config.batch_size,
-            "steps": config.num_steps,
-            **records.final_losses(),
-            "seconds": round(seconds, 1),
-            "images_per_second": round(config.num_steps * config.batch_size / seconds, 1),
-            "processes": accelerator.num_processes,
-            "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
-            "parameters": sum(p.numel() for p in unet.parameters()),
-            "train_examples": images.num_examples,
-            "validation_examples": 0 if validation is None else len(validation),
-            **meter.stop(),
-        }
-        if is_sharded(accelerator):
-            unet = build_unet(config).to(accelerator.device)
-            if images.class_names is not None:
-                mark_class_names(unet, images.class_names)
-        unet.load_state_dict(averaged)
-        finish(config, unet, scheduler, records.rows, training)
-        pusher.finish()
-    # Before the process group ends: a DDP model that is its last owner waits, with Python's lock, for threads of gloo's
-    # that may be waiting for that lock (torch 2.13).
+    exit_code = exit_code or (signals.received and 128 + signals.received)
+    run_logger.close()
+    finish(run, state.averages["ema"].state_dict(), run_logger, first_step, exit_code)
+    # Before the process group ends: a DDP model that is destroyed after it waits, holding Python's lock, for threads of
+    # gloo that may wait for that lock (torch 2.13).
     del model, optimizer
     accelerator.free_memory()
     accelerator.end_training()
@@ -253,5 +243,41 @@ def run(
         sys.exit(exit_code)
 
 
+def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exit_code: int) -> None:
+    """Write and upload the model with the averaged weights, unless the run stopped early. Every process must call this."""
+    import torch
+
+    from ddpm_hf.pipelines.guidance import mark_class_names
+    from ddpm_hf.training.artifacts import write_artifacts
+    from ddpm_hf.training.build import build_unet
+    from ddpm_hf.training.resume import is_sharded
+    from ddpm_hf.training.sharding import full_on_cpu
+
+    config, accelerator, unet = run.config, run.accelerator, run.unet
+    averaged = full_on_cpu(averaged, keep=accelerator.is_main_process)  # FSDP needs every process for this
+    if exit_code or not run_logger.is_writer:
+        return
+    seconds = run_logger.seconds if first_step < config.num_steps else run.restored[1]["records"]["seconds"]
+    training = {
+        "images_seen": config.num_steps * config.batch_size,
+        "steps": config.num_steps,
+        **run_logger.final_losses(),
+        "seconds": round(seconds, 1),
+        "images_per_second": round(config.num_steps * config.batch_size / seconds, 1),
+        "processes": accelerator.num_processes,
+        "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "parameters": sum(p.numel() for p in unet.parameters()),
+        "train_examples": run.images.num_examples,
+        "validation_examples": 0 if run.validation is None else len(run.validation),
+    }
+    if is_sharded(accelerator):
+        unet = build_unet(config).to(accelerator.device)
+        if run.images.class_names is not None:
+            mark_class_names(unet, run.images.class_names)
+    unet.load_state_dict(averaged)
+    write_artifacts(config, unet, run.scheduler, run_logger.rows, training)
+    run.pusher.finish()
+
+
 if __name__ == "__main__":
-    launch.run(main)
+    main()

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: pipeline, figures, metrics and model card, each whole or absent."""
+"""Files of a finished run: pipeline, figures, metrics.json and model card, each complete or absent."""
 
 import json
 from collections.abc import Sequence
@@ -16,63 +16,65 @@ from ddpm_hf.hub.model_card import make_card
 from ddpm_hf.pipelines.guidance import class_names_of, cycled_classes
 from ddpm_hf.training.config import TrainingConfig
 
-GRID, STRIP = 100, 4  # images of samples.png and denoising.png
+GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 
 
-def finish(
-    config: TrainingConfig,
-    unet: UNet2DModelCustom,
-    scheduler: DDPMSchedulerCustom,
-    log: list[dict],
-    training: dict,
+def write_artifacts(
+    config: TrainingConfig, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, log: list[dict], training: dict
 ) -> None:
-    """Write everything into `config.output_dir` and say what is there and what can be done with it."""
+    """Write all files into `config.output_dir` and print what can be done with them.
+
+    Args:
+        unet: with the averaged weights.
+        log: the rows of log.jsonl.
+        training: the entry "training" of metrics.json.
+    """
     output_dir = Path(config.output_dir)
     pipe = DDPMPipelineCustom(unet, scheduler)
     pipe.save_pretrained(output_dir)
 
     pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]))
-    for name, content in (pictures | {"loss.png": figure_bytes(curves(log))}).items():
+    for name, content in (pictures | {"loss.png": figure_bytes(loss_figure(log))}).items():
         atomic_file(output_dir / name, content)
-    metrics = {"training": training} | quality
     if names := class_names_of(unet):
-        metrics["training"]["class_names"] = names
-    write_metrics_and_card(output_dir, config.to_yaml(), metrics)
+        training = training | {"class_names": names}
+    write_metrics_and_card(output_dir, config.to_yaml(), {"training": training} | quality)
 
+    # Evaluation needs images that were not trained on.
+    evaluate = f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}\n"
     print(
         f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/\n"
         f"  sample:    python training/sample.py --model {output_dir} --num_images 64\n"
-        + (
-            f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}\n"
-            if config.dataset in BUILTIN or training["validation_examples"]  # it needs images that were held out
-            else ""
-        )
-        + f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>"
+        f"{evaluate if config.dataset in BUILTIN or training['validation_examples'] else ''}"
+        f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>"
     )
 
 
 def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> tuple[dict[str, bytes], dict]:
-    """samples.png and denoising.png of a model, and "quality" where the run is one that measures it; `batch_size`
-    images are made at a time."""
+    """samples.png and denoising.png, and {"quality": ...} of the data set's judge, if there is one and
+    `quality_samples` are asked for; else {}. `batch_size`: images sampled at once."""
     pipe.set_progress_bar_config(desc="Sampling", unit="step")
     indices = range(max(GRID, config.quality_samples))
     samples = sample_images(pipe, indices, config.sample_steps, config.seed, batch_size)
-    strip = strip_of(pipe, config)
-    pictures = {"samples.png": figure_bytes(image_grid(samples[:GRID])), "denoising.png": figure_bytes(strip)}
+    figures = {
+        "samples.png": image_grid(samples[:GRID]),
+        "denoising.png": denoising_figure(pipe, config.sample_steps, config.seed),
+    }
+    pictures = {name: figure_bytes(figure) for name, figure in figures.items()}
     judge = judge_of(config.dataset)
     if judge is None or not config.quality_samples:
         return pictures, {}
     return pictures, {"quality": judge.judge(samples[: config.quality_samples], config.sample_steps, config.seed)}
 
 
-def strip_of(pipe: DDPMPipelineCustom, config: TrainingConfig) -> Figure:
-    """How images come out of noise; of a class-conditional model, images of its first classes."""
+def denoising_figure(pipe: DDPMPipelineCustom, num_inference_steps: int, seed: int) -> Figure:
+    """Images at several steps from noise to sample; of a class-conditional model, one of each of the first classes."""
     labels = cycled_classes(pipe.unet, range(STRIP))
-    return denoising_strip(pipe, STRIP, num_inference_steps=config.sample_steps, seed=config.seed, class_labels=labels)
+    return denoising_strip(pipe, STRIP, num_inference_steps=num_inference_steps, seed=seed, class_labels=labels)
 
 
-def curves(log: Sequence[dict]) -> Figure:
-    """The losses of training and of validation images by the rows of a log."""
+def loss_figure(log: Sequence[dict]) -> Figure:
+    """Training and validation losses from the rows of a log."""
 
     def column(name: str) -> tuple[list[int], list[float]]:
         points = [(row["images"], row[name]) for row in log if row.get(name) is not None]
@@ -84,17 +86,17 @@ def curves(log: Sequence[dict]) -> Figure:
 
 
 def read_metrics(folder: Path) -> dict:
-    """What metrics.json of a folder holds; {} where there is none."""
+    """The contents of metrics.json in a folder; {} if there is no such file."""
     file = folder / "metrics.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def write_metrics(folder: Path, metrics: dict) -> None:
+    """Write metrics.json."""
     atomic_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> None:
-    """metrics.json, and the model card made from it."""
+    """Write metrics.json, and the model card that is made from it."""
     write_metrics(folder, metrics)
-    card = make_card(config_yaml, metrics)
-    atomic_file(folder / "README.md", str(card))
+    atomic_file(folder / "README.md", str(make_card(config_yaml, metrics)))

@@ -1,28 +1,18 @@
-"""What a run saves, where it goes on from, and what happens when the disk is full."""
+"""Saving checkpoints of a run, also when the disk is full, and resuming from them."""
 
 import dataclasses
 import errno
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from ddpm_hf.data.images import Images
-from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
-from ddpm_hf.training.checkpoints import (
-    checkpoint_folder,
-    list_checkpoints,
-    load_checkpoint,
-    optimizer_tensors,
-    prune_checkpoints,
-    read_state,
-    save_checkpoint,
-    versions,
-)
+from ddpm_hf.training import checkpoints
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.posthoc_ema import PowerEMA
@@ -32,10 +22,10 @@ logger = logging.getLogger("train")
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether FSDP2 spreads the weights over processes. Raises ValueError for other ways to spread them."""
+    """Whether FSDP2 shards the weights. Raises ValueError for other kinds of sharding."""
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"{kind.value} is not supported: weights can be spread by --use_fsdp --fsdp_version 2.")
+        raise ValueError(f"{kind.value} is not supported: use --use_fsdp --fsdp_version 2 to shard the weights.")
     if kind != DistributedType.FSDP:
         return False
     if not accelerator.is_fsdp2:
@@ -43,99 +33,110 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return True
 
 
-def save(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    step: int,
-    model: torch.nn.Module,
-    averages: Mapping[str, EMA | PowerEMA],
-    optimizer: torch.optim.Optimizer,
-    timestep_sampler: UniformTimesteps,
-    state: dict,
-) -> Path | None:
-    """Write the checkpoint of `step` and prune the old ones. Every process must call this; one writes.
+@dataclass
+class TrainingState:
+    """What training changes: model, EMAs by name, optimizer (torch's own) and timestep sampler."""
 
-    Where the disk is full, the checkpoints that are there give way, all but the newest. Returns the checkpoint, or
-    None on the process that writes, if there is none of this step in the end; the others are as they were.
+    model: torch.nn.Module
+    averages: Mapping[str, EMA | PowerEMA]
+    optimizer: torch.optim.Optimizer
+    timestep_sampler: UniformTimesteps
+
+    def tensors(self, keep: bool) -> dict[str, dict[str, torch.Tensor]]:
+        """Whole tensors on the CPU by file of a checkpoint, empty unless `keep`. Every process must call this."""
+        groups = {
+            "model": self.model.state_dict(),
+            **{name: average.state_dict() for name, average in self.averages.items()},
+            "optimizer": checkpoints.optimizer_tensors(self.optimizer, self.model),
+        }
+        tensors = {name: full_on_cpu(group, keep) for name, group in groups.items()}
+        sampler = self.timestep_sampler.state_dict()
+        return tensors | ({"timestep_sampler": sampler} if sampler else {})
+
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Restore all but the model, whose weights are loaded before it is prepared for several processes."""
+        for name, average in self.averages.items():
+            average.load_state_dict(tensors[name])
+        checkpoints.load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
+        self.timestep_sampler.load_state_dict(tensors.get("timestep_sampler", {}))
+
+
+def save(
+    config: TrainingConfig, accelerator: Accelerator, step: int, training_state: TrainingState, state: dict
+) -> Path | None:
+    """Write the checkpoint of `step` and delete old ones. Every process must call this; the main process writes.
+
+    If the disk is full, all checkpoints but the newest are deleted to make room. Returns the folder; on the main process
+    None if the checkpoint could not be written, in which case the newest earlier one is left as it was.
     """
-    main, root = accelerator.is_main_process, Path(config.output_dir) / "checkpoints"
-    tensors = {
-        "model": full_on_cpu(model.state_dict(), keep=main),
-        **{name: full_on_cpu(average.state_dict(), keep=main) for name, average in averages.items()},
-        "optimizer": full_on_cpu(optimizer_tensors(optimizer, model), keep=main),
-    }
-    if sampler_state := timestep_sampler.state_dict():
-        tensors["timestep_sampler"] = sampler_state
-    if accelerator.scaler is not None:
-        state = {**state, "scaler": accelerator.scaler.state_dict()}
-    folder = checkpoint_folder(root, step)
-    if main:
-        state = {**state, "config": dataclasses.asdict(config)}
+    root = Path(config.output_dir) / "checkpoints"
+    tensors = training_state.tensors(keep=accelerator.is_main_process)
+    folder = checkpoints.checkpoint_folder(root, step)
+    if accelerator.is_main_process:
+        scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
         try:
-            try:
-                save_checkpoint(root, step, tensors, state)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(list_checkpoints(root)) < 2:
-                    raise
-                logger.warning("%s: deleting all checkpoints but the newest to write that of step %d.", error, step)
-                prune_checkpoints(root, keep=1)
-                save_checkpoint(root, step, tensors, state)
-            prune_checkpoints(root, config.keep_checkpoints)
+            _save_or_make_room(root, step, tensors, {**state, **scaler, "config": dataclasses.asdict(config)})
+            checkpoints.prune_checkpoints(root, config.keep_checkpoints)
         except OSError as error:
-            folder = None
-            kept = list_checkpoints(root)
+            folder, kept = None, checkpoints.list_checkpoints(root)
+            last = f"that of step {checkpoints.read_state(kept[-1])['step']}" if kept else "none"
             logger.warning(
-                "The checkpoint of step %d could not be written (%s); the last one is %s.",
-                step,
-                error,
-                f"that of step {read_state(kept[-1])['step']}, as it was" if kept else "none",
+                "The checkpoint of step %d could not be written (%s); the last one is %s.", step, error, last
             )
     accelerator.wait_for_everyone()
     return folder
 
 
-def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] | None:
-    """The newest whole checkpoint of this configuration. A damaged one is reported and the one before it used.
+def _save_or_make_room(root: Path, step: int, tensors: dict, state: dict) -> None:
+    try:
+        checkpoints.save_checkpoint(root, step, tensors, state)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(checkpoints.list_checkpoints(root)) < 2:
+            raise
+        logger.warning("%s: deleting all checkpoints but the newest to write that of step %d.", error, step)
+        checkpoints.prune_checkpoints(root, keep=1)
+        checkpoints.save_checkpoint(root, step, tensors, state)
 
-    Raises ValueError if it is one of another configuration.
+
+def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] | None:
+    """Tensors and state of the newest intact checkpoint in a folder; damaged ones are skipped with a warning.
+
+    Raises ValueError if the checkpoint has a different configuration (`TrainingConfig.check_same_run`).
     """
-    for checkpoint in reversed(list_checkpoints(folder)):
+    for checkpoint in reversed(checkpoints.list_checkpoints(folder)):
         try:
-            tensors, state = load_checkpoint(checkpoint)
+            tensors, state = checkpoints.load_checkpoint(checkpoint)
         except ValueError as error:
-            logger.warning("%s Trying the one before it.", error)
+            logger.warning("%s Using the checkpoint before it.", error)
             continue
         config.check_same_run(state["config"], checkpoint)
         return tensors, state
     return None
 
 
-def check_same_data(images: Images | StreamedImages, restored: tuple[dict, dict] | None) -> None:
-    """ValueError if the checkpoint was made with another number of images: the order would be another."""
+def check_same_data(num_examples: int | None, restored: tuple[dict, dict] | None) -> None:
+    """ValueError if the checkpoint was trained on another number of images, which come in another order."""
     before = restored and restored[1]["data"]["examples"]
-    if before and before != images.num_examples:
-        raise ValueError(f"the data set has {images.num_examples} images; the checkpoint was trained on {before}.")
+    if before and before != num_examples:
+        raise ValueError(f"the data set has {num_examples} images; the checkpoint was trained on {before}.")
 
 
 def data_position(step: int, batch_size: int, num_examples: int | None, stream: dict | None) -> dict:
-    """Where in the data step 0, 1, ... begins. A stream goes on from `stream`; of other data the order follows from the
-    seed and the step, and the position is for people."""
+    """Where in the data a step begins, for a checkpoint. Only `stream` is needed to resume; otherwise the order follows
+    from seed and step, and the position is informative."""
     if stream is not None or num_examples is None:
         return {"examples": num_examples, "stream": stream}
     epoch, example = divmod(step * batch_size, num_examples)
     return {"examples": num_examples, "stream": None, "epoch": epoch, "next_example_of_epoch": example}
 
 
-def warn_of_changes(config: TrainingConfig, state: dict, images_at_a_time: int) -> None:
-    """Say what may keep a run from going on bit for bit as it would have without stopping."""
-    then, now = state["versions"], versions()
+def warn_of_changes(dropout: float, images_at_a_time: int, state: dict) -> None:
+    """Log what may make the resumed run differ from one that was not stopped."""
+    then, now = state["versions"], checkpoints.versions()
     if changed := [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]:
         logger.warning("The checkpoint was made with other versions: %s.", ", ".join(changed))
-    if config.dropout and state["images_at_a_time"] != images_at_a_time:
+    if dropout and (before := state["images_at_a_time"]) != images_at_a_time:
         logger.warning(
-            "Dropout's masks are drawn for %d images at a time from here on, for %d before: give --micro_batch_size %d to "
-            "go on with the same.",
-            images_at_a_time,
-            state["images_at_a_time"],
-            state["images_at_a_time"],
+            f"Dropout masks are now drawn for {images_at_a_time} images at a time, before for {before}: to continue the same "
+            f"run, give --micro_batch_size {before}."
         )

@@ -1,22 +1,17 @@
-"""What watches a run: its summary, log.jsonl, trackers, the loss of validation images, pictures, snapshots of averages.
+"""Logging of a run: log.jsonl, trackers, a progress bar, the validation loss, sample images and EMA snapshots.
 
-Nothing here changes the run: no number is drawn from a generator that training uses, and the weights are put back
-as they were. Figures are of the global batch, and are read from the device every `log_every_steps` alone. What cannot be written,
-on a full disk, is reported, and training goes on.
+Logging does not change the run: it draws no number from a generator that training uses, and restores the weights after
+sampling. Values are of the global batch, and are read from the device every `log_every_steps` only. When a file
+cannot be written, for example because the disk is full, a warning is logged and training continues.
 """
 
 import dataclasses
 import io
-import json
-import logging
-import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
@@ -26,44 +21,30 @@ from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.plots import figure_bytes, image_grid
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
-from ddpm_hf.training.artifacts import strip_of
+from ddpm_hf.training.artifacts import denoising_figure
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.log_file import LogFile, warn_if_not_written
 from ddpm_hf.training.posthoc_ema import PowerEMA, drop_snapshots_after, save_snapshot
+from ddpm_hf.training.run_summary import SpeedReport, describe_run
 from ddpm_hf.training.sharding import full_on_cpu
+from ddpm_hf.training.step import StepReport
+from ddpm_hf.training.step_statistics import StepStatistics
 from ddpm_hf.training.validation import ValidationLoss
 
-logger = logging.getLogger("train")
-LOG, SNAPSHOTS, PICTURES = "log.jsonl", "ema_snapshots", "samples"
-QUARTILES = 4
-TIMED_STEPS = 5  # after the first, which compiles and allocates
-GRID = 25
-
-
-def read_log(file: Path) -> list[dict]:
-    """The rows of a log, {"step": k, "images": n, ...}; none where there is no file. A line that a killed run left torn
-    is reported and left out."""
-    rows = []
-    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), start=1):
-        try:
-            row = json.loads(line)
-            row["step"] + row["images"]
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s: line %d is torn, and left out.", file, number)
-            continue
-        rows.append(row)
-    return rows
+LOG, SNAPSHOTS, SAMPLES = "log.jsonl", "ema_snapshots", "samples"
+GRID = 25  # sample images in a picture
 
 
 class RunLogger:
-    """Watches a run: call `after_step` after every step, and put `state()` into the checkpoints.
+    """Call `after_step` after every step, on every process, and store `state()` in the checkpoints.
 
     Args:
-        averages: "ema", and "power_ema" where snapshots are kept.
-        validation: what `load_validation_images` gave.
-        first_step: the first step of this part of the run; what an earlier part wrote after it is cut off.
-        state: what the checkpoint that the run goes on from holds of `state()`.
-        train_examples: for the summary; None for a stream, which does not know.
+        averages: "ema", and "power_ema" if snapshots are saved.
+        validation: images for the validation loss, or None.
+        first_step: step at which this part of the run begins; files that an earlier part wrote after it are removed.
+        state: `state()` from the checkpoint that the run resumes from; None at the start.
+        train_examples: for the summary; None for a stream, whose length is unknown.
     """
 
     def __init__(
@@ -79,35 +60,24 @@ class RunLogger:
         train_examples: int | None,
     ):
         self.config, self.accelerator, self.unet, self.scheduler = config, accelerator, unet, scheduler
-        self.averages, self.first_step, self.folder = averages, first_step, Path(config.output_dir)
-        self.validation_loss = None
+        self.averages, self.folder = averages, Path(config.output_dir)
         self.images_at_a_time = config.images_at_a_time(accelerator.num_processes)
-        if validation is not None:
-            self.validation_loss = ValidationLoss(
-                validation, scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
-            )
-        self.last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
+        self.validation_loss = validation and ValidationLoss(
+            validation, scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
+        )
         self.is_writer = accelerator.is_main_process and not config.dry_run
-        self.rows: list[dict] = []
-
-        # Since the last row of the log, over the examples of steps that were not skipped: by quartile of t the losses'
-        # sum and number, then the sum of what is minimized; then over these steps the gradients' norms and their number.
-        self._sums = torch.zeros(2 * QUARTILES + 3, device=accelerator.device)
-        self._steps, seconds = 0, 0.0
-        if state is not None:
-            seconds, self._steps = state["seconds"], state["steps"]
-            if accelerator.is_main_process:
-                self._sums += torch.tensor(state["sums"], device=accelerator.device)
-        self._log_is_behind, self._shown = False, {}
-
+        self._statistics = StepStatistics(config.num_train_timesteps, accelerator, state)
+        self._speed = SpeedReport(first_step, config.num_steps, config.batch_size, accelerator.device)
         if self.is_writer:
-            self._cut_back()
+            self._remove_after(first_step)
+            atomic_file(self.folder / "config.yaml", config.to_yaml())
+        self._log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
         if not config.dry_run:
             options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
             settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
             accelerator.init_trackers("logs", config=settings, init_kwargs=options)
-        if accelerator.is_main_process:
-            print(self.summary(train_examples))
+        counts = (train_examples, len(validation or ()))
+        accelerator.print(describe_run(config, accelerator, unet, averages, *counts, first_step))
         self._bar = tqdm(
             total=config.num_steps * config.batch_size,
             initial=first_step * config.batch_size,
@@ -116,27 +86,32 @@ class RunLogger:
             desc="Training",
             disable=not accelerator.is_local_main_process,
         )
-        self._started = time.monotonic() - seconds
-        self._row_started = self._timing_started = time.monotonic()
-        self._row_steps = 0
+        self._shown = {}
+        self._started = time.monotonic() - (state["seconds"] if state is not None else 0)
+        self._restart_clock()
 
-    # ------------------------------------------------------------------ in the loop
+    @property
+    def rows(self) -> list[dict]:
+        """The rows of the log."""
+        return self._log.rows
 
     @property
     def seconds(self) -> float:
-        """That the run has taken, its earlier parts included."""
+        """Duration of the run in seconds, including the parts before it was resumed."""
         return time.monotonic() - self._started
 
     def is_logged(self, done: int) -> bool:
-        """Whether `after_step` reads the losses of the steps so far."""
+        """Whether `after_step` reads values from the device after step `done`."""
         return done % self.config.log_every_steps == 0 or done == self.config.num_steps
 
-    def after_step(self, done: int, report) -> None:
-        """Take in the `StepReport` of the step that was the `done`-th, and do what is due. Every process has to call it."""
+    def after_step(self, done: int, report: StepReport) -> None:
+        """Log the step after which `done` steps are complete. Every process must call this."""
         config, is_last = self.config, done == self.config.num_steps
-        self._add(report)
+        self._statistics.add(report)
+        self._clock_steps += 1
         self._bar.update(config.batch_size)
-        self._measure_speed(done)
+        if (line := self._speed.after_step(done)) and self.accelerator.is_main_process:
+            self._bar.write(line)
         if config.dry_run:
             return
         row = self._read(done) if self.is_logged(done) else {}
@@ -144,215 +119,82 @@ class RunLogger:
             row["validation_loss"] = self.validation_loss(self.unet)
             with self.averages["ema"].in_place_of(self.unet):
                 row["validation_loss_ema"] = self.validation_loss(self.unet)
-            self._start_row()
+            self._restart_clock()
         if row:
             self._write({"step": done, "images": done * config.batch_size, "seconds": round(self.seconds, 3)} | row)
         if config.sample_every_steps and done % config.sample_every_steps == 0:
-            self._write_pictures(done)
-            self._start_row()
+            self._write_samples(done)
+            self._restart_clock()
         if (every := config.ema_snapshot_every_images) and (
             is_last or done * config.batch_size // every > (done - 1) * config.batch_size // every
         ):
             tensors = full_on_cpu(self.averages["power_ema"].state_dict(), keep=self.is_writer)
             if self.is_writer:
-                with self._reported(f"The snapshot of the averages at step {done}"):
+                with warn_if_not_written(f"The EMA snapshot of step {done}"):
                     save_snapshot(self.folder / SNAPSHOTS, done * config.batch_size, tensors)
 
     def state(self) -> dict:
-        """What a checkpoint has to hold for the log to go on as if nothing had stopped (JSON-able). Every process has to
-        call it."""
-        sums = self.accelerator.reduce(self._sums.clone(), "sum")
-        return {"seconds": self.seconds, "steps": self._steps, "sums": sums.tolist()}
+        """What a checkpoint stores to resume the log (JSON-able). Every process must call this."""
+        return {"seconds": self.seconds} | self._statistics.state()
 
     def final_losses(self) -> dict[str, float]:
-        """The last of each loss in the log, as metrics.json names them."""
+        """The last value of each loss in the log, under its name in metrics.json."""
         names = ("loss", "validation_loss", "validation_loss_ema")
         return {f"final_{n}": found[-1] for n in names if (found := [row[n] for row in self.rows if row.get(n)])}
 
     def close(self) -> None:
+        """End the progress bar."""
         self._bar.close()
         if self.config.dry_run:
-            self.accelerator.print("A dry run: nothing was written.")
-
-    @contextmanager
-    def _reported(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            logger.warning("%s could not be written (%s); training goes on.", what, error)
-
-    def _add(self, report) -> None:
-        """Without reading anything: that would make the host wait for the device."""
-        quartile = report.t * QUARTILES // self.config.num_train_timesteps
-        losses, objective = report.losses.detach().float(), report.objective.detach().float()
-        counts = report.skipped == 0
-        member = (quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)) & counts
-        # The norm is the same on all processes: one of them adds it.
-        steps = counts.float().reshape(1) * self.accelerator.is_main_process
-        self._sums += torch.cat(
-            [
-                torch.where(member, losses[:, None], 0.0).sum(0),
-                member.sum(0),
-                torch.where(counts, objective, 0.0).sum()[None],
-                torch.where(steps > 0, report.grad_norm.detach().float().reshape(1), 0.0),
-                steps,
-            ]
-        )
-        self._steps += 1
-        self._row_steps += 1
+            self.accelerator.print("Dry run: nothing was written.")
 
     def _read(self, done: int) -> dict:
-        sums = self.accelerator.reduce(self._sums, "sum").tolist()
-        losses, counts = sums[:QUARTILES], sums[QUARTILES : 2 * QUARTILES]
-        objective, grad_norm, steps = sums[2 * QUARTILES :]
-        row = {
-            "loss": sum(losses) / sum(counts) if steps else None,
-            "objective": objective / sum(counts) if steps else None,
-            "loss_by_t_quartile": [loss / count if count else None for loss, count in zip(losses, counts)],
-            "grad_norm": grad_norm / steps if steps else None,
-            "learning_rate": self.config.learning_rate_at(done - 1),
-            "images_per_second": round(
-                self._row_steps * self.config.batch_size / (time.monotonic() - self._row_started), 1
-            ),
-        }
-        if steps < self._steps:
-            row["skipped_steps"] = self._steps - int(steps)
-        self._sums, self._steps = torch.zeros_like(self._sums), 0
-        self._start_row()
-        return row
+        row = self._statistics.read()
+        rate = self._clock_steps * self.config.batch_size / (time.monotonic() - self._clock_started)
+        self._restart_clock()
+        return row | {"learning_rate": self.config.learning_rate_at(done - 1), "images_per_second": round(rate, 1)}
 
-    def _start_row(self) -> None:
-        self._row_started, self._row_steps = time.monotonic(), 0
+    def _restart_clock(self) -> None:
+        """Start to time training steps: validation and sampling are left out of images_per_second."""
+        self._clock_started, self._clock_steps = time.monotonic(), 0
 
     def _write(self, row: dict) -> None:
-        self.rows.append(row)
+        self._log.append(row)
         if not self.is_writer:
             return
-        self._append(row)
-        flat = {}
-        for key, value in row.items():
-            if key == "loss_by_t_quartile":
-                flat |= {f"loss_t_quartile_{i}": v for i, v in enumerate(value, start=1) if v is not None}
-            elif key not in ("step", "images") and value is not None:
-                flat[key] = value
-        self.accelerator.log(flat, step=row["step"])
-        shown = {"loss": row.get("loss"), "held out": row.get("validation_loss_ema")}
+        quartiles = enumerate(row.get("loss_by_t_quartile", ()), start=1)
+        values = row | {f"loss_t_quartile_{i}": value for i, value in quartiles}
+        left_out = ("step", "images", "loss_by_t_quartile")
+        logged = {key: value for key, value in values.items() if key not in left_out and value is not None}
+        self.accelerator.log(logged, step=row["step"])
+        shown = {"loss": row.get("loss"), "validation": row.get("validation_loss_ema")}
         self._shown |= {k: f"{v:.4f}" for k, v in shown.items() if v is not None}
         self._bar.set_postfix(self._shown)
 
-    def _append(self, row: dict) -> None:
-        """Add the last row to the log's file, and all of them where the file lacks some, or holds a torn one."""
-        was_behind, self._log_is_behind = self._log_is_behind, True
-        with self._reported(f"Row {row['step']} of {LOG}"):
-            if was_behind:
-                atomic_file(self.folder / LOG, "".join(map(_line, self.rows)))
-            else:
-                with open(self.folder / LOG, "a") as file:
-                    file.write(_line(row))
-            self._log_is_behind = False
-
-    def _write_pictures(self, done: int) -> None:
-        """Samples of the averaged weights. Every process makes them, since sharded weights need all; one writes."""
+    def _write_samples(self, done: int) -> None:
+        """Samples of the EMA weights. All processes make them, since sharded weights need every process; one writes."""
         config, pipe = self.config, DDPMPipelineCustom(self.unet, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         with self.averages["ema"].in_place_of(self.unet):
             samples = sample_images(pipe, range(GRID), config.sample_steps, config.seed, self.images_at_a_time)
-            strip = strip_of(pipe, config)
+            denoising = denoising_figure(pipe, config.sample_steps, config.seed)
         if not self.is_writer:
             return
-        for name, figure in (("", image_grid(samples, columns=5)), ("-denoising", strip)):
+        for name, figure in (("", image_grid(samples, columns=5)), ("-denoising", denoising)):
             png = figure_bytes(figure)
-            with self._reported(f"A picture of step {done}"):
-                (self.folder / PICTURES).mkdir(exist_ok=True)
-                atomic_file(self.folder / PICTURES / f"step-{done:08d}{name}.png", png)
+            with warn_if_not_written(f"A sample picture of step {done}"):
+                (self.folder / SAMPLES).mkdir(exist_ok=True)
+                atomic_file(self.folder / SAMPLES / f"step-{done:08d}{name}.png", png)
             pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[None]
             for tracker in self.accelerator.trackers:
-                # TensorBoard has to be told where the channels are; Weights & Biases knows.
+                # TensorBoard must be told the order of the dimensions; Weights & Biases assumes it.
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name.strip("-") or "samples": pixels}, step=done, **options)
 
-    def _cut_back(self) -> None:
-        """Take away what this run will write again: all that lies after its first step."""
+    def _remove_after(self, step: int) -> None:
+        """Remove pictures and snapshots of later steps: the run makes them again."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / LOG
-        self.rows = [row for row in read_log(file) if row["step"] <= self.first_step]
-        atomic_file(file, "".join(map(_line, self.rows)))
-        for picture in (self.folder / PICTURES).glob("step-*.png"):
-            if int(picture.stem.split("-")[1]) > self.first_step:
+        for picture in (self.folder / SAMPLES).glob("step-*.png"):
+            if int(picture.stem.split("-")[1]) > step:
                 picture.unlink()
-        drop_snapshots_after(self.folder / SNAPSHOTS, self.first_step * self.config.batch_size)
-
-    # ------------------------------------------------------------------ before the first step
-
-    def summary(self, train_examples: int | None) -> str:
-        """What the run is, as lines to print: parameters, memory, length, and what is written where."""
-        config = self.config
-        parameters = sum(p.numel() for p in self.unet.parameters())
-        size = sum(p.numel() * p.element_size() for p in self.unet.parameters())
-        lengths = 1 + len(self.averages["power_ema"].gammas) if "power_ema" in self.averages else 1
-        memory = {"parameters": size, "gradients": size, "Adam": 2 * size, "averages": 4 * parameters * lengths}
-        shape = "×".join(str(n) for n in (*config.resolution, config.channels))
-        data = "a stream of images" if train_examples is None else f"{train_examples:,} images"
-        validation = f"{len(self.validation_loss.images):,}" if self.validation_loss else "no"
-        written = [f"checkpoints/ every {config.checkpoint_every_steps:,} steps"]
-        written.append(f"{LOG} every {config.log_every_steps:,}")
-        if config.sample_every_steps:
-            written.append(f"{PICTURES}/ every {config.sample_every_steps:,}")
-        if config.ema_snapshot_every_images:
-            written.append(f"{SNAPSHOTS}/ every {config.ema_snapshot_every_images:,} images")
-        if config.report_to != "none":
-            written.append(f"{config.report_to} logs")
-        processes = self.accelerator.num_processes
-        precision = "" if config.mixed_precision == "no" else f", {config.mixed_precision}"
-        return "\n".join(
-            [
-                f"Data        {data} of {shape} from {config.dataset}; {validation} validation images",
-                f"Network     {parameters:,} parameters on {processes} process{'es' * (processes > 1)} ({self.accelerator.device.type}{precision})",
-                f"Memory      {', '.join(f'{k} {_bytes(v)}' for k, v in memory.items())}; activations come on top",
-                f"Length      {config.num_steps:,} steps of {config.batch_size:,} images"
-                + (f", from step {self.first_step:,} on" if self.first_step else ""),
-                f"Written to  {self.folder}/: {', '.join(written)}; the model at the end",
-            ]
-        )
-
-    def _measure_speed(self, done: int) -> None:
-        """Time the steps after the first one, and say when the run will be done."""
-        taken = done - self.first_step
-        if taken not in (1, 1 + TIMED_STEPS) and not (self.config.dry_run and done == self.last_step):
-            return
-        if self.accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()
-        now = time.monotonic()
-        if taken > 1 and self.accelerator.is_main_process:
-            rate = (taken - 1) * self.config.batch_size / (now - self._timing_started)
-            left = (self.config.num_steps - done) * self.config.batch_size / rate
-            module = getattr(torch, self.accelerator.device.type, None)
-            peak = ""
-            if hasattr(module, "max_memory_allocated"):
-                peak = f", {_bytes(module.max_memory_allocated())} of memory at most"
-            self._bar.write(
-                f"Speed       {rate:,.1f} images/s over {taken - 1} steps{peak}; about {_duration(left)} to go"
-            )
-        self._timing_started = now
-
-
-def _line(row: dict) -> str:
-    return json.dumps({key: _jsonable(value) for key, value in row.items()}) + "\n"
-
-
-def _jsonable(value):
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, list):
-        return [_jsonable(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _bytes(number: float) -> str:
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(int(math.log10(max(number, 1)) / 3), len(units) - 1)
-    return f"{number / 1000**power:.3g} {units[power]}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+        drop_snapshots_after(self.folder / SNAPSHOTS, step * self.config.batch_size)

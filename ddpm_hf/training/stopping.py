@@ -1,8 +1,8 @@
-"""Ending early without losing work: signals that wait for the step, and what a lost process or worker looks like.
+"""Stopping early without losing work: signals that wait for the end of a step, and processes that died.
 
-Exit codes of `train.py`: 0 finished; 1 an error, said in a sentence; 2 options that are none; EXIT_NONFINITE (3) too many
-non-finite steps in a row; EXIT_NOT_SAVED (4) the last checkpoint could not be written; 128 + n ended by signal n
-after saving (143 SIGTERM, 130 SIGINT). `accelerate launch` and `torchrun` turn all but 0 into 1 and print the code.
+Exit codes of `train.py`: 0 finished; 1 an error, printed as a sentence; 2 invalid options; EXIT_NONFINITE (3) too many
+non-finite steps in a row; EXIT_NOT_SAVED (4) the last checkpoint could not be written; 128 + n stopped by signal n
+after saving (143 SIGTERM, 130 SIGINT). `accelerate launch` and `torchrun` print the code and exit with 1.
 """
 
 import os
@@ -12,17 +12,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+from ddpm_hf.training.processes import TIMEOUT
 
 EXIT_NONFINITE, EXIT_NOT_SAVED = 3, 4
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: within `deferred()` they ask for an end after the step, elsewhere they end the process.
+    """SIGTERM and SIGINT stop the run after the current step inside `deferred()`; elsewhere they end the process.
 
-    A second one ends the process at once. Launchers hand on the signal that Ctrl-C has sent to everyone already;
-    hence the second must come REPEAT_SECONDS after the first to be meant.
+    A second signal ends the process at once. It must come at least REPEAT_SECONDS after the first, because launchers
+    forward a Ctrl-C that every process has received already.
     """
 
     REPEAT_SECONDS = 2.0
@@ -46,16 +46,20 @@ class StopSignals:
             self.received, self._received_at = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(number).name
-                # Not through sys.stderr, which this may have interrupted.
-                os.write(2, f"\n{name}: finishing the step and saving. Once more ends it at once.\n".encode())
+                # Not through sys.stderr, which the signal may have interrupted.
+                os.write(
+                    2, f"\n{name}: stopping after this step and saving. A second signal ends it at once.\n".encode()
+                )
         elif time.monotonic() - self._received_at > self.REPEAT_SECONDS:
             os._exit(128 + number)
 
     @contextmanager
     def deferred(self, num_processes: int) -> Iterator[None]:
-        """Signals wait for the end of a step. Look at `received` afterwards: some arrive too late for `should_stop`."""
+        """Signals wait for the end of a step. Check `received` afterwards: some arrive too late for `should_stop`."""
         if num_processes > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
+            from torch import distributed
+
+            self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self._deferred = True
         try:
             yield
@@ -65,43 +69,47 @@ class StopSignals:
             self._deferred = False
 
     def should_stop(self) -> int:
-        """After a step: the signal on which to stop now, the same on every process; 0: go on.
+        """The signal to stop on, the same on every process; 0: continue. Every process calls this after every step.
 
-        Every process must call this after every step. The processes tell each other on the CPU, beside the
-        computation, and hear the answer one step later, so that neither the device nor a step waits for it.
+        The processes exchange their signals on the CPU, in parallel with the computation, and read the result one step
+        later, so that neither the device nor a step waits for it.
         """
         if self._group is None:
             return self.received
+        import torch
+
         answer = 0
         if self._pending is not None:
-            work, heard = self._pending
+            work, signals = self._pending
             work.wait()
-            answer = int(heard)
-        word = torch.tensor(self.received)
-        work = torch.distributed.all_reduce(word, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
-        self._pending = (work, word)
+            answer = int(signals)
+        signals = torch.tensor(self.received)
+        work = torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
+        self._pending = (work, signals)
         return answer
 
 
-# How torch tells of them; there is no type to catch.
-LOST_WORKER = "DataLoader worker"
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "recvBytes")
+# torch 2.13 raises bare RuntimeErrors for a DataLoader worker that died and for a gloo connection that was closed. The
+# second contains the path of the source file.
+WORKER_DIED, GLOO_CONNECTION = "DataLoader worker", "gloo/transport"
 
 
 def lost_process(error: Exception) -> str | None:
-    """What happened, in a sentence, if an error comes from a worker or another process of the run that died."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # by which torch would raise again while this one is told
-    text = str(error)
+    """A sentence, if the error comes from a DataLoader worker or another process of the run that died; else None."""
+    from torch.distributed import DistError
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again while this error is reported
+    line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".")
     if isinstance(error, (ConnectionError, EOFError)):
-        return f"a DataLoader worker is gone ({type(error).__name__})."
-    if LOST_WORKER in text:
-        return f"{text.strip().splitlines()[0].rstrip('.')}. (Killed workers are often short of memory: see --num_workers.)"
-    if any(words in text for words in LOST_PEER):
-        return f"another process of this run is gone ({text.strip().splitlines()[0][:200]})."
+        return f"a DataLoader worker died ({type(error).__name__})."
+    if WORKER_DIED in line:
+        return f"{line}. (A killed worker often means that memory ran out: see --num_workers.)"
+    if isinstance(error, DistError) or GLOO_CONNECTION in line:
+        return f"another process of this run died ({line})."
     return None
 
 
-def say_error(message: str) -> None:
-    """A sentence that the first process of a run says."""
+def print_error(message: str) -> None:
+    """Print an error of train.py, on the first process of a run."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train.py: error: {message}", file=sys.stderr, flush=True)

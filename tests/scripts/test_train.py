@@ -1,90 +1,46 @@
-"""The training script itself: real processes, real data, killed and resumed."""
+"""train.py: what a run writes, resuming, several processes, and errors."""
 
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ddpm_hf.scripts import train
 from PIL import Image
-from safetensors.torch import load_file
-from sklearn.datasets import load_sample_image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.training.build import build
-from ddpm_hf.training.checkpoints import list_checkpoints
 from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.step_randomness import draw_randomness
-from tests.conftest import TINY_TRAINING, flags
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = flags(
-    **TINY_TRAINING,
-    total_images=192,
-    checkpoint_every_steps=4,
-    keep_checkpoints=10,
-    log_every_steps=4,
-    sample_steps=4,
-    seed=3,
+from tests.training.helpers import (
+    TINY,
+    assert_bit_identical,
+    assert_same_run,
+    checkpoint,
+    drop_checkpoints_after,
+    launch,
+    photo_options,
+    rows,
+    run,
+    until,
 )
-
-
-def run(output_dir, *options):
-    train.main([*TINY, "--output_dir", str(output_dir), *options])
-    return checkpoint(output_dir, 12)
-
-
-def checkpoint(output_dir, step):
-    folder = output_dir / "checkpoints" / f"checkpoint-{step:08d}"
-    return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
-
-
-def tensors(saved):
-    return {f"{name}/{key}": value for name, group in saved.items() for key, value in group.items()}
-
-
-def rows(output_dir):
-    """The log, without what depends on the clock."""
-    lines = (output_dir / "log.jsonl").read_text().splitlines()
-    clock = ("seconds", "images_per_second")
-    return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
-
-
-def assert_bit_identical(a, b):
-    a, b = tensors(a), tensors(b)
-    assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
-
-
-def assert_same_run(a, b):
-    """Equal but for the order of additions. Adam divides by a gradient's size, which blows rounding up where the
-    gradient is nearly nothing; hence a bound on the whole and not on each number."""
-    a, b = tensors(a), tensors(b)
-    for key in a:
-        if key.startswith(("model", "ema")):
-            assert (a[key] - b[key]).norm() <= 1e-4 * (1e-2 + a[key].norm()), key
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run that nothing disturbs."""
+    """A run without interruption."""
     folder = tmp_path_factory.mktemp("straight")
     return folder, run(folder)
 
 
-def test_a_run_leaves_everything_a_person_needs(straight):
+def test_a_run_writes_pipeline_figures_metrics_config_and_card(straight):
     folder, _ = straight
     for file in ("model_index.json", "samples.png", "denoising.png", "loss.png", "config.yaml", "README.md"):
         assert (folder / file).stat().st_size > 0, file
@@ -94,7 +50,7 @@ def test_a_run_leaves_everything_a_person_needs(straight):
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".unfinished")]
 
 
-def test_what_is_published_is_the_average_of_the_weights(straight):
+def test_the_saved_pipeline_has_the_averaged_weights(straight):
     folder, saved = straight
     pipe = DDPMPipelineCustom.from_pretrained(folder)
     weights = pipe.unet.state_dict()
@@ -107,7 +63,7 @@ def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
     config = parse_config([*TINY, "--config", str(folder / "config.yaml")])
     unet, scheduler = build(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
-    images, _ = train.load_images(config)
+    images, _ = load_images(config)
     batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
     accelerator = Accelerator()
     losses = [
@@ -121,15 +77,12 @@ def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
 def test_resuming_is_bit_identical_to_not_stopping(straight, tmp_path):
     folder, expected = straight
     run(tmp_path)
-    for stale in list_checkpoints(tmp_path / "checkpoints")[1:]:
-        for file in stale.iterdir():
-            file.unlink()
-        stale.rmdir()
+    drop_checkpoints_after(tmp_path, 4)
     assert_bit_identical(run(tmp_path), expected)
     assert rows(tmp_path) == rows(folder)
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(straight, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_used(straight, tmp_path, caplog):
     run(tmp_path)
     damaged = tmp_path / "checkpoints" / "checkpoint-00000012" / "model.safetensors"
     content = bytearray(damaged.read_bytes())
@@ -143,9 +96,9 @@ def test_micro_batches_make_the_same_run(straight, tmp_path):
     assert_same_run(run(tmp_path, "--micro_batch_size", "4"), straight[1])
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_before_any_training(straight):
+def test_a_checkpoint_with_another_configuration_is_refused(straight):
     folder, saved = straight
-    with pytest.raises(SystemExit, match="made under another configuration:(.|\n)*seed: 3 there, 4 asked for"):
+    with pytest.raises(SystemExit, match="saved with a different configuration:(.|\n)*seed: 3 there, 4 here"):
         run(folder, "--seed", "4")
     assert_bit_identical(checkpoint(folder, 12), saved)
 
@@ -155,34 +108,29 @@ def test_overwrite_starts_again(straight, tmp_path):
     assert_bit_identical(run(tmp_path, "--overwrite"), straight[1])
 
 
-def drop_checkpoints_after(folder, first):
-    for stale in list_checkpoints(folder / "checkpoints")[first:]:
-        shutil.rmtree(stale)
-
-
-def test_a_streamed_run_resumes_bit_identically_and_goes_on_on_two_processes(tmp_path):
+def test_a_streamed_run_resumes_bit_identically_and_on_two_processes(tmp_path):
     options = ["--streaming", "--shuffle_buffer", "50", "--stream_lanes", "2", "--num_workers", "1"]
     options += ["--validation_fraction", "0.1"]
     expected = run(tmp_path, *options)
     metrics = json.loads((tmp_path / "metrics.json").read_text())["training"]
     assert 100 <= metrics["validation_examples"] <= 190
-    drop_checkpoints_after(tmp_path, 1)
+    drop_checkpoints_after(tmp_path, 4)
     assert_bit_identical(run(tmp_path, *options), expected)
-    drop_checkpoints_after(tmp_path, 1)
+    drop_checkpoints_after(tmp_path, 4)
     output, _ = (process := launch(tmp_path, *options, processes=2)).communicate(timeout=200)
     assert process.returncode == 0, output
     assert_same_run(checkpoint(tmp_path, 12), expected)
 
 
-def test_a_broken_image_of_a_stream_ends_the_run_in_one_sentence(photos, tmp_path):
+def test_a_broken_image_of_a_stream_ends_the_run_with_one_sentence(photos, tmp_path):
     (photos / "07.jpg").write_bytes((photos / "07.jpg").read_bytes()[:1000])
     with pytest.raises(SystemExit, match="train.py: error: an image of the stream cannot be read: .*07.jpg"):
         run(tmp_path / "out", *photo_options(photos), "--streaming")
 
 
-def test_a_data_set_that_has_grown_is_not_gone_on_with(photos, tmp_path):
+def test_resuming_with_another_number_of_images_is_refused(photos, tmp_path):
     run(tmp_path / "out", *photo_options(photos))
-    drop_checkpoints_after(tmp_path / "out", 1)
+    drop_checkpoints_after(tmp_path / "out", 4)
     (photos / "07.jpg").unlink()
     with pytest.raises(SystemExit, match="the data set has 19 images; the checkpoint was trained on 20"):
         run(tmp_path / "out", *photo_options(photos))
@@ -201,7 +149,7 @@ def reports(accelerator, config, backend=None, steps=3):
     unet, scheduler = build(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=1e-3)
     model, optimizer = accelerator.prepare(torch.compile(unet, backend=backend) if backend else unet, optimizer)
-    images, _ = train.load_images(config)
+    images, _ = load_images(config)
     parts = config.micro_batches(1)
     batches = MicroBatches(images, config.batch_size, 0, 0, steps, micro_batches=parts)
     return [
@@ -210,7 +158,7 @@ def reports(accelerator, config, backend=None, steps=3):
     ]
 
 
-def test_a_compiled_network_is_trained_as_the_eager_one_with_accumulation(accelerators):
+def test_compiled_training_is_eager_training_with_accumulation(accelerators):
     backend = CompileCounterWithBackend("aot_eager")
     config = parse_config([*TINY, "--block_out_channels", "8", "8", "--micro_batch_size", "8"])
     eager, compiled = (reports(accelerators(), config, b) for b in (None, backend))
@@ -220,7 +168,7 @@ def test_a_compiled_network_is_trained_as_the_eager_one_with_accumulation(accele
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-4, atol=1e-5)
 
 
-def test_noise_and_noised_images_are_float32_in_mixed_precision_and_so_is_the_loss(accelerators):
+def test_noise_noised_images_and_loss_are_float32_in_mixed_precision(accelerators):
     config, seen = parse_config([*TINY, "--mixed_precision", "bf16"]), {}
 
     def keep(name):
@@ -231,7 +179,7 @@ def test_noise_and_noised_images_are_float32_in_mixed_precision_and_so_is_the_lo
     unet.register_forward_hook(keep("network"))
     unet.conv_in.register_forward_hook(keep("convolution"))
     model, optimizer = accelerator.prepare(unet, torch.optim.Adam(unet.parameters()))
-    images, _ = train.load_images(config)
+    images, _ = load_images(config)
     report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, 0, [images[list(range(16))]])
     assert seen["network"][0] == torch.float32  # x_t, made of noise in float32
     assert seen["convolution"][1].dtype == torch.bfloat16  # and yet it is bf16 that is computed in
@@ -239,7 +187,7 @@ def test_noise_and_noised_images_are_float32_in_mixed_precision_and_so_is_the_lo
     assert draw_randomness(config, 0, range(16), torch.device("cpu")).noise.dtype == torch.float32
 
 
-def test_the_benchmark_of_training_runs_and_both_sides_train_alike(capsys):
+def test_the_training_benchmark_runs_and_both_sides_train_alike(capsys):
     from benchmarks import training as benchmark
 
     benchmark.main(["--presets", "digits", "--rounds", "1", "--steps", "1", "--batch_size", "8"])
@@ -248,7 +196,7 @@ def test_the_benchmark_of_training_runs_and_both_sides_train_alike(capsys):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_benchmark_of_sampling_runs_and_both_sides_give_the_same_images(capsys, precision):
+def test_the_sampling_benchmark_runs_and_both_sides_agree(capsys, precision):
     from benchmarks import pipeline as benchmark
 
     sizes = ["--network", "tiny", "--batch_size", "2", "--steps", "2", "--rounds", "1"]
@@ -257,8 +205,8 @@ def test_the_benchmark_of_sampling_runs_and_both_sides_give_the_same_images(caps
     assert "largest difference" in printed and printed.count("images/s") == 2
 
 
-def test_a_run_never_computes_more_images_at_once_than_it_is_told_to(tmp_path, monkeypatch):
-    """Not for its pictures either: at the end of a long run is no time to find that they do not fit."""
+def test_no_part_of_a_run_exceeds_the_micro_batch_size(tmp_path, monkeypatch):
+    """Sampling included: running out of memory at the end of a long run would be late."""
     forward, sizes = UNet2DModelCustom.forward, []
 
     def recorded(self, sample, *args, **kwargs):
@@ -270,28 +218,15 @@ def test_a_run_never_computes_more_images_at_once_than_it_is_told_to(tmp_path, m
     assert max(sizes) == 8
 
 
-@pytest.fixture
-def photos(tmp_path):
-    (tmp_path / "photos").mkdir()
-    for i in range(20):
-        photo = load_sample_image("china.jpg" if i % 2 else "flower.jpg")
-        Image.fromarray(photo[i * 10 : i * 10 + 200, i * 20 : i * 20 + 200]).save(tmp_path / "photos" / f"{i:02d}.jpg")
-    return tmp_path / "photos"
-
-
-def photo_options(photos):
-    return ["--dataset", str(photos), "--resolution", "16", "24", "--channels", "3", "--random_flip"]
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_folder_of_color_photographs_trains_at_a_size_that_is_not_square(photos, tmp_path, in_memory):
+def test_a_folder_of_color_photos_trains_at_a_nonsquare_resolution(photos, tmp_path, in_memory):
     limit = [] if in_memory else ["--memory_limit_bytes", "0", "--num_workers", "1"]
     run(tmp_path / "out", *photo_options(photos), *limit)
     images = DDPMPipelineCustom.from_pretrained(tmp_path / "out")(2, num_inference_steps=2).images
     assert [(image.size, image.mode) for image in images] == [((24, 16), "RGB")] * 2
 
 
-def test_a_broken_image_stops_the_run_before_training_and_may_be_left_out(photos, tmp_path, caplog):
+def test_a_broken_image_is_reported_before_training_or_skipped(photos, tmp_path, caplog):
     (photos / "07.jpg").write_bytes((photos / "07.jpg").read_bytes()[:1000])
     with pytest.raises(SystemExit, match="1 of 20 images cannot be read:\n.*07.jpg(.|\n)*--skip_broken_images"):
         run(tmp_path / "out", *photo_options(photos))
@@ -312,13 +247,13 @@ def test_a_broken_image_stops_the_run_before_training_and_may_be_left_out(photos
         (["--down_block_types", "DownBlock2D", "SkipDownBlock2D"], "SkipDownBlock2D.*supported are"),
     ],
 )
-def test_what_cannot_be_trained_is_one_sentence_and_no_traceback(tmp_path, options, message):
+def test_an_invalid_run_ends_with_one_sentence_and_no_traceback(tmp_path, options, message):
     with pytest.raises(SystemExit, match=f"train.py: error: .*{message}"):
         run(tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_in_two_processes_is_said_once_and_without_a_traceback(tmp_path):
+def test_an_error_in_two_processes_is_printed_once_without_traceback(tmp_path):
     process = launch(tmp_path, "--resolution", "7", processes=2)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -326,38 +261,19 @@ def test_an_error_in_two_processes_is_said_once_and_without_a_traceback(tmp_path
     assert "Traceback" not in output.split("train.py: error:")[0]
 
 
-def launch(output_dir, *options, processes):
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", str(processes)]
-    return subprocess.Popen(
-        [*command, str(ROOT / "training" / "train.py"), *TINY, "--output_dir", str(output_dir), *options],
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_two_processes_killed_in_the_middle_go_on_and_end_with_the_weights_of_one_undisturbed_process(
-    straight, tmp_path
-):
-    # Far more steps than it lives to make: what counts is the checkpoint it leaves.
+def test_two_killed_processes_resume_to_the_weights_of_one_process(straight, tmp_path):
     process = launch(tmp_path, processes=2)
     first = tmp_path / "checkpoints" / "checkpoint-00000004" / "state.json"
-    deadline = time.monotonic() + 120
-    while not first.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
+    until(lambda: first.exists() or process.poll() is not None, 120)
+    assert process.poll() is None, process.communicate()[0]
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    for stale in list_checkpoints(tmp_path / "checkpoints")[2:]:  # where the machine was faster than the signal
-        for file in stale.iterdir():
-            file.unlink()
-        stale.rmdir()
+    process.communicate(timeout=60)
+    drop_checkpoints_after(tmp_path, 8)  # if the machine was faster than the signal
 
     process = launch(tmp_path, processes=2)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
-    assert "Going on from step" in output
+    assert "Resuming from step" in output
     assert "python training/publish.py" in output.strip().splitlines()[-1]
     assert_same_run(checkpoint(tmp_path, 12), straight[1])
     assert output.count("Network ") == 1 and "on 2 processes" in output

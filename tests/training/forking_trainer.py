@@ -1,17 +1,21 @@
-"""Runs of train.py without the seconds that importing its libraries takes: a process that has them all and forks.
+"""Starts runs of train.py without the seconds that importing its libraries takes: this process has them all and forks.
 
-Each line of standard input is a run, as JSON: {"arguments": [...], "processes": n, "output": file} and what `child` looks
-for. Every process of it is a fork, which calls `train.main` and is as mortal as any. The answer is their process ids. A line
-{"wait": pid} is answered with the exit status, -n for a death by signal n.
+Each line of standard input is a run, as JSON: {"arguments": [...], "processes": n, "output": file} and the keys that
+`child` reads. Every process of the run is a fork that calls `train.main` and can be killed. The answer is the list of their
+process ids. A line {"wait": pid, "seconds": s} is answered with the exit status, -n if signal n ended the process; one
+that still runs after s seconds is killed.
 """
 
 import ctypes
 import json
 import os
 import resource
+import signal
 import socket
 import sys
+import time
 import traceback
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -21,12 +25,14 @@ from accelerate import state as accelerate_state
 from accelerate.utils import DistributedType
 from ddpm_hf.scripts import train
 
+# train.py imports these when it runs: here they are imported once, before the forks.
+from ddpm_hf.training import artifacts, nonfinite, run_data, run_logger, step, uploads, validation  # noqa: F401
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint
 
 
-def inject(step: int, rank: int, row: int, value: float) -> None:
+def inject(at_step: int, rank: int, row: int, value: float) -> None:
     """Make the network's output for one example of one step non-finite, as an overflow in it would."""
-    training_step = train.training_step
+    training_step = step.training_step
 
     def poisoned_step(accelerator, model, optimizer, diffusion, config, this_step, *rest):
         def poison(_module, _inputs, output):
@@ -35,7 +41,7 @@ def inject(step: int, rank: int, row: int, value: float) -> None:
             return (output[0] + mask,)
 
         hook = None
-        if this_step == step and accelerator.process_index == rank:
+        if this_step == at_step and accelerator.process_index == rank:
             hook = model.register_forward_hook(poison)
         try:
             return training_step(accelerator, model, optimizer, diffusion, config, this_step, *rest)
@@ -43,11 +49,11 @@ def inject(step: int, rank: int, row: int, value: float) -> None:
             if hook is not None:
                 hook.remove()
 
-    train.training_step = poisoned_step
+    step.training_step = poisoned_step
 
 
 def allow_fsdp_on_the_cpu() -> None:
-    """accelerate 1.15 looks for FSDP's plugin on accelerators alone. What it then does works over gloo as well."""
+    """accelerate 1.15 applies FSDP on accelerators only; it works over gloo as well."""
     init = accelerate_state.AcceleratorState.__init__
 
     def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
@@ -94,7 +100,7 @@ def child(run: dict, rank: int, port: int) -> None:
         if os.environ.get("ACCELERATE_USE_FSDP") == "true":
             allow_fsdp_on_the_cpu()
         if not run.get("finish"):
-            train.finish = lambda *_: None
+            artifacts.write_artifacts = lambda *_: None
         if "nonfinite" in run:
             inject(**run["nonfinite"])
         if "largest_file" in run:
@@ -110,7 +116,7 @@ def child(run: dict, rank: int, port: int) -> None:
         traceback.print_exc()
         code = 1
     if "small_disk" in run:
-        for folder in list_checkpoints(train.Path(run["small_disk"]["folder"]) / "checkpoints"):
+        for folder in list_checkpoints(Path(run["small_disk"]["folder"]) / "checkpoints"):
             load_checkpoint(folder)
             print("whole:", folder.name)
     sys.stdout.flush()
@@ -123,14 +129,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def wait(pid: int, seconds: float) -> int:
+    deadline = time.monotonic() + seconds
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            print(f"process {pid} did not end within {seconds:.0f} s", file=sys.stderr, flush=True)
+            os.kill(pid, signal.SIGKILL)
+            deadline += 60
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     np.random.seed(0)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            answer = os.waitstatus_to_exitcode(status)
+            answer = wait(request["wait"], request["seconds"])
         else:
             port, answer = free_port(), []
             for rank in range(request["processes"]):

@@ -1,10 +1,11 @@
-"""Nothing is lost: kills, signals, full disks, dead workers, numbers that are not finite; one process or two, whole or sharded."""
+"""Resuming: kills, signals, full disks, dead workers and non-finite steps; on one or two processes, with and without FSDP."""
 
 import contextlib
 import json
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -22,27 +23,30 @@ from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint, read
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.posthoc_ema import list_snapshots
 from ddpm_hf.training.step_randomness import draw_randomness
-from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals
-from tests.scripts.test_train import (
+from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED
+from tests.training.helpers import (
     ROOT,
     TINY,
     assert_bit_identical,
     assert_same_run,
     checkpoint,
+    drop_checkpoints_after,
     photo_options,
-    photos,
     rows,
+    steps_saved,
     tensors,
+    torchrun,
+    until,
 )
 
-__all__ = ["photos"]  # a fixture
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 NUM_IMAGES = 64
 EVERY_STEP = ("--checkpoint_every_steps", "1")
+DEADLINE = 120.0  # seconds for a run to end
 
 
 class Trainer:
-    """Starts runs of train.py, on a few of the digits, as forks of a process that has imported everything."""
+    """Starts runs of train.py on some of the digits, by way of forking_trainer.py."""
 
     def __init__(self, folder):
         self.dataset = str(folder / "digits")
@@ -55,6 +59,8 @@ class Trainer:
     def ask(self, request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE + 90)
+        assert ready, f"no answer to {request}"
         return json.loads(self.process.stdout.readline())
 
     def start(self, folder, *options, processes=1, **how):
@@ -63,10 +69,10 @@ class Trainer:
         return self.ask({"arguments": arguments, "processes": processes, "output": f"{folder}.txt", **how})
 
     def wait(self, pids):
-        return [self.ask({"wait": pid}) for pid in pids]
+        return [self.ask({"wait": pid, "seconds": DEADLINE}) for pid in pids]
 
     def run(self, folder, *options, **how):
-        """A run to its end: exit codes, and what it printed, with that of earlier runs in this folder."""
+        """A run to its end: exit codes and output, after the output of earlier runs in this folder."""
         codes = self.wait(self.start(folder, *options, **how))
         return codes, Path(f"{folder}.txt").read_text()
 
@@ -76,35 +82,14 @@ def trainer(tmp_path_factory):
     trainer = Trainer(tmp_path_factory.mktemp("data"))
     yield trainer
     trainer.process.stdin.close()
-    trainer.process.wait()
-
-
-def until(condition, seconds=60.0, pause=0.002):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(pause)
-    return value
-
-
-def steps_saved(folder):
-    return [int(path.name[-8:]) for path in list_checkpoints(folder / "checkpoints")]
-
-
-def keep_until(folder, step):
-    """Take the checkpoints after a step away."""
-    for path in list_checkpoints(folder / "checkpoints"):
-        if int(path.name[-8:]) > step:
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+    trainer.process.wait(60)
 
 
 def losses(folder):
     return [(row["step"], row["loss"]) for row in rows(folder)]
 
 
-def test_a_run_killed_at_twenty_random_moments_ends_with_the_weights_of_an_undisturbed_one(trainer, tmp_path):
+def test_twenty_kills_at_random_moments_do_not_change_the_weights(trainer, tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"random moments of seed {seed}")
     moments = random.Random(seed)
@@ -117,25 +102,23 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_weights_of_an_undis
     checkpoints = killed / "checkpoints"
     checkpoints.mkdir(parents=True)
 
-    def there(prefix):
-        return {name for name in os.listdir(checkpoints) if name.startswith(prefix)}
+    def saves(unfinished):
+        return {name for name in os.listdir(checkpoints) if ("unfinished" in name) == unfinished}
 
     for kind in kinds:
-        saved, unfinished = there("checkpoint"), there(".checkpoint")
+        saved, unfinished = saves(False), saves(True)
         (pid,) = trainer.start(killed, *options, *EVERY_STEP, "--keep_checkpoints", "2")
         if kind == "while starting":
             time.sleep(moments.uniform(0, 0.5))
         elif kind == "between":
-            while not there("checkpoint") - saved:
-                time.sleep(0.002)
+            until(lambda: saves(False) - saved)  # noqa: B023
             time.sleep(moments.uniform(0, 0.05))
         else:
-            while not there(".checkpoint") - unfinished:
-                pass
+            until(lambda: saves(True) - unfinished, pause=0)  # noqa: B023
             time.sleep(moments.uniform(0, 0.002))
         os.kill(pid, signal.SIGKILL)
         assert trainer.wait([pid]) == [-signal.SIGKILL]
-        inside += bool(there(".checkpoint") - unfinished)
+        inside += bool(saves(True) - unfinished)
     assert inside >= 2
 
     codes, output = trainer.run(killed, *options, *EVERY_STEP)
@@ -145,9 +128,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_weights_of_an_undis
 
 
 @pytest.mark.parametrize(("number", "processes", "told"), [(signal.SIGTERM, 1, 0), (signal.SIGINT, 2, 1)])
-def test_a_signal_to_one_process_saves_at_one_step_and_the_same_command_goes_on_bit_for_bit(
-    trainer, tmp_path, number, processes, told
-):
+def test_a_signal_to_one_process_saves_and_resuming_is_bit_identical(trainer, tmp_path, number, processes, told):
     options = ["--total_images", "480", "--checkpoint_every_steps", "1000"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert trainer.run(straight, *options, processes=processes)[0] == [0] * processes
@@ -161,32 +142,11 @@ def test_a_signal_to_one_process_saves_at_one_step_and_the_same_command_goes_on_
     assert 0 < step < 30 and f"Stopped after step {step} of 30" in output
 
     codes, output = trainer.run(stopped, *options, processes=processes)
-    assert codes == [0] * processes and f"Going on from step {step} of 30" in output
+    assert codes == [0] * processes and f"Resuming from step {step} of 30" in output
     assert_bit_identical(checkpoint(stopped, 30), checkpoint(straight, 30))
 
 
-def test_a_second_signal_ends_the_process_at_once_and_a_repeated_first_one_does_not():
-    ready, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with StopSignals() as signals, signals.deferred(1):
-                signals.REPEAT_SECONDS = 1.0
-                os.write(writer, b".")
-                time.sleep(30)
-        finally:
-            os._exit(7)
-    os.read(ready, 1)
-    for _ in range(2):
-        os.kill(pid, signal.SIGTERM)
-        time.sleep(0.1)
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-    time.sleep(1.0)
-    os.kill(pid, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGTERM
-
-
-def test_a_signal_while_the_finished_run_is_sampled_from_loses_nothing(trainer, tmp_path):
+def test_a_signal_during_the_final_sampling_loses_nothing(trainer, tmp_path):
     folder = tmp_path / "run"
     (pid,) = trainer.start(folder, "--total_images", "16", "--sample_steps", "1000", finish=True)
     until(lambda: "Sampling" in Path(f"{folder}.txt").read_text())
@@ -197,40 +157,40 @@ def test_a_signal_while_the_finished_run_is_sampled_from_loses_nothing(trainer, 
     assert codes == [0] and (folder / "README.md").exists()
 
 
-def test_accelerate_launch_ended_by_a_signal_leaves_processes_that_save_and_stop(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        str(ROOT / "training/train.py"),
-    ]
+@pytest.mark.parametrize(
+    ("launcher", "number"), [("accelerate", signal.SIGTERM), ("torchrun", signal.SIGTERM), ("torchrun", signal.SIGINT)]
+)
+def test_a_signal_to_the_launcher_makes_its_processes_save_and_stop(tmp_path, launcher, number):
     options = ["--output_dir", str(tmp_path / "run"), "--total_images", "160000", "--checkpoint_every_steps", "10000"]
-    with open(tmp_path / "output.txt", "w") as output:
-        launcher = subprocess.Popen([*command, *TINY, *options], stdout=output, stderr=output, start_new_session=True)
+    with open(tmp_path / "output.txt", "w") as file:
+        if launcher == "torchrun":
+            process = torchrun(*TINY, *options, stdout=file)
+        else:
+            command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "training/train.py")]
+            command += [*TINY, *options]
+            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
     def output():
         return (tmp_path / "output.txt").read_text()
 
     try:
-        until(lambda: re.search(r"\| [1-9]\S*/160k", output()) or launcher.poll() is not None, 120)
-        assert launcher.poll() is None, output()
-        processes = psutil.Process(launcher.pid).children(recursive=True)
-        launcher.terminate()
-        launcher.wait(20)
-        _, alive = psutil.wait_procs(processes, 60)
-        assert not alive, output()
+        until(lambda: re.search(r"\| [1-9]\S*/160k", output()) or process.poll() is not None, 120)
+        assert process.poll() is None, output()
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.wait(60)
+        _, alive = psutil.wait_procs(workers, 60)
+        assert workers and not alive, output()
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
     (step,) = steps_saved(tmp_path / "run")
     assert f"Stopped after step {step} of 10000" in output()
 
 
 @pytest.mark.parametrize(("processes", "rank", "value"), [(1, 0, "inf"), (2, 1, "nan")])
-def test_a_step_that_is_not_finite_is_skipped_by_every_process_and_reported(trainer, tmp_path, processes, rank, value):
-    poison = {"step": 5, "rank": rank, "row": 2, "value": float(value)}
+def test_a_nonfinite_step_is_skipped_by_every_process_and_reported(trainer, tmp_path, processes, rank, value):
+    poison = {"at_step": 5, "rank": rank, "row": 2, "value": float(value)}
     folder = tmp_path / "run"
     codes, output = trainer.run(folder, *EVERY_STEP, "--keep_checkpoints", "20", processes=processes, nonfinite=poison)
     assert codes == [0] * processes
@@ -255,18 +215,18 @@ def test_a_step_that_is_not_finite_is_skipped_by_every_process_and_reported(trai
     )
 
 
-def test_too_many_steps_that_are_not_finite_end_the_run_with_a_code_and_whole_checkpoints(trainer, tmp_path):
+def test_too_many_nonfinite_steps_end_the_run_with_a_code(trainer, tmp_path):
     options = ["--learning_rate", "1e30", "--max_nonfinite_steps", "3", "--checkpoint_every_steps", "2"]
     codes, output = trainer.run(tmp_path / "run", *options)
     assert codes == [EXIT_NONFINITE]
-    assert "3 steps in a row had no finite loss and gradient; the checkpoints are as they were" in output
+    assert "3 steps in a row had no finite loss and gradient; the checkpoints are unchanged" in output
     assert steps_saved(tmp_path / "run") == [2]
     tensors, state = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[0])
     assert state["nonfinite_steps_in_a_row"] == 1
     assert all(value.isfinite().all() for group in tensors.values() for value in group.values())
 
 
-def test_checkpoints_that_no_longer_fit_leave_the_earlier_ones_and_training_goes_on_to_a_code(trainer, tmp_path):
+def test_failed_saves_keep_earlier_checkpoints_and_end_with_a_code(trainer, tmp_path):
     folder = tmp_path / "run"
     constant = ["--learning_rate_schedule", "constant"]  # such a run may be made longer
     assert trainer.run(folder, *constant, "--total_images", "64")[0] == [0]
@@ -283,7 +243,7 @@ def test_checkpoints_that_no_longer_fit_leave_the_earlier_ones_and_training_goes
     assert trainer.run(folder, *constant)[0] == [0] and steps_saved(folder) == [4, 8, 12]
 
 
-def test_on_a_full_disk_old_checkpoints_give_way_to_the_newest(trainer, tmp_path):
+def test_on_a_full_disk_old_checkpoints_make_room_for_the_newest(trainer, tmp_path):
     assert trainer.run(tmp_path / "measured", "--total_images", "64")[0] == [0]
     (saved,) = list_checkpoints(tmp_path / "measured" / "checkpoints")
     size = sum(-(-file.stat().st_size // 4096) * 4096 for file in saved.iterdir())
@@ -299,7 +259,7 @@ def test_on_a_full_disk_old_checkpoints_give_way_to_the_newest(trainer, tmp_path
         assert ("could not be written (" in output) == (code != 0)
 
 
-def test_a_killed_decoding_process_ends_the_run_with_a_sentence_and_whole_checkpoints(trainer, photos, tmp_path):
+def test_a_killed_decoding_process_ends_the_run_with_a_sentence(trainer, photos, tmp_path):
     options = [*photo_options(photos), "--memory_limit_bytes", "0", "--num_workers", "1", "--total_images", "160000"]
     folder = tmp_path / "run"
     (pid,) = trainer.start(folder, *options, *EVERY_STEP)
@@ -312,20 +272,20 @@ def test_a_killed_decoding_process_ends_the_run_with_a_sentence_and_whole_checkp
     load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
-def test_a_killed_process_ends_the_others_with_a_sentence_and_whole_checkpoints(trainer, tmp_path):
+def test_a_killed_process_ends_the_others_with_a_sentence(trainer, tmp_path):
     folder = tmp_path / "run"
     pids = trainer.start(folder, "--total_images", "160000", *EVERY_STEP, processes=2)
     until(lambda: (folder / "checkpoints").exists() and steps_saved(folder))
     os.kill(pids[1], signal.SIGKILL)
     assert trainer.wait(pids) == [1, -signal.SIGKILL]
     output = Path(f"{folder}.txt").read_text()
-    assert "train.py: error: another process of this run is gone" in output and "Traceback" not in output, output
+    assert "train.py: error: another process of this run died" in output and "Traceback" not in output, output
     load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
 @pytest.fixture(scope="module")
 def with_dropout(trainer, tmp_path_factory):
-    """Undisturbed runs with dropout, on one process and on two, of the same micro-batches."""
+    """Uninterrupted runs with dropout, on one process and on two, with the same micro-batches."""
     root = tmp_path_factory.mktemp("dropout")
     options = ["--dropout", "0.3", "--micro_batch_size", "4"]
     for processes in (1, 2):
@@ -335,9 +295,9 @@ def with_dropout(trainer, tmp_path_factory):
 
 
 def copied(run, folder, step):
-    """A run's folder as it was after a step."""
+    """A copy of a run's folder as it was after a step."""
     subprocess.run(["cp", "-r", str(run), str(folder)], check=True)
-    keep_until(folder, step)
+    drop_checkpoints_after(folder, step)
     return folder
 
 
@@ -349,16 +309,16 @@ def test_one_and_two_processes_make_the_same_run_with_dropout_too(with_dropout):
 
 
 @pytest.mark.parametrize(("begun_by", "ended_by"), [(1, 1), (2, 2), (1, 2), (2, 1)])
-def test_a_run_goes_on_from_a_step_as_if_it_had_not_stopped(trainer, with_dropout, tmp_path, begun_by, ended_by):
+def test_a_resumed_run_is_the_same_run_on_any_number_of_processes(trainer, with_dropout, tmp_path, begun_by, ended_by):
     root, options = with_dropout
     folder = copied(root / str(begun_by), tmp_path / "run", 4)
     codes, output = trainer.run(folder, *options, processes=ended_by)
-    assert codes == [0] * ended_by and "Going on from step 4 of 12" in output
+    assert codes == [0] * ended_by and "Resuming from step 4 of 12" in output
     same = assert_bit_identical if begun_by == ended_by else assert_same_run
     same(checkpoint(folder, 12), checkpoint(root / str(begun_by), 12))
 
 
-def test_dropout_draws_masks_that_differ_from_step_to_step_and_place_to_place(with_dropout):
+def test_dropout_masks_depend_on_seed_step_and_position(with_dropout):
     def mask(*address):
         seed_dropout(*address)
         return torch.nn.functional.dropout(torch.ones(1000), 0.5)
@@ -375,14 +335,12 @@ def test_gradient_checkpointing_makes_the_same_run_bit_for_bit(trainer, with_dro
     assert_bit_identical(checkpoint(tmp_path / "run", 12), checkpoint(root / "1", 12))
 
 
-def test_fsdp_on_two_processes_makes_the_same_run_and_the_same_files_and_either_goes_on_from_the_other(
-    trainer, tmp_path
-):
+def test_fsdp_makes_the_same_run_and_files_and_each_resumes_the_other(trainer, tmp_path):
     # Without dropout: masks follow the order of images in memory, which FSDP changes.
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    watched = ["--validation_fraction", "0.2", "--sample_every_steps", "12", "--ema_snapshot_every_images", "96"]
-    assert trainer.run(whole, *watched)[0] == [0]
-    codes, output = trainer.run(sharded, *watched, processes=2, environment=FSDP)
+    logging = ["--validation_fraction", "0.2", "--sample_every_steps", "12", "--ema_snapshot_every_images", "96"]
+    assert trainer.run(whole, *logging)[0] == [0]
+    codes, output = trainer.run(sharded, *logging, processes=2, environment=FSDP)
     assert codes == [0, 0], output
     expected, found = checkpoint(whole, 12), checkpoint(sharded, 12)
     assert_same_run(found, expected)
@@ -395,8 +353,8 @@ def test_fsdp_on_two_processes_makes_the_same_run_and_the_same_files_and_either_
     assert logs[0] and logs[0] == pytest.approx(logs[1], rel=1e-5)
     for run in (whole, sharded):
         assert (run / "samples" / "step-00000012.png").exists() and len(list_snapshots(run / "ema_snapshots")) == 2
-        keep_until(run, 8)
-    assert trainer.run(sharded, *watched)[0] == [0]
-    assert trainer.run(whole, *watched, processes=2, environment=FSDP)[0] == [0, 0]
+        drop_checkpoints_after(run, 8)
+    assert trainer.run(sharded, *logging)[0] == [0]
+    assert trainer.run(whole, *logging, processes=2, environment=FSDP)[0] == [0, 0]
     for run in (whole, sharded):
         assert_same_run(checkpoint(run, 12), expected)

@@ -1,14 +1,17 @@
-"""What watches a run: its figures are those of the steps, it changes nothing, and it goes on where it was cut."""
+"""Logging: values are those of the steps, the run is not changed, and an interrupted log is continued."""
 
+import errno
 import io
 import json
 import math
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from ddpm_hf.scripts import train
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,16 +21,19 @@ from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.diffusion.losses import Objective
 from ddpm_hf.seeds import make_generator
+from ddpm_hf.training import log_file
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.log_file import read_log
 from ddpm_hf.training.posthoc_ema import list_snapshots, read_snapshot
-from ddpm_hf.training.run_logger import RunLogger, read_log
+from ddpm_hf.training.run_data import load_images
+from ddpm_hf.training.run_logger import RunLogger
 from ddpm_hf.training.step import StepReport, training_step
 from ddpm_hf.training.validation import BLOCK, load_validation_images
-from tests.scripts.test_train import TINY, assert_bit_identical, checkpoint, rows
+from tests.training.helpers import TINY, assert_bit_identical, checkpoint, rows
 
 RUN = [*TINY, "--checkpoint_every_steps", "4", "--log_every_steps", "3", "--ema_snapshot_every_images", "48"]
-WATCHED = ["--validate_every_steps", "2", "--sample_every_steps", "8", "--report_to", "tensorboard"]
+LOGGING = ["--validate_every_steps", "2", "--sample_every_steps", "8", "--report_to", "tensorboard"]
 
 
 def run(output_dir, *options):
@@ -40,27 +46,27 @@ def power_ema(output_dir):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("watched")
-    return folder, run(folder, *WATCHED)
+def logged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logged")
+    return folder, run(folder, *LOGGING)
 
 
-def test_watching_changes_nothing(watched, tmp_path):
-    assert_bit_identical(run(tmp_path / "alone", "--validate_every_steps", "0"), watched[1])
+def test_logging_does_not_change_the_run(logged, tmp_path):
+    assert_bit_identical(run(tmp_path / "alone", "--validate_every_steps", "0"), logged[1])
     assert all("validation_loss" not in row for row in read_log(tmp_path / "alone" / "log.jsonl"))
-    assert not (tmp_path / "alone" / "samples").exists() and (watched[0] / "samples").is_dir()
+    assert not (tmp_path / "alone" / "samples").exists() and (logged[0] / "samples").is_dir()
 
 
-def test_a_run_that_was_cut_off_goes_on_with_log_averages_and_snapshots_as_if_it_had_not_been(watched, tmp_path):
-    folder, expected = watched
+def test_log_averages_and_snapshots_resume_as_if_uninterrupted(logged, tmp_path):
+    folder, expected = logged
     shutil.copytree(folder, tmp_path / "cut")
     cut = tmp_path / "cut"
     for step in (8, 12):
         shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step:08d}")
     with open(cut / "log.jsonl", "a") as log:
-        log.write('{"step": 13, "images": 20')  # torn, and behind rows of steps that will be made again
-    assert_bit_identical(run(cut, *WATCHED), expected)
-    # Step 4 lies between two rows of the log: what the checkpoint keeps of the sums decides.
+        log.write('{"step": 13, "images": 20')  # incomplete, after rows of steps that will be repeated
+    assert_bit_identical(run(cut, *LOGGING), expected)
+    # Step 4 lies between two rows of the log: the sums in the checkpoint matter.
     assert rows(cut) == rows(folder)
     for here, there in zip(*(list_snapshots(f / "ema_snapshots") for f in (cut, folder)), strict=True):
         assert here.images_seen == there.images_seen
@@ -68,12 +74,12 @@ def test_a_run_that_was_cut_off_goes_on_with_log_averages_and_snapshots_as_if_it
     assert sorted(p.name for p in (cut / "samples").iterdir()) == sorted(p.name for p in (folder / "samples").iterdir())
 
 
-def test_the_log_holds_the_means_of_the_steps_by_quartile_of_t(watched, tmp_path):
-    folder, _ = watched
+def test_the_log_has_the_mean_losses_by_quartile_of_t(logged, tmp_path):
+    folder, _ = logged
     config = parse_config([*RUN, "--output_dir", str(tmp_path)])
     unet, scheduler = initial(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)
-    (images, _), accelerator = train.load_images(config), Accelerator()
+    (images, _), accelerator = load_images(config), Accelerator()
     batches = GlobalBatches(len(images), config.batch_size, config.seed)
     t, losses, norms = [], [], []
     for step in range(3):
@@ -92,21 +98,21 @@ def test_the_log_holds_the_means_of_the_steps_by_quartile_of_t(watched, tmp_path
 
 def initial(config):
     torch.manual_seed(config.seed)
-    train.set_seed(config.seed)
+    set_seed(config.seed)
     unet, scheduler = build(config)
     return unet.to(memory_format=torch.channels_last), scheduler
 
 
-def test_the_figures_of_the_last_step_are_in_the_metrics(watched):
-    folder, _ = watched
+def test_the_losses_of_the_last_step_are_in_the_metrics(logged):
+    folder, _ = logged
     training, last = json.loads((folder / "metrics.json").read_text())["training"], rows(folder)[-1]
     for name in ("loss", "validation_loss", "validation_loss_ema"):
         assert training[f"final_{name}"] == last[name]
     assert (folder / "loss.png").stat().st_size > 0
 
 
-def test_the_validation_loss_is_that_of_the_saved_weights_raw_and_averaged(watched):
-    folder, saved = watched
+def test_validation_loss_is_that_of_the_saved_and_averaged_weights(logged):
+    folder, saved = logged
     config = parse_config(["--config", str(folder / "config.yaml")])
     images = load_validation_images(config)
     assert len(images) == config.validation_images
@@ -124,8 +130,8 @@ def test_the_validation_loss_is_that_of_the_saved_weights_raw_and_averaged(watch
             assert torch.cat(losses).mean().item() == pytest.approx(rows(folder)[-1][key], rel=1e-5)
 
 
-def test_tensorboard_has_the_figures_of_the_log_and_the_pictures_of_the_files(watched):
-    folder, _ = watched
+def test_tensorboard_has_the_values_of_the_log_and_the_pictures(logged):
+    folder, _ = logged
     events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0, "scalars": 0}).Reload()
     log = read_log(folder / "log.jsonl")
     for name in ("loss", "grad_norm", "learning_rate", "images_per_second", "validation_loss", "validation_loss_ema"):
@@ -143,8 +149,8 @@ def test_tensorboard_has_the_figures_of_the_log_and_the_pictures_of_the_files(wa
             assert np.array_equal(there, np.asarray(Image.open(file).convert("RGB"))) and there.std() > 1
 
 
-def test_snapshots_are_kept_at_their_interval_and_at_the_end(watched):
-    folder, saved = watched
+def test_snapshots_are_saved_at_their_interval_and_at_the_end(logged):
+    folder, saved = logged
     snapshots = list_snapshots(folder / "ema_snapshots")
     assert [s.images_seen for s in snapshots] == [48, 96, 144, 192]
     last = load_file(snapshots[-1].file)
@@ -152,10 +158,10 @@ def test_snapshots_are_kept_at_their_interval_and_at_the_end(watched):
     assert all(torch.equal(value, saved["power_ema"][name]) for name, value in last.items())
 
 
-def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(watched, tmp_path, capsys):
-    folder, saved = watched
+def test_a_dry_run_prints_a_summary_and_writes_nothing(logged, tmp_path, capsys):
+    folder, saved = logged
     capsys.readouterr()
-    train.main([*RUN, *WATCHED, "--output_dir", str(tmp_path / "out"), "--dry_run"])
+    train.main([*RUN, *LOGGING, "--output_dir", str(tmp_path / "out"), "--dry_run"])
     printed = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     parameters = sum(value.numel() for value in saved["model"].values())
@@ -168,24 +174,24 @@ def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(watched, tmp_pa
         "12 steps of 16 images" in printed and "256 validation images" in printed and str(tmp_path / "out") in printed
     )
     assert "images/s over 5 steps" in printed and "to go" in printed and "nothing was written" in printed
-    # Beside a run that is there, and with --overwrite, it takes nothing away either.
+    # In the folder of a finished run, and with --overwrite, it deletes nothing either.
     before = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    train.main([*RUN, *WATCHED, "--output_dir", str(folder), "--dry_run", "--overwrite"])
+    train.main([*RUN, *LOGGING, "--output_dir", str(folder), "--dry_run", "--overwrite"])
     assert {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()} == before
 
 
-def fed(config, unet, *steps):
-    """RunLogger that took in steps of (t, losses, grad_norm, skipped), one at a time."""
-    records = RunLogger(config, Accelerator(cpu=True), unet, None, {}, None, 0, None, 100)
+def log_steps(config, unet, *steps):
+    """Log steps of (t, losses, grad_norm, skipped), one at a time."""
+    run_logger = RunLogger(config, Accelerator(cpu=True), unet, None, {}, None, 0, None, 100)
     for done, (t, losses, norm, skipped) in enumerate(steps, start=1):
         losses = torch.tensor(losses)
         report = StepReport(torch.tensor(t), losses, torch.tensor(norm), 3 * losses, torch.tensor(skipped))
-        records.after_step(done, report)
+        run_logger.after_step(done, report)
         yield
-    records.close()
+    run_logger.close()
 
 
-def test_skipped_steps_are_counted_and_kept_out_of_the_means(tmp_path, make_unet):
+def test_skipped_steps_are_counted_and_left_out_of_the_means(tmp_path, make_unet):
     config = parse_config([*TINY, "--output_dir", str(tmp_path), "--log_every_steps", "3"])
     nan, t = math.nan, [0, 300, 600, 600]
     steps = [
@@ -194,27 +200,30 @@ def test_skipped_steps_are_counted_and_kept_out_of_the_means(tmp_path, make_unet
         (t, [2.0, 6.0, 4.0, 5.0], 7.0, 0.0),
         *[(t, [nan] * 4, nan, 1.0)] * 3,
     ]
-    list(fed(config, make_unet(), *steps))
+    list(log_steps(config, make_unet(), *steps))
     first, second = read_log(tmp_path / "log.jsonl")
     assert first["loss_by_t_quartile"] == [1.5, 5.5, 4.0, None] and first["skipped_steps"] == 1
     assert (first["loss"], first["objective"], first["grad_norm"]) == (3.75, 11.25, 6.5)
     assert (second["loss"], second["objective"], second["grad_norm"], second["skipped_steps"]) == (None, None, None, 3)
 
 
-def test_rows_that_a_full_disk_did_not_take_are_in_the_log_once_there_is_room(tmp_path, make_unet, caplog):
+def test_rows_refused_by_a_full_disk_are_written_once_there_is_room(tmp_path, make_unet, caplog, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     config = parse_config([*TINY, "--output_dir", str(tmp_path), "--log_every_steps", "1"])
-    steps = fed(config, make_unet(), *[([0], [1.0], 1.0, 0.0)] * 3)
+    steps = log_steps(config, make_unet(), *[([0], [1.0], 1.0, 0.0)] * 3)
     next(steps)
-    log = tmp_path / "log.jsonl"
-    log.rename(tmp_path / "kept")
-    log.symlink_to("/dev/full")
-    next(steps)
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(log_file, "open", refuse, raising=False)
+        next(steps)
     assert "Row 2 of log.jsonl could not be written ([Errno 28] No space left on device)" in caplog.text
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1]
     assert list(steps) == [None]
-    assert [row["step"] for row in read_log(log)] == [1, 2, 3] and not log.is_symlink()
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
-def test_a_pipeline_of_the_weights_in_the_folder_is_what_was_averaged(watched):
-    folder, saved = watched
+def test_the_saved_pipeline_has_the_average_of_a_logged_run(logged):
+    folder, saved = logged
     weights = DDPMPipelineCustom.from_pretrained(folder).unet.state_dict()
     assert all(torch.equal(weights[name], average) for name, average in saved["ema"].items())

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
-from ddpm_hf.scripts import train
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
@@ -16,6 +15,7 @@ from ddpm_hf.pipelines.guidance import class_names_of, null_class_of
 from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints
 from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.step_randomness import draw_randomness
 from tests.scripts.test_train import TINY, assert_bit_identical, assert_same_run, checkpoint, launch, run
@@ -115,7 +115,7 @@ def conditional_step(**changes):
     """A step of a class-conditional network: configuration, randomness, inputs of the network, report, labels."""
     config = dataclasses.replace(parse_config([*TINY, *MIXED]), timestep_sampler="uniform", **changes)
     unet, scheduler = build(config)
-    images, _ = train.load_images(config)
+    images, _ = load_images(config)
     batch = images[list(range(16))]
     inputs_seen = []
     unet.register_forward_pre_hook(lambda _, inputs: inputs_seen.append(inputs))

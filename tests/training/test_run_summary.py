@@ -1,0 +1,25 @@
+"""The summary of a run, its speed and the time left."""
+
+import pytest
+import torch
+
+from ddpm_hf.training import run_summary
+from ddpm_hf.training.run_summary import SpeedReport
+
+
+@pytest.mark.parametrize(
+    ("first_step", "num_steps", "reported"),
+    [(0, 100, 6), (10, 100, 16), (0, 3, 3), (98, 100, 100), (99, 100, None), (100, 100, None)],
+)
+def test_speed_is_reported_once_after_five_timed_steps_or_at_the_end(first_step, num_steps, reported):
+    speed = SpeedReport(first_step, num_steps, 16, torch.device("cpu"))
+    lines = {done: line for done in range(first_step + 1, num_steps + 1) if (line := speed.after_step(done))}
+    assert list(lines) == ([] if reported is None else [reported])
+
+
+def test_speed_and_time_left_follow_from_the_timed_steps(monkeypatch):
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(run_summary.time, "monotonic", lambda: next(clock))
+    speed = SpeedReport(0, 1005 + 1, 16, torch.device("cpu"))
+    (line,) = [line for done in range(1, 8) if (line := speed.after_step(done))]
+    assert line == "Speed       40.0 images/s over 5 steps; about 7 min to go"
