@@ -149,7 +149,7 @@ def refused(hub, tmp_path_factory):
     {
         "bad token": ["does not accept this token", "hf auth login"],
         "no token": ["not logged in", "hf auth login"],
-        "foreign": ["other/name", "may not write"],
+        "foreign": ["other/name", "no write access"],
     }.items(),
 )
 def test_a_run_that_could_not_push_ends_before_anything_is_trained(hub, refused, run, words):
@@ -163,8 +163,8 @@ def test_what_the_hub_refuses_is_kept_and_said_and_the_training_goes_on(hub, ref
     tmp, runs = refused
     assert runs["kept"]["status"] == 0, runs["kept"]["output"]
     said = runs["kept"]["output"]
-    assert "Could not push step-00000002" in said and "Could not push the model" in said and "429" in said
-    assert f"python training/publish.py {tmp / 'user-kept'} --repo_id user/kept" in said
+    assert "Could not upload step-00000002" in said and "Could not upload the model" in said and "429" in said
+    assert f"ddpm-publish {tmp / 'user-kept'} --repo_id user/kept" in said
     assert DDPMPipelineCustom.from_pretrained(tmp / "user-kept").unet.config.in_channels == 3
     assert no_token_in(hub, tmp / "user-kept", said)
 
