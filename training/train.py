@@ -39,7 +39,7 @@ from ddpm_hf.training.run_logger import RunLogger
 from ddpm_hf.training.sharding import full_on_cpu
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, say_error
-from ddpm_hf.training.uploads import Pusher
+from ddpm_hf.training.uploads import Uploader
 from ddpm_hf.training.validation import load_validation_images
 
 logger = logging.getLogger("train")
@@ -69,7 +69,15 @@ def main(arguments: list[str] | None = None) -> None:
             set_seed(config.seed)
             torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = config.tf32
-            pusher = Pusher(config, accelerator.is_main_process)
+            uploads = config.push_to_hub and accelerator.is_main_process and not config.dry_run
+            uploader = Uploader(
+                Path(config.output_dir),
+                config.hub_model_id if uploads else None,
+                config.hub_private,
+                config.checkpoint_every_steps * config.push_every_checkpoints,
+                config.keep_checkpoints,
+            )
+            uploader.create_repository()
             unet, scheduler = build(config)
             with accelerator.main_process_first():
                 images, validation = load_images(config, accelerator.device)
@@ -84,11 +92,13 @@ def main(arguments: list[str] | None = None) -> None:
             accelerator.wait_for_everyone()
             restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
             check_same_data(images, restored)
-            pusher.start()
+            uploader.start(config.overwrite)
         except ValueError as error:
             fail("train.py", error)
         try:
-            run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, pusher, signals)
+            run(
+                config, accelerator, unet, scheduler, images, validation, validation_subset, restored, uploader, signals
+            )
         except StreamError as error:
             sys.exit(f"train.py: error: {error}")
         except (RuntimeError, ConnectionError, EOFError) as error:
@@ -106,7 +116,7 @@ def run(
     validation: Images | None,
     validation_subset: Images | None,
     restored: tuple[dict, dict] | None,
-    pusher: Pusher,
+    uploader: Uploader,
     signals: StopSignals,
 ) -> None:
     """Train from `restored`, or from the start, to the end; a dry run stops after a few steps and writes nothing.
@@ -205,7 +215,8 @@ def run(
                 }
                 saved = save(config, accelerator, done, unet, averages, optimizer.optimizer, timestep_sampler, state)
                 if saved is not None:
-                    pusher.checkpoint(done, unet, scheduler, saved)
+                    if done < config.num_steps:
+                        uploader.upload_checkpoint(done, unet, scheduler, saved)
                 elif stop or done == config.num_steps:
                     say_error("the run ends without its last checkpoint; make room and give the same command.")
                     exit_code = EXIT_NOT_SAVED
@@ -243,7 +254,7 @@ def run(
                 mark_class_names(unet, images.class_names)
         unet.load_state_dict(averaged)
         finish(config, unet, scheduler, records.rows, training)
-        pusher.finish()
+        uploader.finish()
     # Before the process group ends: a DDP model that is its last owner waits, with Python's lock, for threads of gloo's
     # that may be waiting for that lock (torch 2.13).
     del model, optimizer

@@ -45,6 +45,7 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, to
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in group.items()},
                 unfinished / f"{name}.safetensors",
+                metadata={"format": "pt"},  # diffusers requires it: uploads.py publishes ema.safetensors as it is
             )
         state = {**state, "step": step, "versions": versions()}
         (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
