@@ -123,8 +123,7 @@ def test_the_recipe_and_its_cost_are_those_of_the_run(card):
     ):
         assert cell in text, cell
     assert "kWh" not in text
-    measured = card(training={**TRAINING, "seconds": 9000, "energy_kwh": 0.0123, "codecarbon": "3.3"}).text
-    assert "0.0123 kWh, estimated by codecarbon 3.3" in measured and "2.5 hours" in measured
+    assert "2.5 hours" in card(training={**TRAINING, "seconds": 9000}).text
     assert "@inproceedings{ho2020denoising" in text and "## Limits" in text
 
 
@@ -203,7 +202,7 @@ def test_the_card_says_how_the_weights_are_averaged(card, tmp_path):
     assert "(ema.png)" in text and "half-life of 8,000" not in text.split("```yaml")[0]
     config = TrainingConfig(**(load_preset("digits") | {"ema_halflife_images": 0, "ema_decay": 0.9999}))
     write_metrics_and_card(tmp_path, config.to_yaml(), {"training": TRAINING})
-    assert "averaged with a decay of 0.9999 a step" in (tmp_path / "README.md").read_text()
+    assert "averaged with a decay of 0.9999 per step" in (tmp_path / "README.md").read_text()
 
 
 def test_the_shipped_model_is_small_and_whole_and_makes_the_images_that_stock_makes_of_it():
