@@ -1,19 +1,17 @@
-"""Publishing and downloading when the network misbehaves: every fault at every endpoint, over both transports, through the
-real client. Nothing is lost and nothing is doubled."""
+"""Uploads and downloads with network faults: every fault at every endpoint, over both transports, with the real client.
+
+Nothing is lost and nothing is uploaded twice.
+"""
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.hub import Fault, HubServer
+from tests.hub import Fault, HubServer, hub_environment, run_client
 
-ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 README = "---\nlicense: mit\n---\n\n# By hand\n"
 
@@ -28,7 +26,7 @@ UPLOAD = {"cut in mid-upload": {"mid_upload": True}}
 DOWNLOAD = {"cut in mid-download": {"mid_download": True}}
 FLIP = {"flipped bit": {"flips": True}}
 
-# Endpoint -> pattern of its requests ({user} and {sha256} are the case's) and what can go wrong with them.
+# Endpoint -> pattern of its requests (with {user} and {sha256} of the case), and the faults they can have.
 PUBLISH = {
     "create": ("POST /api/repos/create {user}$", ERRORS | LOST),
     "whoami": ("GET /api/whoami-v2 {user}$", ERRORS),
@@ -71,7 +69,7 @@ def cases(*tables: dict) -> list[tuple[str, str]]:
 
 
 def make_pipeline(folder: Path, seed: int) -> dict[str, bytes]:
-    """A saved pipeline as far as publishing looks at it, with weights of its own; its files by name."""
+    """Write the files of a saved pipeline that publishing reads, with weights of its own; the files by name."""
     files = {
         "model_index.json": b'{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}',
         "unet/config.json": json.dumps({"seed": seed}).encode(),
@@ -84,7 +82,7 @@ def make_pipeline(folder: Path, seed: int) -> dict[str, bytes]:
 
 
 class Bench:
-    """A Hub on which each case has a user, a model and a fault of its own, so that all can run at once."""
+    """A Hub on which each case has its own user, model and fault, so that all can run at once."""
 
     def __init__(self, hub: HubServer, tmp: Path, table: dict, transport: str):
         self.hub, self.tmp, self.transport = hub, tmp, transport
@@ -108,7 +106,9 @@ class Bench:
 
     def run(self) -> "Bench":
         self.outcomes = dict(zip(self.cases, calls(self.hub, self.tmp, self.transport, self.asked)))
-        assert [(fault.pattern, fault.times) for fault in self.hub.faults if fault.times] == []  # all of them struck
+        assert [
+            (fault.pattern, fault.times) for fault in self.hub.faults if fault.times
+        ] == []  # each fault has occurred
         return self
 
 
@@ -121,22 +121,10 @@ class LoadBench(Bench):
 
 
 def calls(hub: HubServer, tmp: Path, transport: str, asked: list[dict]) -> list[dict]:
-    """Make calls at once, in a fresh process with a cache of its own."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp / f"home{len(list(tmp.glob('home*')))}")}
-    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms", "PYTHONPATH": str(ROOT)}
-    env |= {"HF_HUB_DISABLE_XET": "1"} if transport == "lfs" else {}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "hub" / "client.py"), "calls"],
-        input=json.dumps(asked),
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not any(token in done.stdout + done.stderr for token in hub.users)
-    return json.loads(done.stdout.splitlines()[-1])
+    """Make calls concurrently, in a new process with an empty cache."""
+    options = {"HF_HUB_DISABLE_XET": "1"} if transport == "lfs" else {}
+    env = hub_environment(hub, tmp / f"home{len(list(tmp.glob('home*')))}", **options)
+    return run_client(env, "calls", requests=asked)
 
 
 TABLES = {
@@ -154,7 +142,7 @@ def published(request, tmp_path_factory):
         yield Bench(hub, tmp_path_factory.mktemp("publish"), table, request.param).run()
 
 
-def test_whatever_goes_wrong_once_a_model_is_published_whole_and_once(published):
+def test_a_transient_fault_leaves_one_complete_upload(published):
     wrong = {}
     for i, case in enumerate(published.cases):
         outcome, repo = published.outcomes[case], published.hub.repo(f"u{i}/m")
@@ -172,7 +160,7 @@ def test_whatever_goes_wrong_once_a_model_is_published_whole_and_once(published)
     assert wrong == {}
 
 
-def test_weights_go_the_way_that_is_tested(published):
+def test_weights_use_the_transport_under_test(published):
     asked = [request.path for request in published.hub.requests]
     assert any("/v1/xorbs/" in path for path in asked) == (published.transport == "xet")
     assert any("/info/lfs/" in path for path in asked) == (published.transport == "lfs")
@@ -199,7 +187,7 @@ def loaded(request, tmp_path_factory):
         yield bench.run()
 
 
-def test_whatever_goes_wrong_once_a_model_is_loaded_as_it_is(loaded):
+def test_a_transient_fault_leaves_every_download_intact(loaded):
     wrong = {}
     for case in loaded.cases:
         outcome, files = loaded.outcomes[case], loaded.files[case]
@@ -212,7 +200,7 @@ def test_whatever_goes_wrong_once_a_model_is_loaded_as_it_is(loaded):
     assert any("/xorbs/" in request.path for request in loaded.hub.requests) == (loaded.transport == "xet")
 
 
-def test_a_file_that_stays_damaged_is_named_and_not_kept(tmp_path):
+def test_a_file_damaged_twice_is_named_and_not_kept(tmp_path):
     with HubServer() as hub:
         files = make_pipeline(tmp_path / "model", seed=1)
         token = hub.add_user("user")
@@ -226,7 +214,7 @@ def test_a_file_that_stays_damaged_is_named_and_not_kept(tmp_path):
     assert not any(len(content) == len(files[WEIGHTS]) for content in contents)
 
 
-def test_pushes_at_once_are_commits_one_after_the_other_even_if_answers_are_lost(tmp_path):
+def test_concurrent_uploads_with_lost_responses_lose_no_commit(tmp_path):
     with HubServer() as hub:
         token = hub.add_user("user")
         folders = [str(tmp_path / f"model{i}") for i in range(3)]
@@ -245,7 +233,7 @@ def test_pushes_at_once_are_commits_one_after_the_other_even_if_answers_are_lost
         assert outcomes[3]["url"].endswith("/user/pulled/discussions/1")
 
 
-def test_what_keeps_going_wrong_is_one_sentence_and_leaves_nothing(tmp_path):
+def test_a_persistent_fault_is_one_sentence_and_leaves_no_files(tmp_path):
     faults = {
         "503": {"status": 503},
         "429": {"status": 429},

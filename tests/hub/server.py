@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from .store import Blob, HubError, Repo
-from .xet import XetStore, chunk_places
+from tests.hub.store import Blob, HubError, Repo
+from tests.hub.xet import XetStore, chunk_places
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from . import Fault, HubServer
+from tests.hub import Fault, HubServer
 
 WEIGHTS = b"\0" + bytes(range(200))
 

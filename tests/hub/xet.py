@@ -9,7 +9,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from .store import HubError
+from tests.hub.store import HubError
 
 HEADER, ENTRY, FOOTER = 48, 48, b"XETBLOB"
 BOOKEND = b"\xff" * 32

@@ -1,7 +1,5 @@
-"""A training that pushes to a Hub: real runs, killed in the middle of a push, and refused by the Hub."""
+"""Training with --push_to_hub: runs that are killed during an upload, and runs that the Hub refuses."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,12 +15,11 @@ from sklearn.datasets import load_sample_image
 
 from ddpm_hf import DDPMPipelineCustom
 from tests.conftest import TINY_TRAINING, flags
-from tests.hub import Fault, HubServer
+from tests.hub import Fault, HubServer, hub_environment, run_client
 from tests.hub.client import sample
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, PUBLISH = (str(ROOT / "training" / name) for name in ("train.py", "publish.py"))
-CLIENT = str(ROOT / "tests" / "hub" / "client.py")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 TINY = flags(
     **TINY_TRAINING, resolution=8, total_images=64, checkpoint_every_steps=2, log_every_steps=2, sample_steps=2
@@ -38,9 +35,7 @@ def hub():
 
 
 def environment(hub, tmp: Path, **changes: str) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    ours = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp / "home"), "PYTHONPATH": str(ROOT)}
-    return {**env, **ours, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms", **changes}
+    return hub_environment(hub, tmp / "home", **{"HF_TOKEN": hub.token} | changes)
 
 
 def no_token_in(hub, folder: Path, *texts: str) -> bool:
@@ -50,8 +45,7 @@ def no_token_in(hub, folder: Path, *texts: str) -> bool:
 
 @pytest.fixture(scope="module")
 def stopped(hub, tmp_path_factory):
-    """A run on the digits that gets SIGTERM while its first push is at the Hub, which makes the commit all the same; then
-    the same command again."""
+    """A run that gets SIGTERM during its first upload, whose commit the Hub makes nevertheless; then the same command."""
     tmp = tmp_path_factory.mktemp("stopped")
     hub.faults.append(Fault("POST .*/user/stopped/commit/", delay_seconds=3))
     command = [sys.executable, TRAIN, "--output_dir", str(tmp / "run"), *TINY, "user/stopped"]
@@ -63,25 +57,25 @@ def stopped(hub, tmp_path_factory):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    said = first.communicate()[0]
-    assert first.returncode == 128 + signal.SIGTERM, said
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode == 128 + signal.SIGTERM, output
     left = [folder.name for folder in (tmp / "run" / "unpublished").iterdir()]
-    second = subprocess.run(command, env=environment(hub, tmp), capture_output=True, text=True)
+    second = subprocess.run(command, env=environment(hub, tmp), capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stderr
-    return tmp, left, said + second.stdout + second.stderr
+    return tmp, left, output + second.stdout + second.stderr
 
 
-def test_a_push_that_is_killed_is_neither_lost_nor_doubled(hub, stopped):
-    tmp, left, said = stopped
+def test_a_killed_upload_is_neither_lost_nor_made_twice(hub, stopped):
+    tmp, left, output = stopped
     repo = hub.repo("user/stopped")
     assert left == ["step-00000002"]
     assert [commit.title for commit in repo.history()] == [FINAL, STEP, "initial commit"]
     assert repo.tags == {"step-2": repo.history()[1].oid}
     assert list((tmp / "run" / "unpublished").iterdir()) == []
-    assert no_token_in(hub, tmp / "run", said)
+    assert no_token_in(hub, tmp / "run", output)
 
 
-def test_a_pushed_step_holds_the_averaged_weights_of_its_checkpoint(hub, stopped):
+def test_an_uploaded_step_holds_the_ema_weights_of_its_checkpoint(hub, stopped):
     pushed = load(hub.repo("user/stopped").contents("step-2")[WEIGHTS])
     checkpoint = stopped[0] / "run" / "checkpoints" / "checkpoint-00000002"
     ema, model = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
@@ -90,14 +84,12 @@ def test_a_pushed_step_holds_the_averaged_weights_of_its_checkpoint(hub, stopped
     assert any((pushed[name] != model[name]).any() for name in ema)
 
 
-def test_over_xet_both_pipelines_make_the_images_of_the_folder(hub, stopped):
+def test_both_pipelines_loaded_over_xet_give_the_folders_images(hub, stopped):
     tmp = stopped[0]
     (tmp / "out").mkdir()
     steps = ["trained, stock", "trained", "trained, step 2"]
-    env = environment(hub, tmp, HF_HOME=str(tmp / "elsewhere"))
     hub.requests.clear()
-    done = subprocess.run([sys.executable, CLIENT, "load", str(tmp / "out"), *steps], env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_client(environment(hub, tmp, HF_HOME=str(tmp / "elsewhere")), "load", str(tmp / "out"), *steps)
     assert sum("/xorbs/" in request.path for request in hub.requests) >= 3
     expected = sample(DDPMPipelineCustom.from_pretrained(tmp / "run"))
     for step in steps[:2]:
@@ -107,7 +99,7 @@ def test_over_xet_both_pipelines_make_the_images_of_the_folder(hub, stopped):
 
 @pytest.fixture(scope="module")
 def refused(hub, tmp_path_factory):
-    """Runs that the Hub refuses something, on pictures from a data set repository, and publishing afterwards."""
+    """Runs on a data set of the Hub whose uploads the Hub refuses, and publishing afterwards."""
     tmp = tmp_path_factory.mktemp("refused")
     photograph = load_sample_image("china.jpg")
     pictures = [Image.fromarray(photograph[i * 20 : i * 20 + 16, :16]) for i in range(16)]
@@ -115,7 +107,7 @@ def refused(hub, tmp_path_factory):
     datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(tmp / "train.parquet")
     data = {"data/train-00000-of-00001.parquet": (tmp / "train.parquet").read_bytes()}
     hub.add_repo("user/pictures", data, kind="datasets")
-    # A Hub that asks for more patience than anybody has is not asked again.
+    # A wait longer than `longest_wait_seconds` is not retried.
     hub.faults.append(Fault("POST .*/user/kept/commit/", status=429, retry_after_seconds=9999, times=3))
 
     def train(name: str, **env: str) -> dict:
@@ -133,15 +125,7 @@ def refused(hub, tmp_path_factory):
             "env": {},
         },
     }
-    done = subprocess.run(
-        [sys.executable, CLIENT, "scripts"],
-        input=json.dumps(list(runs.values())),
-        env=environment(hub, tmp),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return tmp, dict(zip(runs, json.loads(done.stdout.splitlines()[-1])))
+    return tmp, dict(zip(runs, run_client(environment(hub, tmp), "scripts", requests=list(runs.values()))))
 
 
 @pytest.mark.parametrize(
@@ -152,24 +136,24 @@ def refused(hub, tmp_path_factory):
         "foreign": ["other/name", "no write access"],
     }.items(),
 )
-def test_a_run_that_could_not_push_ends_before_anything_is_trained(hub, refused, run, words):
+def test_a_run_without_write_access_ends_before_training(hub, refused, run, words):
     tmp, runs = refused
     assert runs[run]["status"] == 1
     assert [word for word in ["train.py: error: ", *words] if word not in runs[run]["output"]] == []
     assert not list(tmp.glob("*/checkpoints")) or list(tmp.glob("*/checkpoints")) == [tmp / "user-kept" / "checkpoints"]
 
 
-def test_what_the_hub_refuses_is_kept_and_said_and_the_training_goes_on(hub, refused):
+def test_a_refused_upload_is_kept_and_logged_and_training_continues(hub, refused):
     tmp, runs = refused
     assert runs["kept"]["status"] == 0, runs["kept"]["output"]
-    said = runs["kept"]["output"]
-    assert "Could not upload step-00000002" in said and "Could not upload the model" in said and "429" in said
-    assert f"ddpm-publish {tmp / 'user-kept'} --repo_id user/kept" in said
+    output = runs["kept"]["output"]
+    assert "Could not upload step-00000002" in output and "Could not upload the model" in output and "429" in output
+    assert f"ddpm-publish {tmp / 'user-kept'} --repo_id user/kept" in output
     assert DDPMPipelineCustom.from_pretrained(tmp / "user-kept").unet.config.in_channels == 3
-    assert no_token_in(hub, tmp / "user-kept", said)
+    assert no_token_in(hub, tmp / "user-kept", output)
 
 
-def test_what_was_kept_is_published_later_with_the_name_from_the_configuration(hub, refused):
+def test_publish_uploads_kept_steps_to_the_configured_repository(hub, refused):
     tmp, runs = refused
     assert runs["later"]["status"] == 0, runs["later"]["output"]
     repo = hub.repo("user/kept")
@@ -184,16 +168,15 @@ def test_what_was_kept_is_published_later_with_the_name_from_the_configuration(h
     )
 
 
-def test_a_data_set_repository_gives_the_same_pictures_plain_and_streamed(hub, refused, tmp_path):
+def test_a_data_set_on_the_hub_gives_the_same_images_streamed(hub, refused, tmp_path):
     code = """
 import sys, datasets, numpy as np
 for name, streaming in (("plain", False), ("streamed", True)):
     rows = datasets.load_dataset("user/pictures", split="train", streaming=streaming)
     np.save(sys.argv[1] + "/" + name, np.stack([np.asarray(row["image"]) for row in rows]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment(hub, refused[0]), capture_output=True
-    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment(hub, refused[0]), capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     expected = [np.asarray(row["image"]) for row in datasets.Dataset.from_parquet(str(refused[0] / "train.parquet"))]
     for name in ("plain", "streamed"):
