@@ -147,8 +147,8 @@ def _explain_response(error: errors.HfHubHTTPError, repo_id: str, host: str) -> 
     if isinstance(error, errors.EntryNotFoundError):
         return FileNotFoundError, f"{repo_id} has no such file: see {host}/{repo_id}/tree/main."
     if status == 401:
-        is_refused = "credential" in message.lower() or error.request.method != "GET"
-        problem = "does not accept this token" if is_refused else f"requires a login for {repo_id}"
+        had_token = "Authorization" in error.response.request.headers
+        problem = "does not accept this token" if had_token else f"requires a login for {repo_id}"
         return PermissionError, f"the Hub {problem}: {LOG_IN} to a token with write access (the Hub said: {message})."
     if status == 403:
         return PermissionError, f"this token has no write access to {repo_id} (the Hub said: {message})."

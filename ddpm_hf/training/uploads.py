@@ -137,8 +137,8 @@ class Uploader:
     def _work(self) -> None:
         while (step_folder := self._steps.get()) is not None:
             self._try(publish_step, step_folder, step_folder.name)
-            if self._steps.empty():  # failed uploads must not fill the disk
-                for old in staged_steps(self.output_dir)[: -self.keep]:
+            for old in staged_steps(self.output_dir)[: -self.keep]:
+                if old <= step_folder:  # failed: failures must not fill the disk
                     shutil.rmtree(old, ignore_errors=True)
 
     def _try(self, upload: Callable[..., Published], folder: Path, name: str) -> bool:

@@ -1,10 +1,11 @@
-"""Tests of `ddpm_hf.hub`, and the Hub that they, tests/test_transfer.py and tests/training/test_uploads.py use.
+"""Tests of `ddpm_hf.hub`, and the Hub that they and tests/training/test_uploads.py use.
 
 - server.py: a Hub-compatible HTTP server on loopback (standard library only), with faults on request.
 - store.py: its repositories, commits and users, in memory.
 - xet.py: its Xet storage (chunks, xorbs, shards).
 - client.py: a script that uses the real client in a process of its own, which `run_client` starts.
-- test_server.py tests the server itself; test_publish.py and test_model_card.py test `ddpm_hf.hub`.
+- test_server.py tests the server itself; test_publish.py and test_model_card.py test `ddpm_hf.hub`; test_faults.py tests
+  uploads and downloads with every network fault (`ddpm_hf.transfer`).
 """
 
 import json
@@ -26,7 +27,7 @@ def hub_environment(hub: HubServer, home: Path, **changes: str) -> dict[str, str
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
     env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return env | {"HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms"} | changes
+    return env | {"HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3"} | changes
 
 
 def run_client(env: dict[str, str], *arguments: str, requests: list[dict] | None = None):

@@ -131,9 +131,11 @@ def scripts() -> None:
 
 
 def calls() -> None:
+    from ddpm_hf import transfer
     from ddpm_hf.hub.publish import publish
     from ddpm_hf.transfer import Retries, download_snapshot, explain_error
 
+    transfer.REQUEST_TIMEOUT_SECONDS = float(os.environ.get("REQUEST_TIMEOUT_SECONDS", 60))
     retries = Retries(first_wait_seconds=0.05)
 
     def make(request: dict) -> dict:

@@ -1,5 +1,6 @@
 """Training with --push_to_hub: runs that are killed during an upload, and runs that the Hub refuses."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,10 +11,14 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.hub import publish
+from ddpm_hf.hub.publish import published_files
+from ddpm_hf.training import uploads
+from ddpm_hf.training.uploads import Uploader, stage_step, staged_steps
 from tests.conftest import TINY_TRAINING, flags
 from tests.hub import Fault, HubServer, hub_environment, run_client
 from tests.hub.client import sample
@@ -21,10 +26,75 @@ from tests.hub.client import sample
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, PUBLISH = (str(ROOT / "training" / name) for name in ("train.py", "publish.py"))
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PIPELINE = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS]
 TINY = flags(
     **TINY_TRAINING, resolution=8, total_images=64, checkpoint_every_steps=2, log_every_steps=2, sample_steps=2
 ) + ["--push_to_hub", "--hub_model_id"]
 FINAL, STEP = "Publish a model trained with ddpm_hf", "Step 2 of a training with ddpm_hf"
+
+
+def test_a_staged_step_is_complete_and_shares_the_ema_file(tiny_pipeline, tmp_path):
+    ema = tmp_path / "ema.safetensors"
+    save_file(tiny_pipeline.unet.state_dict(), ema, metadata={"format": "pt"})
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    folder = stage_step(tmp_path, 2, tiny_pipeline.unet, tiny_pipeline.scheduler, ema)
+    assert staged_steps(tmp_path) == [folder] and folder.name == "step-00000002"
+    assert (folder / WEIGHTS).samefile(ema) and (folder / "config.yaml").read_text() == "seed: 0\n"
+    assert set(published_files(folder)) == {*PIPELINE, "config.yaml"}
+    expected, images = (sample(pipe) for pipe in (tiny_pipeline, DDPMPipelineCustom.from_pretrained(folder)))
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5)
+
+
+def test_staging_copies_the_weights_where_links_are_not_supported(tiny_pipeline, tmp_path, monkeypatch):
+    def fail(*_args):
+        raise OSError("no links")
+
+    monkeypatch.setattr(os, "link", fail)
+    (tmp_path / "ema.safetensors").write_bytes(b"weights")
+    folder = stage_step(tmp_path, 2, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path / "ema.safetensors")
+    assert (folder / WEIGHTS).read_bytes() == b"weights"
+
+
+def test_staging_that_fails_is_logged_and_leaves_no_folder(tiny_pipeline, tmp_path, caplog):
+    uploader = Uploader(tmp_path, "user/name", every_steps=2)
+    uploader.upload_checkpoint(1, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path / "missing")
+    assert caplog.text == ""  # step 1 is not uploaded
+    uploader.upload_checkpoint(2, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path / "missing")
+    assert "Step 2 could not be prepared for upload" in caplog.text
+    assert list((tmp_path / "unpublished").iterdir()) == []
+
+
+def test_constructing_an_uploader_makes_no_request_and_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "get_token", lambda: None)
+    uploader = Uploader(tmp_path, "user/name")
+    with pytest.raises(ValueError, match="not logged in"):
+        uploader.create_repository()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_uploader_without_a_repository_does_nothing(tiny_pipeline, tmp_path):
+    uploader = Uploader(tmp_path, None)
+    uploader.create_repository()
+    uploader.start()
+    uploader.upload_checkpoint(2, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path)
+    uploader.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_uploads_keep_the_newest_steps_only(tiny_pipeline, tmp_path, monkeypatch, caplog):
+    def fail(*_args, **_options):
+        raise ValueError("refused")
+
+    monkeypatch.setattr(uploads, "publish", fail)
+    uploader = Uploader(tmp_path, "user/name", keep=2)
+    (tmp_path / "ema.safetensors").write_bytes(b"weights")
+    uploader.start()
+    for step in range(1, 6):
+        uploader.upload_checkpoint(step, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path)
+    uploader.finish()
+    assert [folder.name for folder in staged_steps(tmp_path)] == ["step-00000004", "step-00000005"]
+    assert "Could not upload step-00000001: refused" in caplog.text
+    assert f"ddpm-publish {tmp_path} --repo_id user/name" in caplog.text
 
 
 @pytest.fixture(scope="module")
