@@ -200,17 +200,14 @@ def _verify(repo_id: str, folder: Path, file: Path, is_offline: bool, retries: R
         return
     if is_offline:
         raise OSError(f"{name} of {repo_id} is damaged in the cache ({file}), and the network is disabled: {GO_ONLINE}")
-    with_retries(
-        lambda: hf_hub_download(repo_id, name, revision=folder.name, force_download=True, **options),
-        retries,
-    )
+    options = options | {"revision": folder.name, "force_download": True}
+    with_retries(lambda: hf_hub_download(repo_id, name, **options), retries)
     if not _has_checksum(file, checksum):
         # Other programs must not find it in the cache.
         file.resolve().unlink(missing_ok=True)
         file.unlink(missing_ok=True)
         raise OSError(
-            f"{name} of {repo_id} was damaged in two downloads (the Hub's checksum is {checksum}): try again later, or on "
-            "another network."
+            f"{name} of {repo_id} was damaged in two downloads (not of checksum {checksum}): try again later."
         )
 
 

@@ -17,7 +17,8 @@ from ddpm_hf.transfer import DEFAULT_RETRIES, LOG_IN, BranchMoved, Retries, down
 PUBLISHED = ["model_index.json", "README.md", "*.png", "metrics.json", "config.yaml"]
 TRAINING_STATE = "training-state"  # the branch
 
-Contents = tuple[Mapping[str, Path | bytes], list[str]]  # files by name, and names to delete
+# What to commit, given the present state of the branch: files by name, and names to delete.
+Contents = Callable[[ModelInfo], tuple[Mapping[str, Path | bytes], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,7 @@ def pipeline_parts(folder: Path) -> list[str]:
 
 
 def ensure_repository(
-    repo_id: str,
-    private: bool = False,
-    token: str | None = None,
-    retries: Retries = DEFAULT_RETRIES,
-    create_pr: bool = False,
+    repo_id: str, private: bool = False, token: str | None = None, retries: Retries = DEFAULT_RETRIES, create_pr=False
 ) -> str:
     """Create the repository if it does not exist, and return its full name.
 
@@ -134,7 +131,7 @@ def publish(
     card = files["README.md"].read_text(encoding="utf-8") if "README.md" in files else None
     parts = {"unet", "scheduler", *pipeline_parts(folder)}
 
-    def contents(existing: ModelInfo) -> Contents:
+    def contents(existing: ModelInfo):
         names = [file.rfilename for file in existing.siblings]
         new: dict[str, Path | bytes] = dict(files)
         if card is not None or "README.md" not in names:
@@ -154,9 +151,7 @@ def publish(
     return done
 
 
-def tag_commit(
-    repo_id: str, tag: str, commit: str, token: str | None = None, retries: Retries = DEFAULT_RETRIES
-) -> None:
+def tag_commit(repo_id: str, tag: str, commit: str, token: str | None = None, retries: Retries = DEFAULT_RETRIES):
     """Tag a commit. Raises ValueError if the tag exists and points to another commit."""
     api = HfApi(token=token)
     with_retries(lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True), retries)
@@ -167,9 +162,7 @@ def _check_tag(api: HfApi, repo_id: str, tag: str, commit: str | None, revision:
     """ValueError if a tag points to another commit than `commit`, or than the head of `revision`."""
     refs = with_retries(lambda: api.list_repo_refs(repo_id), retries)
     found = {ref.name: ref.target_commit for ref in refs.tags}.get(tag)
-    if found is None:
-        return
-    if found != (commit or with_retries(lambda: model_info(api, repo_id, revision), retries).sha):
+    if found is not None and found != (commit or with_retries(lambda: model_info(api, repo_id, revision), retries).sha):
         raise ValueError(f"tag {tag!r} of {repo_id} points to commit {found} already: delete it, or choose another.")
 
 
@@ -179,7 +172,7 @@ def _publish_training_state(api: HfApi, repo_id: str, folder: Path, checkpoint: 
     if (folder / "config.yaml").is_file():
         files["config.yaml"] = folder / "config.yaml"
 
-    def contents(existing: ModelInfo) -> Contents:
+    def contents(existing: ModelInfo):
         names = [file.rfilename for file in existing.siblings]
         return files, [name for name in names if name.startswith("checkpoints/") and name not in files]
 
@@ -187,15 +180,9 @@ def _publish_training_state(api: HfApi, repo_id: str, folder: Path, checkpoint: 
 
 
 def _commit(
-    api: HfApi,
-    repo_id: str,
-    contents: Callable[[ModelInfo], Contents],
-    message: str,
-    revision: str | None,
-    create_pr: bool,
-    retries: Retries,
+    api: HfApi, repo_id: str, contents: Contents, message: str, revision: str | None, create_pr: bool, retries: Retries
 ) -> Published:
-    """Make one commit of what `contents` returns for the branch's present state."""
+    """Make one commit, from a new state of the branch at each retry."""
     push_id, first_head = f"ddpm_hf push {uuid.uuid4().hex}", None
 
     def call() -> Published:
@@ -205,18 +192,12 @@ def _commit(
             return found
         files, stale = contents(existing)
         first_head = first_head or existing.sha
+        operations = [CommitOperationDelete(name) for name in stale]
+        operations += [CommitOperationAdd(name, content) for name, content in files.items()]
+        target = {"revision": revision, "create_pr": create_pr, "parent_commit": existing.sha}
         try:
             # Not upload_folder, which may split the upload into several commits.
-            done = api.create_commit(
-                repo_id=repo_id,
-                operations=[CommitOperationDelete(name) for name in stale]
-                + [CommitOperationAdd(name, content) for name, content in files.items()],
-                commit_message=message,
-                commit_description=push_id,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=existing.sha,
-            )
+            done = api.create_commit(repo_id, operations, commit_message=message, commit_description=push_id, **target)
         except HfHubHTTPError as error:
             if error.response.status_code == 412:
                 raise BranchMoved from error
@@ -226,9 +207,7 @@ def _commit(
     return with_retries(call, retries)
 
 
-def _find(
-    api: HfApi, repo_id: str, push_id: str, revision: str | None, since: str, create_pr: bool
-) -> Published | None:
+def _find(api: HfApi, repo_id: str, push_id: str, revision: str | None, since: str, create_pr: bool):
     """The commit with `push_id` made after commit `since`, if there is one: its response was lost."""
     revisions = [revision]
     if create_pr:
