@@ -58,7 +58,11 @@ def pipeline_parts(folder: Path) -> list[str]:
 
 
 def ensure_repository(
-    repo_id: str, private: bool = False, token: str | None = None, retries: Retries = DEFAULT_RETRIES, create_pr=False
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    retries: Retries = DEFAULT_RETRIES,
+    create_pr: bool = False,
 ) -> str:
     """Create the repository if it does not exist, and return its full name.
 
