@@ -1,4 +1,4 @@
-"""Checks of arguments. An error names the argument, what is accepted, and the value that was given."""
+"""Checks of arguments. Error messages name the argument, what is accepted, and the given value."""
 
 import math
 from collections.abc import Collection
@@ -7,13 +7,14 @@ from typing import Any
 
 
 class ArgumentTypeError(TypeError, ValueError):
-    """An argument of a wrong type: a TypeError, and a ValueError as well for callers that handle bad input of any kind."""
+    """An argument of the wrong type. Also a ValueError, for callers that handle all invalid input alike."""
 
 
 def check_int(name: str, value: Any, minimum: int | None = None, maximum: int | None = None, note: str = "") -> int:
-    """`value` as an int. Raises ArgumentTypeError for what is no integer (True is none), ValueError outside the range.
+    """`value` as an int, in minimum..maximum (both inclusive; a maximum requires a minimum).
 
-    `note` follows the range in the message, as in "an integer in 1..1000, the model's own T".
+    `note` follows the range in the message, as in "an integer in 1..1000, the model's own T". Raises ArgumentTypeError if
+    `value` is not an integer (bool is not accepted, NumPy integers are), ValueError if it is out of range.
     """
     expected = "an integer"
     if maximum is not None:
@@ -29,8 +30,11 @@ def check_int(name: str, value: Any, minimum: int | None = None, maximum: int | 
 
 
 def check_float(name: str, value: Any, interval: str = "(-inf, inf)") -> float:
-    """`value` as a float in an interval such as "[0, 1)". Raises ArgumentTypeError for what is no number, ValueError for
-    one that is not finite or lies outside."""
+    """`value` as a float in an interval such as "[0, 1)", where a bracket includes the end.
+
+    Raises ArgumentTypeError if `value` is not a real number (bool is not accepted), ValueError if it is infinite, NaN or
+    outside the interval.
+    """
     low, high = (float(end) for end in interval[1:-1].split(","))
     message = f"{name} must be a finite number in {interval}, got {value!r}."
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -43,10 +47,10 @@ def check_float(name: str, value: Any, interval: str = "(-inf, inf)") -> float:
 
 
 def check_choice(name: str, value: Any, choices: Collection) -> None:
-    """ValueError unless `value` is one of `choices`."""
+    """Raises ValueError if `value` is not one of `choices`."""
     try:
         is_known = value in choices
-    except TypeError:  # a list, say, asked of a dict or a set
+    except TypeError:  # an unhashable value, looked up in a dict or set
         is_known = False
     if not is_known:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and folders that one process has to itself."""
+"""Atomic writes of files and folders, and locks on folders."""
 
 import os
 import shutil
@@ -9,14 +9,14 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one folder are not kept apart
+except ImportError:  # Windows: lock_folder does nothing
     fcntl = None
 
-UNFINISHED = ".unfinished"  # ends the name of what is not whole yet; the name begins with a dot
+UNFINISHED = ".unfinished"  # suffix of incomplete files and folders, whose names also start with a dot
 
 
 def atomic_file(file: Path, content: str | bytes) -> None:
-    """Write a file under another name in its folder, then rename it: a reader sees the old one or all of this one."""
+    """Write a file under a temporary name in the same folder, then rename it: readers see the old or the new content."""
     staged = file.with_name(f".{file.name}{UNFINISHED}")
     try:
         staged.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -29,9 +29,10 @@ def atomic_file(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder on the file system of `folder`, from which files can be renamed to there; gone afterwards.
+    """A temporary folder on the file system of `folder`, so that its files can be renamed into `folder`.
 
-    It lies inside `folder` where that exists, which may be a mount point or a link to another disk, else beside it.
+    It lies inside `folder` if that exists, since `folder` may be a mount point or a link to another disk; otherwise next
+    to it. It is deleted at the end.
     """
     folder = folder.resolve()
     staged = (folder if folder.is_dir() else folder.parent) / f".{folder.name}{UNFINISHED}"
@@ -45,28 +46,35 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the place of `folder` at the end, with everything in it on the disk; where
-    anything is raised, `folder` stays as it was."""
+    """A temporary folder that replaces `folder` at the end, once its files are on disk.
+
+    If anything is raised, or the process is killed while it writes, `folder` stays as it was.
+    """
     folder = folder.resolve()
-    staged = folder.with_name(f".{folder.name}{UNFINISHED}")
+    staged, old = (folder.with_name(f".{folder.name}{suffix}") for suffix in (UNFINISHED, f".old{UNFINISHED}"))
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
         yield staged
         for path in (*staged.rglob("*"), staged):
             sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(folder, old)  # deleting it takes longer, and would empty a mount point before the rename fails
         os.rename(staged, folder)
         sync(folder.parent)
     finally:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager
 def lock_folder(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
-    """Keep other runs out of a folder for a while; the system lifts the lock of a process that dies.
+    """Lock a folder against other runs. The operating system releases the lock if the process dies.
 
-    Raises ValueError if another run still holds it after `wait_seconds` (a killed one takes a moment to end).
+    Raises ValueError if another run still holds the lock after `wait_seconds`: a killed run takes a moment to end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
@@ -87,11 +95,12 @@ def lock_folder(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
         try:
             yield
         finally:
-            # Explicitly, since worker processes may hold copies of the file.
+            # Explicitly: worker processes may have inherited the open file.
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def sync(path: Path) -> None:
+    """Write a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

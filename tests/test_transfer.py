@@ -1,267 +1,155 @@
-"""Publishing and downloading when the network misbehaves: every fault at every endpoint, over both transports, through the
-real client. Nothing is lost and nothing is doubled."""
+"""Retries, timeouts, and explanations of errors, without a Hub (tests/hub/test_faults.py has one)."""
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import time
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from huggingface_hub import close_session, errors, get_session
 
-from tests.hub import Fault, HubServer
+from ddpm_hf import transfer
+from ddpm_hf.transfer import BranchMoved, Retries, explain_error, is_transient, with_retries
 
-ROOT = Path(__file__).resolve().parent.parent
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-README = "---\nlicense: mit\n---\n\n# By hand\n"
 
-ERRORS = {
-    "503": {"status": 503, "times": 2},
-    "429": {"status": 429, "retry_after_seconds": 1},
-    "cut": {"times": 2},
-    "slow": {"delay_seconds": 0.3},
-}
-LOST = {"lost response": {"after_acting": True}}
-UPLOAD = {"cut in mid-upload": {"mid_upload": True}}
-DOWNLOAD = {"cut in mid-download": {"mid_download": True}}
-FLIP = {"flipped bit": {"flips": True}}
+def hub_error(kind: type, status: int, token: str | None = None, **headers: str) -> errors.HfHubHTTPError:
+    request = SimpleNamespace(headers={} if token is None else {"Authorization": f"Bearer {token}"})
+    response = SimpleNamespace(status_code=status, headers=headers, request=request)
+    return kind("a message\nof two lines", response=response, server_message="no")
 
-# Endpoint -> pattern of its requests ({user} and {sha256} are the case's) and what can go wrong with them.
-PUBLISH = {
-    "create": ("POST /api/repos/create {user}$", ERRORS | LOST),
-    "whoami": ("GET /api/whoami-v2 {user}$", ERRORS),
-    "info": ("GET /api/models/{user}/m {user}$", ERRORS | DOWNLOAD),
-    "refs": ("GET /api/models/{user}/m/refs ", ERRORS),
-    "old card, metadata": ("HEAD /{user}/m/resolve/.*README", ERRORS),
-    "old card": ("GET /{user}/m/resolve/.*README", ERRORS | DOWNLOAD | FLIP),
-    "card check": ("POST /api/validate-yaml {user}$", ERRORS),
-    "upload mode": ("POST .*/{user}/m/preupload/", ERRORS | UPLOAD),
-    "commit": ("POST .*/{user}/m/commit/", ERRORS | LOST | UPLOAD),
-    "tag": ("POST .*/{user}/m/tag/", ERRORS | LOST),
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def raised(error: Exception, module: str) -> Exception:
+    """The error as raised by a function of a module."""
+    try:
+        exec("raise error", {"__name__": module, "error": error})
+    except type(error):
+        return error
+
+
+BUSY, OFFLINE = hub_error(errors.HfHubHTTPError, 503), errors.OfflineModeIsEnabled("offline")
+TRANSIENT = {
+    "503": BUSY,
+    "429": hub_error(errors.HfHubHTTPError, 429),
+    "408": hub_error(errors.HfHubHTTPError, 408),
+    "no connection": ConnectionError("refused"),
+    "timeout": TimeoutError("slow"),
+    "moved branch": BranchMoved(),
+    "upload thread": caused(RuntimeError("Error while uploading 'a' to the Hub."), BUSY),
+    "no cached copy": caused(errors.LocalEntryNotFoundError("none"), BUSY),
+    "hf_xet": raised(RuntimeError("Task error: 503"), "huggingface_hub.file_download"),
+    "wrong size": raised(OSError("Consistency check failed"), "huggingface_hub.file_download"),
 }
-PUBLISH_LFS = {
-    "LFS batch": ("POST /{user}/m.git/info/lfs/objects/batch", ERRORS | UPLOAD),
-    "LFS upload": ("PUT /{sha256}", ERRORS | LOST | UPLOAD),
-    "LFS verify": ("POST /{user}/m.git/info/lfs/objects/verify", ERRORS | LOST),
-    "commit": PUBLISH["commit"],
-}
-PUBLISH_XET = {
-    "Xet token": ("GET .*/{user}/m/xet-write-token/", ERRORS),
-    "Xet xorb": ("POST /models/{user}/m/v1/xorbs/", ERRORS | LOST | UPLOAD),
-    "Xet shard": ("POST /models/{user}/m/v2/shards", ERRORS | LOST | UPLOAD),
-}
-LOAD = {
-    "info": ("GET /api/models/{user}/m/revision/", ERRORS | DOWNLOAD),
-    "tree": ("GET /api/models/{user}/m/tree/", ERRORS | DOWNLOAD),
-    "metadata": ("HEAD /{user}/m/resolve/.*model_index.json", ERRORS),
-    "file": ("GET /{user}/m/resolve/.*model_index.json", ERRORS | DOWNLOAD | FLIP),
-}
-LOAD_LFS = {"LFS file": ("GET /{sha256}", ERRORS | DOWNLOAD | FLIP)}
-LOAD_XET = {
-    "Xet token": ("GET .*/{user}/m/xet-read-token/", ERRORS),
-    "Xet reconstruction": ("GET .*/{user}/m/v1/reconstructions/", ERRORS | DOWNLOAD),
-    "Xet xorb": ("GET /models/{user}/m/xorbs/", ERRORS | DOWNLOAD | FLIP),
+PERMANENT = {
+    "404": hub_error(errors.RepositoryNotFoundError, 404),
+    "400": hub_error(errors.HfHubHTTPError, 400),
+    "offline": OFFLINE,
+    "offline, no cached copy": caused(errors.LocalEntryNotFoundError("none"), OFFLINE),
+    "local files only": errors.LocalEntryNotFoundError("none"),
+    "other library": raised(RuntimeError("CUDA out of memory"), "torch.nn"),
+    "this package": raised(RuntimeError("a bug"), "ddpm_hf.hub.model_card"),
+    "never raised": RuntimeError("a bug"),
+    "subclass": raised(NotImplementedError("a bug"), "huggingface_hub.hf_api"),
+    "full disk": raised(OSError(28, "No space left on device"), "huggingface_hub.file_download"),
+    "upload thread": caused(RuntimeError("Error while uploading 'a' to the Hub."), ValueError("bad")),
 }
 
 
-def cases(*tables: dict) -> list[tuple[str, str]]:
-    return [(endpoint, fault) for table in tables for endpoint, (_, faults) in table.items() for fault in faults]
+@pytest.mark.parametrize("error", TRANSIENT.values(), ids=TRANSIENT)
+def test_transient_errors_are_retried(error):
+    assert is_transient(error)
 
 
-def make_pipeline(folder: Path, seed: int) -> dict[str, bytes]:
-    """A saved pipeline as far as publishing looks at it, with weights of its own; its files by name."""
-    files = {
-        "model_index.json": b'{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}',
-        "unet/config.json": json.dumps({"seed": seed}).encode(),
-        WEIGHTS: np.random.default_rng(seed).bytes(150_000),
-    }
-    for name, data in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return files
+@pytest.mark.parametrize("error", PERMANENT.values(), ids=PERMANENT)
+def test_permanent_errors_are_not_retried(error):
+    assert not is_transient(error)
 
 
-class Bench:
-    """A Hub on which each case has a user, a model and a fault of its own, so that all can run at once."""
-
-    def __init__(self, hub: HubServer, tmp: Path, table: dict, transport: str):
-        self.hub, self.tmp, self.transport = hub, tmp, transport
-        self.outcomes, self.files, self.asked = {}, {}, []
-        self.cases = cases(table)
-        for i, (endpoint, fault) in enumerate(self.cases):
-            user = f"u{i}"
-            self.files[endpoint, fault] = make_pipeline(tmp / user, seed=i)
-            self.prepare(user, endpoint, fault)
-            sha256 = hashlib.sha256(self.files[endpoint, fault][WEIGHTS]).hexdigest()
-            pattern, faults = table[endpoint]
-            hub.faults.append(Fault(pattern.format(user=user, sha256=sha256), **faults[fault]))
-
-    def prepare(self, user: str, endpoint: str, fault: str) -> None:
-        token = self.hub.add_user(user)
-        if endpoint.startswith("old card"):
-            self.hub.add_repo(f"{user}/m", {"README.md": README.encode()})
-            (self.tmp / user / "README.md").write_text("---\ntags:\n- ddpm\n---\n\n# By a program\n")
-        asked = {"call": "publish", "repo_id": f"{user}/m", "folder": str(self.tmp / user), "tag": "v1", "token": token}
-        self.asked.append(asked)
-
-    def run(self) -> "Bench":
-        self.outcomes = dict(zip(self.cases, calls(self.hub, self.tmp, self.transport, self.asked)))
-        assert [(fault.pattern, fault.times) for fault in self.hub.faults if fault.times] == []  # all of them struck
-        return self
+@pytest.mark.parametrize("error", [*TRANSIENT.values(), *PERMANENT.values()], ids=[*TRANSIENT, *PERMANENT])
+def test_explanations_are_a_single_line(error):
+    assert "\n" not in explain_error(error, "user/m")
 
 
-class LoadBench(Bench):
-    def prepare(self, user: str, endpoint: str, fault: str) -> None:
-        token = self.hub.add_user(user)
-        if self.transport == "lfs":
-            self.hub.add_repo(f"{user}/m", self.files[endpoint, fault])
-        self.asked.append({"call": "load", "repo_id": f"{user}/m", "token": token})
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (hub_error(errors.GatedRepoError, 403), ["user/m is gated", "/user/m", "hf auth login"]),
+        (hub_error(errors.RepositoryNotFoundError, 401), ["no repository user/m", "private", "hf auth login"]),
+        (hub_error(errors.RevisionNotFoundError, 404), ["user/m has no such branch, tag or commit"]),
+        (hub_error(errors.RemoteEntryNotFoundError, 404), ["user/m has no such file"]),
+        (hub_error(errors.HfHubHTTPError, 401, token="hf_0"), ["does not accept this token", "HF_TOKEN"]),
+        (hub_error(errors.HfHubHTTPError, 401), ["requires a login for user/m", "HF_TOKEN"]),
+        (hub_error(errors.HfHubHTTPError, 403), ["no write access to user/m"]),
+        (PERMANENT["local files only"], ["no complete copy of user/m", "HF_HUB_OFFLINE unset"]),
+        (OFFLINE, ["HF_HUB_OFFLINE is set", "user/m"]),
+        (TRANSIENT["upload thread"], ["Error while uploading 'a' to the Hub: the Hub answered 503 for user/m"]),
+        (BranchMoved(), ["kept committing to user/m"]),
+    ],
+)
+def test_explanations_name_the_repository_and_the_remedy(error, words):
+    text = explain_error(error, "user/m")
+    assert [word for word in words if word not in text] == []
 
 
-def calls(hub: HubServer, tmp: Path, transport: str, asked: list[dict]) -> list[dict]:
-    """Make calls at once, in a fresh process with a cache of its own."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    env |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp / f"home{len(list(tmp.glob('home*')))}")}
-    env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms", "PYTHONPATH": str(ROOT)}
-    env |= {"HF_HUB_DISABLE_XET": "1"} if transport == "lfs" else {}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "hub" / "client.py"), "calls"],
-        input=json.dumps(asked),
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not any(token in done.stdout + done.stderr for token in hub.users)
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def waits(monkeypatch) -> list[float]:
+    found = []
+    monkeypatch.setattr(time, "sleep", found.append)
+    return found
 
 
-TABLES = {
-    "publish, lfs": PUBLISH | PUBLISH_LFS,
-    "publish, xet": PUBLISH_XET | {"commit": PUBLISH["commit"]},
-    "load, lfs": LOAD | LOAD_LFS,
-    "load, xet": LOAD_XET,
-}
+def fail_with(error: Exception, calls: list):
+    def call():
+        calls.append(error)
+        raise error
+
+    return call
 
 
-@pytest.fixture(scope="module", params=["lfs", "xet"])
-def published(request, tmp_path_factory):
-    with HubServer() as hub:
-        table = TABLES[f"publish, {request.param}"]
-        yield Bench(hub, tmp_path_factory.mktemp("publish"), table, request.param).run()
+def test_waits_double_up_to_the_longest(waits):
+    made = []
+    with pytest.raises(ConnectionError):
+        with_retries(fail_with(ConnectionError(), made), Retries(5, first_wait_seconds=1.0, longest_wait_seconds=3.0))
+    assert len(made) == 5
+    for wait, expected in zip(waits, (1, 2, 3, 3), strict=True):
+        assert 0.75 * expected <= wait <= min(1.25 * expected, 3)
 
 
-def test_whatever_goes_wrong_once_a_model_is_published_whole_and_once(published):
-    wrong = {}
-    for i, case in enumerate(published.cases):
-        outcome, repo = published.outcomes[case], published.hub.repo(f"u{i}/m")
-        files = {name: data for name, data in repo.contents().items() if name != "README.md"}
-        titles = [commit.title for commit in repo.history()]
-        head = repo.at().oid
-        if (
-            outcome.get("commit") != head
-            or files != published.files[case]
-            or titles.count("Publish a model trained with ddpm_hf") != 1
-            or repo.tags != {"v1": head}
-            or case[0].startswith("old card") != (b"# By hand" in repo.contents()["README.md"])
-        ):
-            wrong[case] = outcome, titles, sorted(files), repo.tags
-    assert wrong == {}
+def test_retry_after_lengthens_the_wait_and_ends_retries_if_too_long(waits):
+    for seconds, expected in (("7", 2), ("999", 1)):
+        made = []
+        error = hub_error(errors.HfHubHTTPError, 429, **{"Retry-After": seconds})
+        with pytest.raises(errors.HfHubHTTPError):
+            with_retries(fail_with(error, made), Retries(2, 0.01, 60.0))
+        assert len(made) == expected
+    assert waits == [7.0]
 
 
-def test_weights_go_the_way_that_is_tested(published):
-    asked = [request.path for request in published.hub.requests]
-    assert any("/v1/xorbs/" in path for path in asked) == (published.transport == "xet")
-    assert any("/info/lfs/" in path for path in asked) == (published.transport == "lfs")
+def test_requests_have_a_timeout_at_every_try(waits):
+    sessions = []
+
+    def call():
+        sessions.append(get_session().timeout.read)
+        close_session()  # as the client does after a connection error
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        with_retries(call, Retries(2))
+    assert sessions == [transfer.REQUEST_TIMEOUT_SECONDS] * 2
 
 
-@pytest.fixture(scope="module", params=["lfs", "xet"])
-def loaded(request, tmp_path_factory):
-    with HubServer() as hub:
-        bench = LoadBench(hub, tmp_path_factory.mktemp("load"), TABLES[f"load, {request.param}"], request.param)
-        if request.param == "xet":  # only a client can make xorbs
-            faults, hub.faults = hub.faults, []
-            uploads = [
-                {
-                    "call": "publish",
-                    "repo_id": asked["repo_id"],
-                    "folder": str(bench.tmp / f"u{i}"),
-                    "token": asked["token"],
-                }
-                for i, asked in enumerate(bench.asked)
-            ]
-            assert not [done for done in calls(hub, bench.tmp, "xet", uploads) if "error" in done]
-            hub.faults = faults
-            hub.requests.clear()
-        yield bench.run()
-
-
-def test_whatever_goes_wrong_once_a_model_is_loaded_as_it_is(loaded):
-    wrong = {}
-    for case in loaded.cases:
-        outcome, files = loaded.outcomes[case], loaded.files[case]
-        folder = Path(outcome.get("folder", "/nowhere"))
-        if {name for name in files if (folder / name).is_file() and (folder / name).read_bytes() == files[name]} != {
-            *files
-        }:
-            wrong[case] = outcome
-    assert wrong == {}
-    assert any("/xorbs/" in request.path for request in loaded.hub.requests) == (loaded.transport == "xet")
-
-
-def test_a_file_that_stays_damaged_is_named_and_not_kept(tmp_path):
-    with HubServer() as hub:
-        files = make_pipeline(tmp_path / "model", seed=1)
-        token = hub.add_user("user")
-        hub.add_repo("user/m", files)
-        hub.faults.append(Fault(f"GET /{hashlib.sha256(files[WEIGHTS]).hexdigest()}", flips=True, times=100))
-        asked = {"call": "load", "repo_id": "user/m", "token": token, "cache_dir": str(tmp_path / "cache")}
-        (outcome,) = calls(hub, tmp_path, "lfs", [asked])
-    assert WEIGHTS in outcome["error"] and "damaged twice" in outcome["error"]
-    contents = [file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()]
-    assert files["model_index.json"] in contents
-    assert not any(len(content) == len(files[WEIGHTS]) for content in contents)
-
-
-def test_pushes_at_once_are_commits_one_after_the_other_even_if_answers_are_lost(tmp_path):
-    with HubServer() as hub:
-        token = hub.add_user("user")
-        folders = [str(tmp_path / f"model{i}") for i in range(3)]
-        files = [make_pipeline(Path(folder), seed=i) for i, folder in enumerate(folders)]
-        hub.faults += [Fault("POST .*/user/m/commit/", after_acting=True, times=2)]
-        asked = [{"call": "publish", "repo_id": "user/m", "folder": folder, "token": token} for folder in folders]
-        pull = [{**asked[0], "repo_id": "user/pulled", "create_pr": True}]
-        hub.faults += [Fault("POST .*/user/pulled/commit/", after_acting=True)]
-        outcomes = calls(hub, tmp_path, "lfs", asked + pull)
-        repo = hub.repo("user/m")
-        history = [commit.oid for commit in repo.history()]
-        assert sorted(outcome["commit"] for outcome in outcomes[:3]) == sorted(history[:-1]) and len(history) == 4
-        for outcome, own in zip(outcomes, files):
-            assert own.items() <= repo.contents(outcome["commit"]).items()
-        assert list(hub.repo("user/pulled").pull_requests) == ["refs/pr/1"]
-        assert outcomes[3]["url"].endswith("/user/pulled/discussions/1")
-
-
-def test_what_keeps_going_wrong_is_one_sentence_and_leaves_nothing(tmp_path):
-    faults = {
-        "503": {"status": 503},
-        "429": {"status": 429},
-        "cut": {},
-        "long wait": {"status": 429, "retry_after_seconds": 999},
-    }
-    with HubServer() as hub:
-        asked = []
-        for i, fault in enumerate(faults.values()):
-            make_pipeline(tmp_path / f"f{i}", seed=i)
-            hub.faults.append(Fault(f"POST .*/f{i}/m/commit/", times=100, **fault))
-            token = hub.add_user(f"f{i}")
-            asked.append({"call": "publish", "repo_id": f"f{i}/m", "folder": str(tmp_path / f"f{i}"), "token": token})
-        outcomes = calls(hub, tmp_path, "xet", asked)
-        for i, (outcome, word) in enumerate(zip(outcomes, ("503", "429", "broke off", "429"))):
-            assert word in outcome["error"] and "\n" not in outcome["error"]
-            assert hub.repo(f"f{i}/m").contents() == {}
-        tries = [sum(f"/f{i}/m/commit/" in r.path for r in hub.requests) for i in range(4)]
-        assert tries == [5, 5, 5, 1]
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"tries": 0}, "tries must be an integer of at least 1, got 0"),
+        ({"tries": True}, "tries must be an integer of at least 1, got True"),
+        ({"first_wait_seconds": -1}, r"first_wait_seconds must be a finite number in \[0, 60.0\], got -1"),
+        ({"first_wait_seconds": 61}, r"first_wait_seconds must be a finite number in \[0, 60.0\], got 61"),
+        ({"longest_wait_seconds": float("inf")}, "longest_wait_seconds must be a finite number"),
+    ],
+)
+def test_retries_check_their_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Retries(**arguments)

@@ -1,8 +1,8 @@
-"""Publish a trained model on the Hub: `python training/publish.py outputs/digits --repo_id user/name`.
+"""Publish a trained model on the Hub: `ddpm-publish outputs/digits --repo_id user/name`.
 
-One commit holds the pipeline, its card, figures, metrics and configuration; checkpoints, logs and single samples stay
-here. Pipelines of single steps that a training could not push (`--push_to_hub`) go first. Log in first
-(`hf auth login`), or set HF_TOKEN.
+One commit holds the pipeline, its card, figures, metrics and configuration. Checkpoints, logs and single samples are not
+uploaded. Checkpoints that a training with `--push_to_hub` could not upload are published first. Log in before
+(`hf auth login`), or set HF_TOKEN. In a clone, `python training/publish.py` is the same command.
 """
 
 import sys
@@ -10,46 +10,41 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub.errors import HTTPError
 from transformers import HfArgumentParser
 
-from ddpm_hf.hub.publish import publish
-from ddpm_hf.training.uploads import publish_waiting, waiting
-from ddpm_hf.transfer import Retries, explain_error
+
+def _option(default: str | bool | float | None, help: str):
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class PublishArguments:
-    model: str | None = field(default=None, metadata={"help": "the folder of a trained model; may stand alone, first"})
-    repo_id: str | None = field(
-        default=None,
-        metadata={"help": "user/name on the Hub, made if it is not there; None: hub_model_id of config.yaml"},
+    model: str | None = _option(None, "folder of a trained model; may be given first, without --model")
+    repo_id: str | None = _option(
+        None, "user/name on the Hub, created if it does not exist; None: hub_model_id of config.yaml"
     )
-    private: bool = field(default=False, metadata={"help": "make it a private repository"})
-    revision: str | None = field(default=None, metadata={"help": "branch to commit to, made if need be; None: main"})
-    create_pr: bool = field(default=False, metadata={"help": "open a pull request rather than commit"})
-    tag: str | None = field(default=None, metadata={"help": "a name for the commit"})
-    with_training_state: bool = field(
-        default=False, metadata={"help": "commit the newest checkpoint too, to the branch training-state"}
-    )
-    commit_message: str = "Publish a model trained with ddpm_hf"
-    first_wait_seconds: float = field(
-        default=1.0, metadata={"help": "before a call that failed is made again; then twice as long each time"}
-    )
+    private: bool = _option(False, "create a private repository")
+    revision: str | None = _option(None, "branch to commit to, created if it does not exist; None: main")
+    create_pr: bool = _option(False, "open a pull request instead of committing")
+    tag: str | None = _option(None, "tag for the commit")
+    with_training_state: bool = _option(False, "also upload the newest checkpoint, to the branch training-state")
+    commit_message: str = _option("Publish a model trained with ddpm_hf", "title of the commit")
+    first_wait_seconds: float = _option(1.0, "wait before a failed request is retried; it doubles each time")
 
 
 def parse(arguments: list[str]) -> PublishArguments:
+    """The options. Raises ValueError if the folder or the repository's name is missing."""
     parser = HfArgumentParser(PublishArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if args.model is None:
-        raise ValueError("give the folder of a trained model: publish.py outputs/digits --repo_id user/name.")
+        raise ValueError("model must be the folder of a trained model, as in publish.py outputs/digits, got None.")
     config = Path(args.model) / "config.yaml"
     if args.repo_id is None and config.is_file():
         args.repo_id = (yaml.safe_load(config.read_text()) or {}).get("hub_model_id")
     if args.repo_id is None:
-        raise ValueError(f"give --repo_id user/name: {config} names no hub_model_id.")
+        raise ValueError(f"repo_id must be user/name, got None, and {config} has no hub_model_id.")
     return args
 
 
@@ -58,22 +53,25 @@ def main(arguments: list[str] | None = None) -> None:
         args = parse(sys.argv[1:] if arguments is None else arguments)
     except ValueError as error:
         sys.exit(f"publish.py: error: {error}")
-    folder, retries = Path(args.model), Retries(first_wait_seconds=args.first_wait_seconds)
-    plain = not (args.create_pr or args.revision)
+    # Imported after parsing, so that --help and wrong options are answered without waiting for torch.
+    from huggingface_hub.errors import HTTPError
+
+    from ddpm_hf.hub.publish import publish
+    from ddpm_hf.training.uploads import publish_step, staged_steps
+    from ddpm_hf.transfer import Retries, explain_error
+
+    folder = Path(args.model)
     try:
-        if plain and waiting(folder):
-            publish_waiting(folder, args.repo_id, args.private, retries, say=print)
-            if not (folder / "model_index.json").is_file():
-                return  # a run that was stopped has no more than its steps
-        options = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "tag")}
-        done = publish(
-            folder,
-            args.repo_id,
-            **options,
-            with_training_state=args.with_training_state,
-            commit_message=args.commit_message,
-            retries=retries,
-        )
+        retries = Retries(first_wait_seconds=args.first_wait_seconds)
+        steps = [] if args.create_pr or args.revision else staged_steps(folder)
+        for step_folder in steps:
+            done = publish_step(step_folder, args.repo_id, private=args.private, retries=retries)
+            print(f"Published: {step_folder.name}, {done.url}")
+        if steps and not (folder / "model_index.json").is_file():
+            return  # the training is not finished
+        others = {"model", "repo_id", "first_wait_seconds"}
+        options = {name: value for name, value in vars(args).items() if name not in others}
+        done = publish(folder, args.repo_id, **options, retries=retries)
     except (ValueError, OSError, HTTPError, RuntimeError) as error:
         sys.exit(f"publish.py: error: {explain_error(error, args.repo_id)}")
     print(f"Published: {done.url}")

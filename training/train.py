@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ddpm_hf.data.images import Images
     from ddpm_hf.data.streaming import StreamedImages
     from ddpm_hf.training.run_logger import RunLogger
-    from ddpm_hf.training.uploads import Pusher
+    from ddpm_hf.training.uploads import Uploader
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Run:
     validation: Images | None
     validation_subset: Images | None
     restored: tuple[dict, dict] | None
-    pusher: Pusher
+    uploader: Uploader
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,11 +107,20 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     from ddpm_hf.training.build import build
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
     from ddpm_hf.training.run_data import load_images
-    from ddpm_hf.training.uploads import Pusher
+    from ddpm_hf.training.uploads import Uploader
     from ddpm_hf.training.validation import load_validation_images
 
     accelerator = make_accelerator(config)
-    pusher = Pusher(config, accelerator.is_main_process)
+    uploads = config.push_to_hub and accelerator.is_main_process and not config.dry_run
+    every_steps = config.checkpoint_every_steps * config.push_every_checkpoints
+    uploader = Uploader(
+        Path(config.output_dir),
+        config.hub_model_id if uploads else None,
+        config.hub_private,
+        every_steps,
+        config.keep_checkpoints,
+    )
+    uploader.create_repository()
     unet, scheduler = build(config)
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
@@ -126,8 +135,8 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     accelerator.wait_for_everyone()
     restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
     check_same_data(images.num_examples, restored)
-    pusher.start()
-    return Run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, pusher)
+    uploader.start(config.overwrite)
+    return Run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, uploader)
 
 
 def build_training(run: Run):
@@ -222,9 +231,9 @@ def train(run: Run, signals: StopSignals) -> None:
                     "nonfinite_steps_in_a_row": skipped.in_a_row,
                 }
                 folder = save(config, accelerator, done, state, progress)
-                if folder is not None:
-                    run.pusher.checkpoint(done, run.unet, run.scheduler, folder)
-                elif stop or done == config.num_steps:
+                if folder is not None and done < config.num_steps:
+                    run.uploader.upload_checkpoint(done, run.unet, run.scheduler, folder)
+                elif folder is None and (stop or done == config.num_steps):
                     print_error("the last checkpoint could not be saved; free some space and run the same command.")
                     exit_code = EXIT_NOT_SAVED
             if stop:
@@ -276,7 +285,7 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
             mark_class_names(unet, run.images.class_names)
     unet.load_state_dict(averaged)
     write_artifacts(config, unet, run.scheduler, run_logger.rows, training)
-    run.pusher.finish()
+    run.uploader.finish()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model card: Hub metadata, how to use the model, how it was made, and figures that were measured."""
+"""Model cards: metadata for the Hub, usage, the training recipe and measured figures."""
 
 import hashlib
 import re
@@ -14,6 +14,11 @@ from ddpm_hf.data.builtin import BUILTIN
 from ddpm_hf.evaluation.judges import judge_of
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+METADATA = {
+    "library_name": "diffusers",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["ddpm", "diffusion", "ddpm_hf"],
+}
 
 
 def make_card(config_yaml: str, metrics: dict) -> ModelCard:
@@ -21,71 +26,64 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
 
     Args:
         config_yaml: the resolved training configuration.
-        metrics: "training", and "quality", "evaluation", "steps_and_variances" and "ema" where they were measured, as
-            `metrics.json` holds them.
+        metrics: the content of `metrics.json`: "training", and those of "quality", "evaluation", "steps_and_variances"
+            and "ema" that were measured.
     """
     config = yaml.safe_load(config_yaml)
-    name = Path(config["output_dir"]).name
-    quality = metrics.get("quality")
+    name, quality = Path(config["output_dir"]).name, metrics.get("quality")
     builtin = BUILTIN.get(config["dataset"])
     dataset = builtin.source if builtin else config["dataset"]
-    on_hub = builtin is None and not Path(config["dataset"]).exists()
+    is_on_hub = builtin is None and not Path(config["dataset"]).exists()
     judge = judge_of(config["dataset"]) if quality else None
     results = judge.card_results(quality, dataset) if judge else []
     results += evaluation_results(metrics.get("evaluation"))
     data = ModelCardData(
         license="apache-2.0",
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        datasets=[dataset] if on_hub else None,
-        tags=["ddpm", "diffusion", "ddpm_hf"],
+        datasets=[dataset] if is_on_hub else None,
         model_name=name if results else None,
         eval_results=results or None,
+        **METADATA,
     )
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
+        **metrics,
         name=name,
         dataset=dataset,
         config=config,
         config_yaml=config_yaml,
-        training=metrics["training"],
-        quality=quality,
         quality_section=judge.card_section(quality).strip() if judge else None,
-        evaluation=metrics.get("evaluation"),
-        table=metrics.get("steps_and_variances"),
         average=average_of_weights(config, metrics),
-        ema=metrics.get("ema"),
         versions={"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     )
 
 
 def average_of_weights(config: dict, metrics: dict) -> str:
-    """How the published weights are averaged, to go after that word: by training/choose_ema.py, or as the run was told."""
+    """How the published weights are averaged, as a phrase that follows the word "averaged"."""
     chosen = metrics.get("ema")
     if chosen and chosen["length"] is not None:
         return (
             f"by a power function of length σ_rel = {chosen['length']:g} over {chosen['images_seen']:,} images "
-            f"(`training/choose_ema.py`, which took the best of {len(chosen['curve'])} lengths by {chosen['criterion']})"
+            f"(chosen by `ddpm-choose-ema` as the best of {len(chosen['curve'])} lengths by {chosen['criterion']})"
         )
     if config.get("ema_decay") is not None:
-        return f"with a decay of {config['ema_decay']:g} a step"
+        return f"with a decay of {config['ema_decay']:g} per step"
     return f"over a half-life of {config['ema_halflife_images']:,} images"
 
 
 def evaluation_results(evaluation: dict | None) -> list[EvalResult]:
-    """The figures of training/evaluate.py as the Hub keeps them, the protocol in each one's name."""
+    """The figures of `ddpm-evaluate` as model-index entries. Each name states the protocol."""
     if not evaluation:
         return []
     protocol = evaluation["protocol"]
-    how = f"{protocol['sampler']}, {protocol['steps']} steps, seed {protocol['seed']}"
+    sampling = f"{protocol['sampler']}, {protocol['steps']} steps, seed {protocol['seed']}"
     rows = [
         ("bits_per_dim", f"bits/dim (upper bound), {name}, {bound['num_images']} images", bound["bits_per_dim"])
         for name, bound in evaluation["bits_per_dim"].items()
         if name.startswith("validation")
     ]
     rows += [
-        (f["name"].split(",")[0], f"{f['name']}, to the {protocol['split']} split, {how}", f["value"])
+        (f["name"].split(",")[0], f"{f['name']}, to the {protocol['split']} split, {sampling}", f["value"])
         for f in evaluation["figures"]
     ]
     return [
@@ -102,7 +100,7 @@ def evaluation_results(evaluation: dict | None) -> list[EvalResult]:
 
 
 def update_results(card_text: str, name: str, evaluation: dict) -> str:
-    """A card of any origin with the figures of an evaluation in its model-index; measured again, a figure is replaced."""
+    """A card of any origin with the figures of an evaluation in its model-index, replacing older values of the same ones."""
     card = ModelCard(card_text)
     new = evaluation_results(evaluation)
     replaced = {(result.dataset_type, result.metric_name) for result in new}
@@ -112,46 +110,42 @@ def update_results(card_text: str, name: str, evaluation: dict) -> str:
     return str(card)
 
 
-# ------------------------------------------------------------------ the card on the Hub
+# ------------------------------------------------------------------ cards on the Hub
 
-BEGIN = "<!-- ddpm_hf {}: what lies between these two lines is written anew when the model is published again -->\n"
+BEGIN = "<!-- ddpm_hf {}: the text between these two lines is replaced when the model is published again -->\n"
 END = "<!-- /ddpm_hf -->\n"
-OURS = re.compile(re.escape(BEGIN).replace(r"\{\}", "([0-9a-f]{16})") + "(.*?)" + re.escape(END), re.DOTALL)
+GENERATED = re.compile(r"<!-- ddpm_hf ([0-9a-f]{16}): [^\n]* -->\n(.*?)" + re.escape(END), re.DOTALL)
 FRONT_MATTER = re.compile(r"\A---[ \t]*\r?\n(.*?\r?\n)?---[ \t]*(\r?\n|\Z)", re.DOTALL)
 KEPT_EDITS = "\n## From an earlier card\n\n"
 
 
 def plain_card(repo_id: str) -> str:
-    """The card of a pipeline that came without one: what the Hub needs to know, and how to load it."""
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["ddpm", "diffusion", "ddpm_hf"],
-    )
-    examples = "".join(
-        f"```python\nfrom {module} import {name}\n\n"
-        f'pipe = {name}.from_pretrained("{repo_id}")\nimages = pipe(batch_size=16{more}).images\n```\n\n'
-        for module, name, more in (
-            ("ddpm_hf", "DDPMPipelineCustom", ""),
-            # Stock takes 1000 steps unless told, and refuses them where the chain is shorter.
-            ("diffusers", "DiffusionPipeline", ", num_inference_steps=len(pipe.scheduler)"),
+    """The card of a pipeline without one: metadata, and how to load it."""
+
+    def example(module: str, name: str, arguments: str = "") -> str:
+        load = f'pipe = {name}.from_pretrained("{repo_id}")'
+        return (
+            f"```python\nfrom {module} import {name}\n\n{load}\nimages = pipe(batch_size=16{arguments}).images\n```\n"
         )
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rsplit('/', 1)[-1]}\n\n{examples.rstrip()}\n"
+
+    # diffusers takes 1000 steps by default, and raises if the chain is shorter.
+    stock = example("diffusers", "DiffusionPipeline", ", num_inference_steps=len(pipe.scheduler)")
+    title, metadata = repo_id.rsplit("/", 1)[-1], ModelCardData(**METADATA).to_yaml()
+    return f"---\n{metadata}\n---\n\n# {title}\n\n{example('ddpm_hf', 'DDPMPipelineCustom')}\n{stock}"
 
 
 def card_for_repository(text: str, repo_id: str) -> str:
-    """A card whose examples load the repository rather than a folder."""
+    """The card with examples that load the repository instead of a local folder."""
     return re.sub(r'from_pretrained\("[^"]*"\)', f'from_pretrained("{repo_id}")', text)
 
 
 def merge_cards(ours: str, theirs: str) -> str:
-    """Our card, put into the one that is on the Hub ("" for none), of which nothing that a person wrote is lost.
+    """Our generated card merged into the card on the Hub ("" for none). Nothing that a person wrote is lost.
 
-    The text: ours stands between two comments and replaces what stood between them. Everything outside stays. Where
-    there are no such comments, ours comes below the text that is there; text that was edited between them is kept below.
-    The metadata: library, pipeline tag and this model's results are ours, tags and data sets those of both, and of
-    everything else (the license, say) what is there stays.
+    Text: ours stands between two comments and replaces the text between them. Text outside them stays. If there are no
+    such comments, ours is appended. If a person edited the text between them, the edited text is moved below.
+    Metadata: library, pipeline tag and this model's results are ours. Tags and data sets are combined. All else, such as
+    the license, stays as it is on the Hub.
     """
     our_data, our_text = _split(ours)
     data, text = _split(theirs)
@@ -171,7 +165,7 @@ def merge_cards(ours: str, theirs: str) -> str:
 
     our_text = our_text.strip("\n") + "\n"
     block = BEGIN.format(_digest(our_text)) + our_text + END
-    found = OURS.search(text)
+    found = GENERATED.search(text)
     if found is None:
         text = (text.strip("\n") + "\n\n").lstrip("\n") + block
     else:
@@ -182,7 +176,7 @@ def merge_cards(ours: str, theirs: str) -> str:
 
 
 def _split(card: str) -> tuple[dict, str]:
-    """Metadata and text of a card; metadata that are no YAML count as text."""
+    """Metadata and text of a card. Front matter that is not a YAML mapping counts as text."""
     found = FRONT_MATTER.match(card)
     if found is None:
         return {}, card

@@ -20,6 +20,7 @@ from ddpm_hf.files import UNFINISHED, atomic_folder
 from ddpm_hf.training.sharding import copy_full, full_on_cpu
 
 PREFIX, SUMS = "checkpoint-", "SHA256SUMS"
+FORMAT = {"format": "pt"}  # diffusers requires it: uploads.py publishes ema.safetensors as it is
 
 
 def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict) -> Path:
@@ -31,7 +32,7 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, to
     with atomic_folder(folder) as staged:
         for name, group in tensors.items():
             # Written by Python, whose OSError has an errno. That of safetensors' own writer is in the message alone.
-            (staged / f"{name}.safetensors").write_bytes(save(full_on_cpu(group)))
+            (staged / f"{name}.safetensors").write_bytes(save(full_on_cpu(group), FORMAT))
         state = {**state, "step": step, "versions": versions()}
         (staged / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         (staged / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(staged.iterdir())))

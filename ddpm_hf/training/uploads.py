@@ -1,8 +1,8 @@
-"""Pushing to the Hub while a model is trained: in a thread beside the training, which it can neither slow down nor fail.
+"""Uploads to the Hub during training, in a background thread: they neither delay the training nor end it.
 
-A step that is to be pushed is first written to `unpublished/step-<step>` in the run's folder, as a pipeline with the
-averaged weights of that step, and deleted once it is on the Hub. What a killed run or a dead network left there is pushed
-by the next run, or by `python training/publish.py <folder>`.
+The EMA weights of a checkpoint are first staged as a pipeline in `unpublished/step-<step>` in the output directory. The
+folder is deleted once it is on the Hub. What a killed run or a lost network connection left there is uploaded by the
+resumed run, or by `ddpm-publish <output_dir>`.
 """
 
 import logging
@@ -15,12 +15,11 @@ from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import disable_progress_bars
-from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.hub.publish import Published, check_destination, publish, tag_commit
-from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.transfer import Retries, explain_error
+from ddpm_hf.files import atomic_folder
+from ddpm_hf.hub.publish import Published, ensure_repository, publish, tag_commit
+from ddpm_hf.transfer import DEFAULT_RETRIES, Retries, explain_error
 
 logger = logging.getLogger("train")
 
@@ -28,19 +27,13 @@ UNPUBLISHED = "unpublished"
 MESSAGE = "Step {} of a training with ddpm_hf"
 
 
-def waiting(folder: Path) -> list[Path]:
-    """The pipelines of single steps that are still to be pushed, oldest first."""
-    return sorted((folder / UNPUBLISHED).glob("step-*"))
+def staged_steps(output_dir: Path) -> list[Path]:
+    """The staged pipelines that are not uploaded yet, oldest first."""
+    return sorted((output_dir / UNPUBLISHED).glob("step-*"))
 
 
-def publish_waiting(folder: Path, repo_id: str, private: bool, retries: Retries, say: Callable[[str], None]) -> None:
-    for step_folder in waiting(folder):
-        done = _publish_step(step_folder, repo_id, private, retries)
-        say(f"Published: {step_folder.name}, {done.url}")
-
-
-def _publish_step(step_folder: Path, repo_id: str, private: bool, retries: Retries) -> Published:
-    finish_staging(step_folder)
+def publish_step(step_folder: Path, repo_id: str, private: bool, retries: Retries) -> Published:
+    """Upload a staged pipeline as one commit with the tag `step-<step>`, then delete the folder."""
     step = int(step_folder.name.removeprefix("step-"))
     done = publish(step_folder, repo_id, private=private, commit_message=MESSAGE.format(step), retries=retries)
     tag_commit(repo_id, f"step-{step}", done.commit, retries=retries)
@@ -48,107 +41,114 @@ def _publish_step(step_folder: Path, repo_id: str, private: bool, retries: Retri
     return done
 
 
-def stage(output_dir: Path, step: int, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, ema_file: Path) -> Path:
-    """Write the pipeline of a step, whole or not at all: the parts' configurations and a second name (a copy, where the
-    file system knows no second names) of the file that holds the averaged weights."""
+def stage_step(output_dir: Path, step: int, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, ema: Path) -> Path:
+    """Write the pipeline of a step with the weights of the file `ema`, whole or not at all. Returns its folder.
+
+    The weights are a hard link, which takes no space and outlives the checkpoint; a copy where links are not supported.
+    """
     folder = output_dir / UNPUBLISHED / f"step-{step:08d}"
-    beside = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    (beside / "unet").mkdir(parents=True)
-    DDPMPipelineCustom(unet, scheduler).save_config(beside)
-    unet.save_config(beside / "unet")
-    scheduler.save_config(beside / "scheduler")
-    try:
-        os.link(ema_file, beside / "ema.safetensors")
-    except OSError:
-        shutil.copyfile(ema_file, beside / "ema.safetensors")
-    if (output_dir / "config.yaml").is_file():
-        shutil.copyfile(output_dir / "config.yaml", beside / "config.yaml")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    with atomic_folder(folder) as staged:
+        DDPMPipelineCustom(unet, scheduler).save_config(staged)
+        unet.save_config(staged / "unet")
+        scheduler.save_config(staged / "scheduler")
+        weights = staged / "unet" / "diffusion_pytorch_model.safetensors"
+        try:
+            os.link(ema, weights)
+        except OSError:
+            shutil.copyfile(ema, weights)
+        if (output_dir / "config.yaml").is_file():
+            shutil.copyfile(output_dir / "config.yaml", staged / "config.yaml")
     return folder
 
 
-def finish_staging(step_folder: Path) -> None:
-    """The averaged weights as diffusers names and marks them; done in the thread, as it reads and writes them all."""
-    weights = step_folder / "unet" / "diffusion_pytorch_model.safetensors"
-    if not weights.exists():
-        unfinished = weights.with_name(f".{weights.name}")
-        save_file(load_file(step_folder / "ema.safetensors"), unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, weights)
-    (step_folder / "ema.safetensors").unlink(missing_ok=True)
+class Uploader:
+    """Uploads the EMA weights of checkpoints, and the finished model, to a Hub repository.
 
+    Call `create_repository` before training, `start` once the output directory is locked, `upload_checkpoint` after each
+    checkpoint, and `finish` at the end. Without a `repo_id`, all of them do nothing.
+    """
 
-class Pusher:
-    """What `train.py` calls: `start` once the folder is its own, `checkpoint` after each checkpoint, `finish` at the end.
-    Does nothing in a run without `push_to_hub`, and in all processes but the main one."""
-
-    def __init__(self, config: TrainingConfig, is_main_process: bool = True, retries: Retries = Retries()):  # noqa: B008
-        """Checks that the repository can be written to, and makes it. Raises ValueError if it cannot."""
-        self.config, self.retries = config, retries
-        self.is_on = config.push_to_hub and is_main_process and not config.dry_run
-        if self.is_on:
-            disable_progress_bars()  # they would be drawn over the training's
-            self.folder = Path(config.output_dir)
-            try:
-                self.repo_id = check_destination(config.hub_model_id, config.hub_private, retries=retries)
-            except (OSError, HTTPError, RuntimeError) as error:
-                raise ValueError(explain_error(error, config.hub_model_id)) from error
-
-    def start(self) -> None:
-        """Begin with what an earlier part of this run left. Call it once the run's folder is locked."""
-        if not self.is_on:
-            return
-        if self.config.overwrite:
-            shutil.rmtree(self.folder / UNPUBLISHED, ignore_errors=True)
+    def __init__(
+        self,
+        output_dir: Path,
+        repo_id: str | None,
+        private: bool = False,
+        every_steps: int = 1,
+        keep: int = 2,
+        retries: Retries = DEFAULT_RETRIES,
+    ):
+        """
+        Args:
+            output_dir: the folder of the run, whose README.md, figures and weights `finish` uploads.
+            repo_id: "user/name"; None to upload nothing.
+            private: create a private repository.
+            every_steps: upload the checkpoints of steps divisible by this.
+            keep: staged pipelines to keep on disk while the Hub cannot be reached.
+            retries: how often and after which wait a failed request is made again.
+        """
+        self.output_dir, self.repo_id, self.private = output_dir, repo_id, private
+        self.every_steps, self.keep, self.retries = every_steps, keep, retries
         self._steps: queue.Queue[Path | None] = queue.Queue()
-        # A daemon: a training that ends with an error is not held up. What it was at is still on the disk.
-        self._thread = threading.Thread(target=self._work, name="push", daemon=True)
-        self._thread.start()
-        for step_folder in waiting(self.folder):
-            self._steps.put(step_folder)
+        # A daemon, so that a training that ends with an error does not wait for it. Staged steps stay on disk.
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
 
-    def checkpoint(self, step: int, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, checkpoint: Path) -> None:
-        """Push the averaged weights of a checkpoint, if it is one of those that are pushed."""
-        config = self.config
-        number, rest = divmod(step, config.checkpoint_every_steps)
-        if not self.is_on or rest or number % config.push_every_checkpoints or step == config.num_steps:
+    def create_repository(self) -> None:
+        """Create the repository if it does not exist. Raises ValueError if it cannot be written to."""
+        if self.repo_id is None:
+            return
+        disable_progress_bars()  # they would be drawn over the training's
+        try:
+            self.repo_id = ensure_repository(self.repo_id, self.private, retries=self.retries)
+        except (OSError, HTTPError, RuntimeError) as error:
+            raise ValueError(explain_error(error, self.repo_id)) from error
+
+    def start(self, overwrite: bool = False) -> None:
+        """Start the thread with what an earlier part of the run has staged, which `overwrite` deletes instead."""
+        if self.repo_id is None:
+            return
+        if overwrite:
+            shutil.rmtree(self.output_dir / UNPUBLISHED, ignore_errors=True)
+        for step_folder in staged_steps(self.output_dir):
+            self._steps.put(step_folder)
+        self._thread.start()
+
+    def upload_checkpoint(
+        self, step: int, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, folder: Path
+    ) -> None:
+        """Upload the EMA weights of the checkpoint in `folder`, if `step` is divisible by `every_steps`. Does not wait."""
+        if self.repo_id is None or step % self.every_steps:
             return
         try:
-            self._steps.put(stage(self.folder, step, unet, scheduler, checkpoint / "ema.safetensors"))
+            self._steps.put(stage_step(self.output_dir, step, unet, scheduler, folder / "ema.safetensors"))
         except OSError as error:
-            logger.warning("Step %d could not be prepared for the Hub (%s); the training goes on.", step, error)
+            logger.warning("Step %d could not be prepared for upload (%s); the training continues.", step, error)
 
     def finish(self) -> None:
-        """Wait for what is under way, then publish the finished model."""
-        if not self.is_on:
+        """Wait for the upload in progress, then upload the remaining steps and, last, the finished model."""
+        if self.repo_id is None:
             return
         self._steps.put(None)
         self._thread.join()
-        for step_folder in waiting(self.folder):  # before the end, so that the end is what main holds
-            if not self._try(lambda folder=step_folder: self._push_step(folder), step_folder.name):
+        for step_folder in staged_steps(self.output_dir):  # first, so that main ends with the finished model
+            if not self._try(publish_step, step_folder, step_folder.name):
                 break
-        self._try(lambda: publish(self.folder, self.repo_id, private=self.config.hub_private, retries=self.retries))
+        self._try(publish, self.output_dir, "the model")
 
     def _work(self) -> None:
         while (step_folder := self._steps.get()) is not None:
-            self._try(lambda folder=step_folder: self._push_step(folder), step_folder.name)
-            # Steps that cannot be pushed must not fill the disk: as many stay as checkpoints do.
-            if self._steps.empty():
-                for old in waiting(self.folder)[: -self.config.keep_checkpoints]:
+            self._try(publish_step, step_folder, step_folder.name)
+            for old in staged_steps(self.output_dir)[: -self.keep]:
+                if old <= step_folder:  # failed: failures must not fill the disk
                     shutil.rmtree(old, ignore_errors=True)
 
-    def _push_step(self, step_folder: Path) -> Published:
-        return _publish_step(step_folder, self.repo_id, self.config.hub_private, self.retries)
-
-    def _try(self, push: Callable[[], Published], name: str = "the model") -> bool:
+    def _try(self, upload: Callable[..., Published], folder: Path, name: str) -> bool:
+        """Whether an upload succeeded. Errors are logged: none of them may end the training."""
         try:
-            done = push()
-        except Exception as error:  # whatever it is, the training is worth more
-            logger.warning(
-                "Could not push %s: %s\nIt is kept in %s; push it with: python training/publish.py %s --repo_id %s",
-                name, explain_error(error, self.repo_id), self.folder, self.folder, self.repo_id,
-            )  # fmt: skip
+            done = upload(folder, self.repo_id, private=self.private, retries=self.retries)
+        except Exception as error:
+            reason, run = explain_error(error, self.repo_id), self.output_dir
+            command = f"ddpm-publish {run} --repo_id {self.repo_id}"
+            logger.warning("Could not upload %s: %s\nIt is kept in %s; upload it with: %s", name, reason, run, command)
             return False
-        logger.warning("Pushed %s: %s", name, done.url)
+        logger.warning("Uploaded %s: %s", name, done.url)
         return True

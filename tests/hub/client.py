@@ -1,10 +1,11 @@
-"""What a user does with the Hub, in a process of its own: the client reads HF_ENDPOINT when it is imported.
+"""A user of the Hub, as a script in a process of its own: the client reads HF_ENDPOINT when it is imported.
 
-`python client.py calls` reads a JSON list of {"call", ...arguments} from stdin, makes them at once, and prints what came of
-each: publishing and downloads without models, for tests of what the network does to them.
-`python client.py load OUT STEP...` runs steps of the table below, several a process because imports are slow. Each leaves
-OUT/<step>.npy (images) or OUT/<step>.txt (the error that ended it). `python client.py scripts` reads a JSON list of
-{"script", "arguments", "env"} from stdin, runs each as if from the command line, and prints what came of it.
+- `client.py calls` reads a JSON list of {"call", ...arguments} from stdin, makes the calls concurrently and prints the
+  results: uploads and downloads of files, without models, for tests of network faults.
+- `client.py load OUT STEP...` runs steps of `LOAD`, several in a process because imports are slow. Each writes
+  OUT/<step>.npy (images) or OUT/<step>.txt (its error).
+- `client.py scripts` reads a JSON list of {"script", "arguments", "env"} from stdin, runs each script as from the command
+  line and prints the results.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 BATCH, STEPS, SEED = 2, 20, 0
-CALLS_AT_ONCE = 40  # most of them wait
+CONCURRENT_CALLS = 40  # most of them wait
 
 
 def sample(pipe) -> np.ndarray:
-    """The images that all pipelines are compared by; the same function for this package's pipeline and stock's."""
+    """Images for comparing pipelines, this package's or diffusers'."""
     import torch
 
     pipe.set_progress_bar_config(disable=True)
@@ -40,9 +41,9 @@ def own(repo_id: str, **kwargs) -> np.ndarray:
 
 
 def stock(repo_id: str) -> np.ndarray:
-    """By diffusers alone, with this package out of reach, into a cache of its own."""
+    """Images by diffusers alone: this package cannot be imported, and the cache is a separate one."""
     if "ddpm_hf" in sys.modules:
-        raise RuntimeError("this step must come before those that import ddpm_hf")
+        raise RuntimeError("this step must run before steps that import ddpm_hf")
     sys.modules["ddpm_hf"] = None
     try:
         from diffusers import DDPMPipeline
@@ -53,7 +54,7 @@ def stock(repo_id: str) -> np.ndarray:
 
 
 def without_network(repo_id: str) -> np.ndarray:
-    """Nobody answers at the Hub's address: what a machine without a network sees."""
+    """Nothing listens at the Hub's address, as on a machine without a network."""
     from huggingface_hub import constants
 
     endpoint, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:9"
@@ -108,15 +109,15 @@ def load(out: Path, *steps: str) -> None:
 def scripts() -> None:
     results = []
     for case in json.load(sys.stdin):
-        saved, said = dict(os.environ), io.StringIO()
+        saved, output = dict(os.environ), io.StringIO()
         os.environ.update(case["env"])
         sys.argv = [case["script"], *case["arguments"]]
-        logging.getLogger().handlers.clear()  # which write to where the script before it wrote
+        logging.getLogger().handlers.clear()  # they write to the output of the previous script
         status = 0
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             try:
                 runpy.run_path(case["script"], run_name="__main__")
-            except SystemExit as end:  # as the interpreter does: a text is printed, and means 1
+            except SystemExit as end:  # as the interpreter: a text is printed, and the status is 1
                 status = end.code if isinstance(end.code, int) else int(end.code is not None)
                 if isinstance(end.code, str):
                     print(end.code)
@@ -125,29 +126,31 @@ def scripts() -> None:
                 traceback.print_exc()
         os.environ.clear()
         os.environ.update(saved)
-        results.append({"status": status, "output": said.getvalue()})
+        results.append({"status": status, "output": output.getvalue()})
     print(json.dumps(results))
 
 
 def calls() -> None:
+    from ddpm_hf import transfer
     from ddpm_hf.hub.publish import publish
     from ddpm_hf.transfer import Retries, download_snapshot, explain_error
 
+    transfer.REQUEST_TIMEOUT_SECONDS = float(os.environ.get("REQUEST_TIMEOUT_SECONDS", 60))
     retries = Retries(first_wait_seconds=0.05)
 
-    def make(asked: dict) -> dict:
-        asked = dict(asked)
-        name, repo_id = asked.pop("call"), asked.pop("repo_id")
+    def make(request: dict) -> dict:
+        arguments = dict(request)
+        name, repo_id = arguments.pop("call"), arguments.pop("repo_id")
         try:
             if name == "publish":
-                done = publish(asked.pop("folder"), repo_id, retries=retries, **asked)
+                done = publish(arguments.pop("folder"), repo_id, retries=retries, **arguments)
                 return {"commit": done.commit, "url": done.url}
-            folder = download_snapshot(repo_id, retries=retries, **asked)
+            folder = download_snapshot(repo_id, retries=retries, **arguments)
             return {"folder": str(folder)}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {explain_error(error, repo_id)}"}
 
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(CONCURRENT_CALLS) as pool:
         print(json.dumps(list(pool.map(make, json.load(sys.stdin)))))
 
 

@@ -1,14 +1,13 @@
-"""The Hub's HTTP interface, as far as the client uses it to publish and to load.
+"""The part of the Hub's HTTP interface that the client uses to upload and download.
 
     with HubServer() as hub:
         token = hub.add_user("user")
         run_client(HF_ENDPOINT=hub.endpoint, HF_TOKEN=token)
         hub.repo("user/name").contents()
 
-`Api` answers what the Hub does itself, one method per call, found by the route above it. `Storage` stands for the
-object store behind it, which holds the contents of LFS files: on a port of its own, because the client takes the
-metadata from the answer that redirects there, and follows redirects that stay on one origin before it looks at them.
-`Cas` is the storage that the Xet client speaks to.
+`Api` is the Hub itself, with one method per route. `Storage` is the object store with the contents of LFS files. It has
+its own port, because the client reads the metadata from the redirect to it, and follows redirects within one origin
+without reading them. `Cas` is the storage of the Xet client.
 """
 
 import base64
@@ -20,6 +19,7 @@ import json
 import re
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from .store import Blob, HubError, Repo
-from .xet import XetStore, chunk_places
+from tests.hub.store import Blob, HubError, Repo
+from tests.hub.xet import XetStore, chunk_places
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ def json_answer(content: object, status: int = 200, **headers: str) -> Answer:
 
 @dataclass
 class Fault:
-    """Something that goes wrong with the next `times` requests whose "METHOD /path user" matches the pattern; the user is
-    "" where no token of the Hub was sent.
+    """A fault in the next `times` requests whose "METHOD /path user" matches the pattern. The user is "" if the request has
+    no token.
 
-    `status` answers with that error and does nothing (`retry_after_seconds` is sent along); without it the connection is
-    cut: before anything is done, once it is done but not yet answered (`after_acting`), or in the middle of the request's
-    body (`mid_upload`) or of the answer's (`mid_download`). `flips` sends an answer with one bit wrong. `delay_seconds` waits
-    first, and alone only waits.
+    With `status`, the server responds with that error (and `retry_after_seconds`) and does nothing else. Otherwise it
+    closes the connection: before it acts, after it acted but before it responds (`after_acting`), or in the middle of the
+    request's body (`mid_upload`) or the response's (`mid_download`). `flips` inverts one bit of the response.
+    `delay_seconds` waits first; without another field, the request then succeeds.
     """
 
     pattern: str
@@ -94,7 +94,7 @@ class Fault:
 
 
 class HubServer:
-    """A Hub on three ports of 127.0.0.1. `requests` lists what was asked of any; `faults` what is to go wrong."""
+    """A Hub on three ports of 127.0.0.1. `requests` lists all requests so far; `faults` are those to come."""
 
     def __init__(self):
         self.lock = threading.RLock()
@@ -119,7 +119,7 @@ class HubServer:
             server.server_close()
 
     def add_user(self, name: str) -> str:
-        """A user who may write to what is theirs; returns a token."""
+        """Add a user with write access to their own repositories; returns a token."""
         token = "hf_" + secrets.token_hex(17)
         self.users[token] = name
         return token
@@ -176,8 +176,12 @@ class _Server(ThreadingHTTPServer):
         self.open.discard(request)
         super().shutdown_request(request)
 
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients that hang up are expected
+            super().handle_error(request, client_address)
+
     def server_close(self) -> None:
-        """Ends the kept-alive connections too: a server that is stopped answers nobody."""
+        """Close the kept-alive connections too, so that a stopped server answers no request."""
         super().server_close()
         for connection in list(self.open):
             with contextlib.suppress(OSError):
@@ -185,7 +189,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Reads a request, lets `answer` make the answer, and sends it, or what a fault makes of it."""
+    """Reads a request and sends the response of `answer`, altered by a fault if one matches."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True

@@ -1,4 +1,4 @@
-"""What a Hub remembers: repositories of commits, of files. No HTTP here.
+"""The repositories of the Hub: commits of files, without HTTP.
 
 A commit is a whole tree (path -> blob), named by a hash of its tree, message and parent; branches, tags and pull
 requests are names of commits. Everything is kept in memory.

@@ -1,8 +1,7 @@
-"""Sharing a model: publishing to a Hub and loading from it, through the real client, against a server on loopback."""
+"""Publishing a model and loading it again, with the real client and a Hub server on loopback."""
 
 import hashlib
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -17,23 +16,22 @@ from safetensors.torch import load_file, save
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.hub.model_card import BEGIN, END
 from tests.conftest import TINY_SCHEDULER, TINY_UNET
-from tests.hub import Fault, HubServer
+from tests.hub import Fault, HubServer, hub_environment, run_client
 from tests.hub.client import LOAD, sample
 
 ROOT = Path(__file__).resolve().parents[2]
-CLIENT = str(ROOT / "tests" / "hub" / "client.py")
 PUBLISH = str(ROOT / "training" / "publish.py")
-ROUNDING = 1e-5  # float32 sums in another order: processes differ in where memory is aligned
+ROUNDING = 1e-5  # float32 sums in another order: memory alignment differs between processes
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PIPELINE = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS]
 PUBLISHED = sorted([*PIPELINE, "README.md", "config.yaml", "metrics.json", "samples.png"])
 USE = 'pipe = DDPMPipeline.from_pretrained("{}")\n'
-# Names of attention weights in the files of 2020's models, and what diffusers calls them today.
+# Names of attention weights in diffusers today, and in weight files of 2020.
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def make_run(folder: Path, seed: int) -> Path:
-    """A folder as training leaves it, with files that are to be published and files that are not."""
+    """An output folder of a training, with files to publish and others."""
     torch.manual_seed(seed)
     pipe = DDPMPipelineCustom(UNet2DModelCustom(**TINY_UNET).eval(), DDPMSchedulerCustom(**TINY_SCHEDULER))
     pipe.save_pretrained(folder)
@@ -59,8 +57,8 @@ def make_run(folder: Path, seed: int) -> Path:
 
 
 def as_published(folder: Path, repo_id: str) -> dict[str, bytes]:
-    """The files of a run as the Hub should have them: the same bytes, but that the card's examples load `repo_id`, and
-    that its text stands between the marks of what is ours."""
+    """The files of a run as the Hub should have them: byte for byte, except that the card's examples load `repo_id` and
+    that its text stands between the comments of generated text."""
     files = files_of(folder, PUBLISHED)
     head, text = files["README.md"].decode().split("\n\n", 1)
     text = text.replace(USE.format("run"), USE.format(repo_id))
@@ -75,7 +73,7 @@ def files_of(folder: Path, names: list[str]) -> dict[str, bytes]:
 
 @dataclass
 class World:
-    """A Hub, two trained models on this side of it, and the means to be a user at another machine."""
+    """A Hub, two trained models in local folders, and a user on another machine."""
 
     hub: HubServer
     token: str
@@ -85,17 +83,13 @@ class World:
     first_commit: str = ""
 
     def env(self, **changes: str) -> dict[str, str]:
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        ours = {"HF_ENDPOINT": self.hub.endpoint, "HF_TOKEN": self.token, "HF_HOME": str(self.tmp / "home")}
-        quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        return {**env, **ours, **quiet, "PYTHONPATH": str(ROOT), **changes}
+        options = {"HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"} | changes
+        return hub_environment(self.hub, self.tmp / "home", **options)
 
     def load(self, out: str, steps: list[str], **env: str) -> "Outcomes":
         folder = self.tmp / out
         folder.mkdir()
-        env = self.env(FIRST_COMMIT=self.first_commit, **env)
-        done = subprocess.run([sys.executable, CLIENT, "load", str(folder), *steps], env=env, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+        run_client(self.env(FIRST_COMMIT=self.first_commit, **env), "load", str(folder), *steps)
         return Outcomes(folder)
 
 
@@ -128,9 +122,9 @@ def assert_same(images: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def published(world) -> World:
-    """`world`, once the first model is published as user/name by the command that the training names."""
+    """`world` with the first model published as user/name, by the script."""
     command = [sys.executable, PUBLISH, "--model", str(world.first), "--repo_id", "user/name"]
-    done = subprocess.run(command, env=world.env(), capture_output=True, text=True, cwd=world.tmp)
+    done = subprocess.run(command, env=world.env(), capture_output=True, text=True, cwd=world.tmp, timeout=120)
     assert done.returncode == 0, done.stderr
     head = world.hub.repo("user/name").at("main").oid
     assert f"Published: {world.hub.endpoint}/user/name/commit/{head}" in done.stdout
@@ -138,25 +132,27 @@ def published(world) -> World:
     return world
 
 
-CASES = {
-    "again": ["first", "user/name"],
-    "private": ["first", "user/secret", "--private"],
-    "private, but exists": ["first", "user/name", "--private"],
-    "branch": ["second", "user/branched", "--revision", "step-20"],
-    "pull request": ["second", "user/reviewed", "--create_pr"],
-    "over another model": ["first", "user/stale"],
-    "no namespace": ["first", "mine"],
-    "no folder": ["nowhere", "user/unmade"],
-    "no model": ["home", "user/unmade"],
-    "bad name": ["first", "user/two/three"],
-    "foreign": ["first", "other/name"],
-    "no token": ["first", "user/unmade"],
-    "bad token": ["first", "user/unmade"],
-    "upload refused": ["third", "user/refused"],
-    "busy": ["first", "user/busy"],
-    "cut": ["first", "user/cut"],
-    "offline": ["first", "user/unmade"],
-}
+# Name of the case -> folder, repository and options.
+CASES = """
+again: first user/name
+private: first user/secret --private
+private, but exists: first user/name --private
+branch: second user/branched --revision step-20
+pull request: second user/reviewed --create_pr
+over another model: first user/stale
+no namespace: first mine
+no folder: nowhere user/unmade
+no model: home user/unmade
+bad name: first user/two/three
+foreign: first other/name
+no token: first user/unmade
+bad token: first user/unmade
+upload refused: third user/refused
+busy: first user/busy
+cut: first user/cut
+offline: first user/unmade
+"""
+CASES = {name: words.split() for name, words in (line.split(": ") for line in CASES.strip().splitlines())}
 CASE_ENV = {
     "no token": {"HF_TOKEN": ""},
     "bad token": {"HF_TOKEN": "hf_" + "0" * 34},
@@ -165,7 +161,7 @@ CASE_ENV = {
 
 @pytest.fixture(scope="module")
 def cases(published) -> dict[str, dict]:
-    """What each run of the script in `CASES` ended with and said."""
+    """Status and output of the script for each of `CASES`."""
     world = published
     third = make_run(world.tmp / "third", seed=3)
     (world.tmp / "home").mkdir(exist_ok=True)
@@ -188,21 +184,12 @@ def cases(published) -> dict[str, dict]:
         if name != "offline"
     ]
     offline = [{**asked[0], "arguments": [*asked[0]["arguments"][:2], "user/unmade", "--first_wait_seconds", "0.05"]}]
-    ended = []
-    for batch, env in ((asked, {}), (offline, {"HF_ENDPOINT": "http://127.0.0.1:9"})):
-        done = subprocess.run(
-            [sys.executable, CLIENT, "scripts"],
-            input=json.dumps(batch),
-            env=world.env(**env),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        ended += json.loads(done.stdout.splitlines()[-1])
-    return dict(zip(CASES, ended))
+    results = run_client(world.env(), "scripts", requests=asked)
+    results += run_client(world.env(HF_ENDPOINT="http://127.0.0.1:9"), "scripts", requests=offline)
+    return dict(zip(CASES, results))
 
 
-def test_publishing_is_one_commit_of_the_intended_files_byte_for_byte(published):
+def test_publishing_is_one_commit_of_the_files_byte_for_byte(published):
     repo = published.hub.repo("user/name")
     made, initial = repo.history(published.first_commit)
     assert initial.title == "initial commit"
@@ -211,34 +198,34 @@ def test_publishing_is_one_commit_of_the_intended_files_byte_for_byte(published)
     assert not repo.private
 
 
-def test_published_files_name_stock_classes_only(published):
+def test_published_files_name_classes_of_diffusers_only(published):
     contents = published.hub.repo("user/name").contents(published.first_commit)
     configs = [json.loads(data) for name, data in contents.items() if name in PIPELINE and name.endswith(".json")]
     assert sorted(config["_class_name"] for config in configs) == ["DDPMPipeline", "DDPMScheduler", "UNet2DModel"]
     assert not any(b"Custom" in contents[name] for name in PIPELINE)
 
 
-def test_publishing_the_same_again_changes_nothing(published, cases):
+def test_publishing_twice_makes_one_commit(published, cases):
     assert cases["again"]["status"] == 0
     assert f"/commit/{published.first_commit}" in cases["again"]["output"]
     titles = [commit.title for commit in published.hub.repo("user/name").history()]
     assert titles.count("Publish a model trained with ddpm_hf") == 1
 
 
-def test_private_makes_a_private_repository(published, cases):
+def test_private_creates_a_private_repository(published, cases):
     assert cases["private"]["status"] == 0
     assert published.hub.repo("user/secret").private
     assert published.hub.repo("user/secret").contents() == as_published(published.first, "user/secret")
 
 
-def test_a_branch_is_made_and_main_left_as_it_is(published, cases):
+def test_revision_creates_a_branch_and_leaves_main_unchanged(published, cases):
     assert cases["branch"]["status"] == 0, cases["branch"]["output"]
     repo = published.hub.repo("user/branched")
     assert repo.contents("step-20") == as_published(published.second, "user/branched")
     assert repo.contents("main") == {}
 
 
-def test_a_pull_request_leaves_main_as_it_is(published, cases):
+def test_create_pr_leaves_main_unchanged(published, cases):
     assert cases["pull request"]["status"] == 0, cases["pull request"]["output"]
     assert "/user/reviewed/discussions/1" in cases["pull request"]["output"]
     repo = published.hub.repo("user/reviewed")
@@ -246,13 +233,13 @@ def test_a_pull_request_leaves_main_as_it_is(published, cases):
     assert repo.contents("main") == {}
 
 
-def test_weights_of_an_earlier_model_do_not_stay_beside_the_new_ones(published, cases):
+def test_publishing_deletes_weights_of_an_earlier_model(published, cases):
     assert cases["over another model"]["status"] == 0, cases["over another model"]["output"]
     expected = {**as_published(published.first, "user/stale"), "notes/mine.md": b"kept"}
     assert published.hub.repo("user/stale").contents() == expected
 
 
-def test_a_name_without_a_user_is_the_users_own(published, cases):
+def test_a_repo_id_without_namespace_is_the_users_own(published, cases):
     assert cases["no namespace"]["status"] == 0
     assert published.hub.repo("user/mine").contents() == as_published(published.first, "user/mine")
 
@@ -264,29 +251,29 @@ def test_a_name_without_a_user_is_the_users_own(published, cases):
         "no folder": ["nowhere"],
         "no model": ["home", "model_index.json"],
         "bad name": ["user/two/three"],
-        "foreign": ["other", "may not write"],
+        "foreign": ["other", "no write access"],
         "no token": ["not logged in", "hf auth login", "HF_TOKEN"],
         "bad token": ["does not accept this token", "hf auth login", "HF_TOKEN"],
         "upload refused": [WEIGHTS, "400"],
         "busy": ["user/busy", "503"],
-        "cut": ["cannot be reached, or broke off"],
+        "cut": ["cannot be reached, or closed the connection"],
         "offline": ["127.0.0.1:9", "cannot be reached"],
     }.items(),
 )
-def test_what_cannot_be_published_is_one_sentence_that_says_why(published, cases, case, words):
+def test_publish_errors_are_one_sentence_with_the_reason(published, cases, case, words):
     (line,) = [line for line in cases[case]["output"].splitlines() if not line.startswith("Warning")]
     assert cases[case]["status"] == 1
     assert line.startswith("publish.py: error: ")
     assert [word for word in words if word not in line] == []
 
 
-def test_what_could_not_be_published_leaves_no_half_of_it(published, cases):
+def test_a_failed_upload_leaves_no_files(published, cases):
     assert ("models", "user/unmade") not in published.hub.repos
     for name in ("user/refused", "user/busy", "user/cut"):
         assert published.hub.repo(name).contents() == {}
 
 
-def test_the_token_is_said_nowhere(published, cases):
+def test_the_token_is_neither_printed_nor_sent_in_bodies(published, cases):
     tokens = [published.token, CASE_ENV["bad token"]["HF_TOKEN"]]
     assert not any(token in case["output"] for token in tokens for case in cases.values())
     assert not any(token.encode() in request.body for token in tokens for request in published.hub.requests)
@@ -299,7 +286,7 @@ def test_the_token_is_said_nowhere(published, cases):
 
 
 class Touch:
-    """Unpickled, it makes a file: what a pickle must not get to do."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: str):
         self.path = path
@@ -310,8 +297,8 @@ class Touch:
 
 @pytest.fixture(scope="module")
 def online(published, cases) -> Outcomes:
-    """Everything of `LOAD`, into a fresh cache; user/name has the first model as v1, the second on main, which is why
-    `cases` must be over."""
+    """All steps of `LOAD` with an empty cache. user/name has the first model as v1 and the second on main, so `cases` must
+    have ended."""
     world, hub = published, published.hub
     repo = hub.repo("user/name")
     repo.name(repo.tags, "v1", world.first_commit)
@@ -346,29 +333,29 @@ def online(published, cases) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def reference(published) -> list[np.ndarray]:
-    """The images of both models, from the folders here."""
+    """The images of both models, loaded from their local folders."""
     return [sample(DDPMPipelineCustom.from_pretrained(folder)) for folder in (published.first, published.second)]
 
 
-def test_a_model_from_the_hub_gives_the_images_of_the_folder_it_was_published_from(online, reference):
+def test_a_loaded_model_gives_the_images_of_the_published_folder(online, reference):
     assert_same(online.images("own"), reference[1])
 
 
 @pytest.mark.parametrize("step", ["tag", "commit"])
-def test_a_revision_is_the_model_of_that_revision(online, reference, step):
+def test_revision_loads_the_model_of_a_tag_or_commit(online, reference, step):
     assert_same(online.images(step), reference[0])
     assert np.abs(reference[0] - reference[1]).max() > 0.05
 
 
-def test_stock_diffusers_gives_the_same_images_with_this_package_absent(online, reference):
+def test_diffusers_alone_gives_the_same_images(online, reference):
     assert_same(online.images("stock"), reference[1])
 
 
-def test_a_flat_repository_is_loaded(online, reference):
+def test_a_flat_repository_loads(online, reference):
     assert_same(online.images("flat"), reference[0])
 
 
-def test_a_flat_repository_with_pickled_weights_of_2020_is_loaded(online, reference):
+def test_pickled_weights_of_2020_load_from_a_flat_repository(online, reference):
     assert_same(online.images("pickle"), reference[0])
 
 
@@ -377,20 +364,20 @@ def test_pickled_weights_run_no_code(online, published):
     touched = published.tmp / "touched"
     assert not touched.exists()
     pickle.loads(published.hub.repo("other/code").contents()["diffusion_pytorch_model.bin"]).close()
-    assert touched.exists()  # else the file would prove nothing
+    assert touched.exists()  # the pickle does work
 
 
-def test_pickled_weights_are_not_even_fetched_if_only_safetensors_are_wanted(online):
+def test_use_safetensors_refuses_pickled_weights(online):
     assert "safetensors" in online.error("safetensors only")
 
 
-def test_a_private_repository_is_loaded_with_a_token_and_is_not_there_without(online, reference):
+def test_a_private_repository_loads_with_a_token_only(online, reference):
     assert_same(online.images("private"), reference[0])
     assert "user/private" in online.error("private, no token")
     assert "hf auth login" in online.error("private, no token")
 
 
-def test_push_to_hub_publishes_what_stock_and_this_package_load(online, reference, published):
+def test_push_to_hub_publishes_a_pipeline_that_diffusers_loads(online, reference, published):
     assert_same(online.images("pushed"), reference[1])
     contents = published.hub.repo("user/name2").contents()
     assert sorted(contents) == sorted([*PIPELINE, "README.md"])
@@ -410,24 +397,24 @@ def test_push_to_hub_publishes_what_stock_and_this_package_load(online, referenc
         "no pipeline": ["other/text", "no pipeline"],
     }.items(),
 )
-def test_what_is_not_on_the_hub_is_named(online, step, words):
+def test_loading_errors_name_the_repository_and_the_remedy(online, step, words):
     error = online.error(step)
     assert [word for word in words if word not in error] == []
-    message, *notes = error.splitlines()  # the error itself is a single line
+    message, *notes = error.splitlines()  # the error is a single line
     assert all("looked for on the Hub" in note for note in notes if note)
 
 
 @pytest.fixture(scope="module")
 def offline(online, published, tmp_path_factory) -> Outcomes:
-    """The same user again, the Hub gone for good and the client told so. Comes last: nothing is served after it."""
+    """Loading again with HF_HUB_OFFLINE and the Hub stopped. Must come last."""
     published.hub.__exit__()
     return published.load("offline", ["own", "tag", "flat", "pickle", "missing"], HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.parametrize("step, model", [("own", 1), ("tag", 0), ("flat", 0), ("pickle", 0)])
-def test_what_was_loaded_once_is_loaded_with_no_network(offline, reference, step, model):
+def test_a_cached_model_loads_offline(offline, reference, step, model):
     assert_same(offline.images(step), reference[model])
 
 
-def test_what_was_never_loaded_is_named_with_no_network(offline):
+def test_offline_errors_name_an_uncached_repository(offline):
     assert "user/nothing" in offline.error("missing")

@@ -1,4 +1,4 @@
-"""The server itself: what tests of publishing and loading take for granted, asked for with plain HTTP."""
+"""The Hub server for the tests, tested with plain HTTP requests."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from . import Fault, HubServer
+from tests.hub import Fault, HubServer
 
 WEIGHTS = b"\0" + bytes(range(200))
 
@@ -48,7 +48,7 @@ def text_file(path: str, text: bytes) -> tuple[str, dict]:
     return "file", {"path": path, "content": base64.b64encode(text).decode(), "encoding": "base64"}
 
 
-def test_a_private_repository_looks_like_none_at_all_to_others(hub):
+def test_a_private_repository_is_not_found_by_other_users(hub):
     other = hub.add_user("other")
     for repo_id in ("user/closed", "user/none"):
         for path in (f"/api/models/{repo_id}", f"/{repo_id}/resolve/main/top.txt"):
@@ -58,7 +58,7 @@ def test_a_private_repository_looks_like_none_at_all_to_others(hub):
     assert ask(hub, "GET", "/user/closed/resolve/main/top.txt")[2] == b"secret"
 
 
-def test_only_the_owner_writes_but_anyone_known_may_propose(hub):
+def test_only_the_owner_commits_and_any_user_opens_pull_requests(hub):
     other = hub.add_user("other")
     owner, hub.token = hub.token, other
     assert commit(hub, "user/open", text_file("x", b"x"))[0] == 403
@@ -68,7 +68,7 @@ def test_only_the_owner_writes_but_anyone_known_may_propose(hub):
     assert hub.repo("user/open").contents("refs/pr/1")["x"] == b"x"
 
 
-def test_a_commit_adds_deletes_and_keeps_the_rest(hub):
+def test_a_commit_adds_and_deletes_files_and_keeps_the_rest(hub):
     status, _, answer = commit(
         hub,
         "user/open",
@@ -81,7 +81,7 @@ def test_a_commit_adds_deletes_and_keeps_the_rest(hub):
     assert hub.repo("user/open").contents() == {"new.txt": b"new", "a/w.safetensors": WEIGHTS}
 
 
-def test_a_commit_that_cannot_be_is_refused_whole(hub):
+def test_an_invalid_commit_changes_nothing(hub):
     repo = hub.repo("user/open")
     head = repo.at().oid
     new = text_file("new.txt", b"new")
@@ -94,7 +94,7 @@ def test_a_commit_that_cannot_be_is_refused_whole(hub):
     assert commit(hub, "user/open", new, parentCommit=head)[0] == 200
 
 
-def test_branches_and_tags_are_names_of_commits(hub):
+def test_branches_and_tags_point_to_commits(hub):
     repo, api = hub.repo("user/open"), "/api/models/user/open"
     first = repo.at().oid
     assert ask(hub, "POST", f"{api}/tag/main", {"tag": "v1"})[0] == 200
@@ -111,7 +111,7 @@ def test_branches_and_tags_are_names_of_commits(hub):
     assert ask(hub, "GET", f"{api}/revision/v1")[1]["X-Error-Code"] == "RevisionNotFound"
 
 
-def test_a_tree_lists_a_folder_or_all_below_it(hub):
+def test_the_tree_lists_a_folder_recursively_or_not(hub):
     def paths(query: str) -> list[str]:
         return [entry["path"] for entry in ask(hub, "GET", f"/api/models/user/open/tree/main{query}")[2]]
 
@@ -120,7 +120,7 @@ def test_a_tree_lists_a_folder_or_all_below_it(hub):
     assert paths("?recursive=true") == ["a", "a/b", ".gitattributes", "a/b/c.txt", "a/w.safetensors", "top.txt"]
 
 
-def test_large_files_lie_on_another_port_and_small_ones_do_not(hub):
+def test_large_files_are_on_another_port_and_small_ones_are_not(hub):
     status, headers, _ = ask(hub, "HEAD", "/user/open/resolve/main/a/w.safetensors")
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()
     assert (status, headers["X-Linked-Etag"], headers["X-Linked-Size"]) == (302, f'"{sha256}"', str(len(WEIGHTS)))
@@ -134,28 +134,28 @@ def test_large_files_lie_on_another_port_and_small_ones_do_not(hub):
     assert ask(hub, "GET", "/user/open/resolve/main/top.txt", Range="bytes=10-")[0] == 416
 
 
-def test_a_fault_strikes_as_often_as_asked_and_no_other_request(hub):
+def test_a_fault_affects_matching_requests_as_often_as_given(hub):
     hub.faults.append(Fault("GET /api/whoami-v2", status=503, times=2))
     assert ask(hub, "GET", "/api/models/user/open")[0] == 200
     assert [ask(hub, "GET", "/api/whoami-v2")[0] for _ in range(3)] == [503, 503, 200]
 
 
 @pytest.mark.parametrize("after_acting", [False, True])
-def test_a_cut_connection_comes_before_the_act_or_loses_the_answer_to_it(hub, after_acting):
+def test_a_cut_connection_prevents_the_action_or_loses_the_response(hub, after_acting):
     hub.faults.append(Fault("POST .*/commit/", after_acting=after_acting))
     with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
         commit(hub, "user/open", text_file("new.txt", b"new"))
     assert ("new.txt" in hub.repo("user/open").contents()) == after_acting
 
 
-def test_a_delay_alone_only_waits(hub):
+def test_a_delay_alone_lets_the_request_succeed(hub):
     hub.faults.append(Fault("GET /api/whoami-v2", delay_seconds=0.2))
     started = time.monotonic()
     assert ask(hub, "GET", "/api/whoami-v2")[2]["name"] == "user"
     assert time.monotonic() - started >= 0.2
 
 
-def test_a_stopped_server_answers_nobody():
+def test_a_stopped_server_answers_no_request():
     with HubServer() as hub:
         hub.token = hub.add_user("user")
         kept_alive = http.client.HTTPConnection(urlsplit(hub.endpoint).netloc, timeout=10)

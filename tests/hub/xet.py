@@ -1,4 +1,4 @@
-"""What the content-addressed storage behind Xet remembers: xorbs, and of which of their chunks files are made. No HTTP here.
+"""The content-addressed storage of Xet: xorbs, and the chunks of them that each file consists of, without HTTP.
 
 The formats are those of the client (xet-core, `openapi/cas.openapi.yaml` and `xet_core_structures`). A xorb is a row of
 chunks, each behind a header of 8 bytes; a shard lists files, each as a row of segments of xorbs, with its SHA-256. Names
@@ -9,7 +9,7 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-from .store import HubError
+from tests.hub.store import HubError
 
 HEADER, ENTRY, FOOTER = 48, 48, b"XETBLOB"
 BOOKEND = b"\xff" * 32

@@ -1,6 +1,5 @@
-"""A training that pushes to a Hub: real runs, killed in the middle of a push, and refused by the Hub."""
+"""Training with --push_to_hub: runs that are killed during an upload, and runs that the Hub refuses."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,22 +11,91 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.hub import publish
+from ddpm_hf.hub.publish import published_files
+from ddpm_hf.training import uploads
+from ddpm_hf.training.uploads import Uploader, stage_step, staged_steps
 from tests.conftest import TINY_TRAINING, flags
-from tests.hub import Fault, HubServer
+from tests.hub import Fault, HubServer, hub_environment, run_client
 from tests.hub.client import sample
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, PUBLISH = (str(ROOT / "training" / name) for name in ("train.py", "publish.py"))
-CLIENT = str(ROOT / "tests" / "hub" / "client.py")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PIPELINE = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", WEIGHTS]
 TINY = flags(
     **TINY_TRAINING, resolution=8, total_images=64, checkpoint_every_steps=2, log_every_steps=2, sample_steps=2
 ) + ["--push_to_hub", "--hub_model_id"]
 FINAL, STEP = "Publish a model trained with ddpm_hf", "Step 2 of a training with ddpm_hf"
+
+
+def test_a_staged_step_is_complete_and_shares_the_ema_file(tiny_pipeline, tmp_path):
+    ema = tmp_path / "ema.safetensors"
+    weights = {name: tensor.contiguous() for name, tensor in tiny_pipeline.unet.state_dict().items()}
+    save_file(weights, ema, metadata={"format": "pt"})
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    folder = stage_step(tmp_path, 2, tiny_pipeline.unet, tiny_pipeline.scheduler, ema)
+    assert staged_steps(tmp_path) == [folder] and folder.name == "step-00000002"
+    assert (folder / WEIGHTS).samefile(ema) and (folder / "config.yaml").read_text() == "seed: 0\n"
+    assert set(published_files(folder)) == {*PIPELINE, "config.yaml"}
+    expected, images = (sample(pipe) for pipe in (tiny_pipeline, DDPMPipelineCustom.from_pretrained(folder)))
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-5)
+
+
+def test_staging_copies_the_weights_where_links_are_not_supported(tiny_pipeline, tmp_path, monkeypatch):
+    def fail(*_args):
+        raise OSError("no links")
+
+    monkeypatch.setattr(os, "link", fail)
+    (tmp_path / "ema.safetensors").write_bytes(b"weights")
+    folder = stage_step(tmp_path, 2, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path / "ema.safetensors")
+    assert (folder / WEIGHTS).read_bytes() == b"weights"
+
+
+def test_staging_that_fails_is_logged_and_leaves_no_folder(tiny_pipeline, tmp_path, caplog):
+    uploader = Uploader(tmp_path, "user/name", every_steps=2)
+    uploader.upload_checkpoint(1, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path / "missing")
+    assert caplog.text == ""  # step 1 is not uploaded
+    uploader.upload_checkpoint(2, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path / "missing")
+    assert "Step 2 could not be prepared for upload" in caplog.text
+    assert list((tmp_path / "unpublished").iterdir()) == []
+
+
+def test_constructing_an_uploader_makes_no_request_and_no_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "get_token", lambda: None)
+    uploader = Uploader(tmp_path, "user/name")
+    with pytest.raises(ValueError, match="not logged in"):
+        uploader.create_repository()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_uploader_without_a_repository_does_nothing(tiny_pipeline, tmp_path):
+    uploader = Uploader(tmp_path, None)
+    uploader.create_repository()
+    uploader.start()
+    uploader.upload_checkpoint(2, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path)
+    uploader.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_uploads_keep_the_newest_steps_only(tiny_pipeline, tmp_path, monkeypatch, caplog):
+    def fail(*_args, **_options):
+        raise ValueError("refused")
+
+    monkeypatch.setattr(uploads, "publish", fail)
+    uploader = Uploader(tmp_path, "user/name", keep=2)
+    (tmp_path / "ema.safetensors").write_bytes(b"weights")
+    uploader.start()
+    for step in range(1, 6):
+        uploader.upload_checkpoint(step, tiny_pipeline.unet, tiny_pipeline.scheduler, tmp_path)
+    uploader.finish()
+    assert [folder.name for folder in staged_steps(tmp_path)] == ["step-00000004", "step-00000005"]
+    assert "Could not upload step-00000001: refused" in caplog.text
+    assert f"ddpm-publish {tmp_path} --repo_id user/name" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +106,7 @@ def hub():
 
 
 def environment(hub, tmp: Path, **changes: str) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    ours = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HOME": str(tmp / "home"), "PYTHONPATH": str(ROOT)}
-    return {**env, **ours, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "100ms", **changes}
+    return hub_environment(hub, tmp / "home", **{"HF_TOKEN": hub.token} | changes)
 
 
 def no_token_in(hub, folder: Path, *texts: str) -> bool:
@@ -50,8 +116,7 @@ def no_token_in(hub, folder: Path, *texts: str) -> bool:
 
 @pytest.fixture(scope="module")
 def stopped(hub, tmp_path_factory):
-    """A run on the digits that gets SIGTERM while its first push is at the Hub, which makes the commit all the same; then
-    the same command again."""
+    """A run that gets SIGTERM during its first upload, whose commit the Hub makes nevertheless; then the same command."""
     tmp = tmp_path_factory.mktemp("stopped")
     hub.faults.append(Fault("POST .*/user/stopped/commit/", delay_seconds=3))
     command = [sys.executable, TRAIN, "--output_dir", str(tmp / "run"), *TINY, "user/stopped"]
@@ -63,25 +128,25 @@ def stopped(hub, tmp_path_factory):
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    said = first.communicate()[0]
-    assert first.returncode == 128 + signal.SIGTERM, said
+    output = first.communicate(timeout=120)[0]
+    assert first.returncode == 128 + signal.SIGTERM, output
     left = [folder.name for folder in (tmp / "run" / "unpublished").iterdir()]
-    second = subprocess.run(command, env=environment(hub, tmp), capture_output=True, text=True)
+    second = subprocess.run(command, env=environment(hub, tmp), capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stderr
-    return tmp, left, said + second.stdout + second.stderr
+    return tmp, left, output + second.stdout + second.stderr
 
 
-def test_a_push_that_is_killed_is_neither_lost_nor_doubled(hub, stopped):
-    tmp, left, said = stopped
+def test_a_killed_upload_is_neither_lost_nor_made_twice(hub, stopped):
+    tmp, left, output = stopped
     repo = hub.repo("user/stopped")
     assert left == ["step-00000002"]
     assert [commit.title for commit in repo.history()] == [FINAL, STEP, "initial commit"]
     assert repo.tags == {"step-2": repo.history()[1].oid}
     assert list((tmp / "run" / "unpublished").iterdir()) == []
-    assert no_token_in(hub, tmp / "run", said)
+    assert no_token_in(hub, tmp / "run", output)
 
 
-def test_a_pushed_step_holds_the_averaged_weights_of_its_checkpoint(hub, stopped):
+def test_an_uploaded_step_holds_the_ema_weights_of_its_checkpoint(hub, stopped):
     pushed = load(hub.repo("user/stopped").contents("step-2")[WEIGHTS])
     checkpoint = stopped[0] / "run" / "checkpoints" / "checkpoint-00000002"
     ema, model = load_file(checkpoint / "ema.safetensors"), load_file(checkpoint / "model.safetensors")
@@ -90,14 +155,12 @@ def test_a_pushed_step_holds_the_averaged_weights_of_its_checkpoint(hub, stopped
     assert any((pushed[name] != model[name]).any() for name in ema)
 
 
-def test_over_xet_both_pipelines_make_the_images_of_the_folder(hub, stopped):
+def test_both_pipelines_loaded_over_xet_give_the_folders_images(hub, stopped):
     tmp = stopped[0]
     (tmp / "out").mkdir()
     steps = ["trained, stock", "trained", "trained, step 2"]
-    env = environment(hub, tmp, HF_HOME=str(tmp / "elsewhere"))
     hub.requests.clear()
-    done = subprocess.run([sys.executable, CLIENT, "load", str(tmp / "out"), *steps], env=env, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_client(environment(hub, tmp, HF_HOME=str(tmp / "elsewhere")), "load", str(tmp / "out"), *steps)
     assert sum("/xorbs/" in request.path for request in hub.requests) >= 3
     expected = sample(DDPMPipelineCustom.from_pretrained(tmp / "run"))
     for step in steps[:2]:
@@ -107,7 +170,7 @@ def test_over_xet_both_pipelines_make_the_images_of_the_folder(hub, stopped):
 
 @pytest.fixture(scope="module")
 def refused(hub, tmp_path_factory):
-    """Runs that the Hub refuses something, on pictures from a data set repository, and publishing afterwards."""
+    """Runs on a data set of the Hub whose uploads the Hub refuses, and publishing afterwards."""
     tmp = tmp_path_factory.mktemp("refused")
     photograph = load_sample_image("china.jpg")
     pictures = [Image.fromarray(photograph[i * 20 : i * 20 + 16, :16]) for i in range(16)]
@@ -115,7 +178,7 @@ def refused(hub, tmp_path_factory):
     datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(tmp / "train.parquet")
     data = {"data/train-00000-of-00001.parquet": (tmp / "train.parquet").read_bytes()}
     hub.add_repo("user/pictures", data, kind="datasets")
-    # A Hub that asks for more patience than anybody has is not asked again.
+    # A wait longer than `longest_wait_seconds` is not retried.
     hub.faults.append(Fault("POST .*/user/kept/commit/", status=429, retry_after_seconds=9999, times=3))
 
     def train(name: str, **env: str) -> dict:
@@ -133,15 +196,7 @@ def refused(hub, tmp_path_factory):
             "env": {},
         },
     }
-    done = subprocess.run(
-        [sys.executable, CLIENT, "scripts"],
-        input=json.dumps(list(runs.values())),
-        env=environment(hub, tmp),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return tmp, dict(zip(runs, json.loads(done.stdout.splitlines()[-1])))
+    return tmp, dict(zip(runs, run_client(environment(hub, tmp), "scripts", requests=list(runs.values()))))
 
 
 @pytest.mark.parametrize(
@@ -149,27 +204,27 @@ def refused(hub, tmp_path_factory):
     {
         "bad token": ["does not accept this token", "hf auth login"],
         "no token": ["not logged in", "hf auth login"],
-        "foreign": ["other/name", "may not write"],
+        "foreign": ["other/name", "no write access"],
     }.items(),
 )
-def test_a_run_that_could_not_push_ends_before_anything_is_trained(hub, refused, run, words):
+def test_a_run_without_write_access_ends_before_training(hub, refused, run, words):
     tmp, runs = refused
     assert runs[run]["status"] == 1
     assert [word for word in ["train.py: error: ", *words] if word not in runs[run]["output"]] == []
     assert not list(tmp.glob("*/checkpoints")) or list(tmp.glob("*/checkpoints")) == [tmp / "user-kept" / "checkpoints"]
 
 
-def test_what_the_hub_refuses_is_kept_and_said_and_the_training_goes_on(hub, refused):
+def test_a_refused_upload_is_kept_and_logged_and_training_continues(hub, refused):
     tmp, runs = refused
     assert runs["kept"]["status"] == 0, runs["kept"]["output"]
-    said = runs["kept"]["output"]
-    assert "Could not push step-00000002" in said and "Could not push the model" in said and "429" in said
-    assert f"python training/publish.py {tmp / 'user-kept'} --repo_id user/kept" in said
+    output = runs["kept"]["output"]
+    assert "Could not upload step-00000002" in output and "Could not upload the model" in output and "429" in output
+    assert f"ddpm-publish {tmp / 'user-kept'} --repo_id user/kept" in output
     assert DDPMPipelineCustom.from_pretrained(tmp / "user-kept").unet.config.in_channels == 3
-    assert no_token_in(hub, tmp / "user-kept", said)
+    assert no_token_in(hub, tmp / "user-kept", output)
 
 
-def test_what_was_kept_is_published_later_with_the_name_from_the_configuration(hub, refused):
+def test_publish_uploads_kept_steps_to_the_configured_repository(hub, refused):
     tmp, runs = refused
     assert runs["later"]["status"] == 0, runs["later"]["output"]
     repo = hub.repo("user/kept")
@@ -184,16 +239,15 @@ def test_what_was_kept_is_published_later_with_the_name_from_the_configuration(h
     )
 
 
-def test_a_data_set_repository_gives_the_same_pictures_plain_and_streamed(hub, refused, tmp_path):
+def test_a_data_set_on_the_hub_gives_the_same_images_streamed(hub, refused, tmp_path):
     code = """
 import sys, datasets, numpy as np
 for name, streaming in (("plain", False), ("streamed", True)):
     rows = datasets.load_dataset("user/pictures", split="train", streaming=streaming)
     np.save(sys.argv[1] + "/" + name, np.stack([np.asarray(row["image"]) for row in rows]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment(hub, refused[0]), capture_output=True
-    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=environment(hub, refused[0]), capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
     expected = [np.asarray(row["image"]) for row in datasets.Dataset.from_parquet(str(refused[0] / "train.parquet"))]
     for name in ("plain", "streamed"):

@@ -1,0 +1,266 @@
+"""Uploads and downloads with network faults: every fault at every endpoint, over both transports, with the real client.
+
+Nothing is lost and nothing is uploaded twice.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.hub import Fault, HubServer, hub_environment, run_client
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+README = "---\nlicense: mit\n---\n\n# By hand\n"
+
+ERRORS = {
+    "503": {"status": 503, "times": 2},
+    "429": {"status": 429, "retry_after_seconds": 1},
+    "cut": {"times": 2},
+    "slow": {"delay_seconds": 0.3},
+}
+LOST = {"lost response": {"after_acting": True}}
+UPLOAD = {"cut in mid-upload": {"mid_upload": True}}
+DOWNLOAD = {"cut in mid-download": {"mid_download": True}}
+FLIP = {"flipped bit": {"flips": True}}
+
+# Endpoint -> pattern of its requests (with {user} and {sha256} of the case), and the faults they can have.
+PUBLISH = {
+    "create": ("POST /api/repos/create {user}$", ERRORS | LOST),
+    "whoami": ("GET /api/whoami-v2 {user}$", ERRORS),
+    "info": ("GET /api/models/{user}/m {user}$", ERRORS | DOWNLOAD),
+    "refs": ("GET /api/models/{user}/m/refs ", ERRORS),
+    "old card, metadata": ("HEAD /{user}/m/resolve/.*README", ERRORS),
+    "old card": ("GET /{user}/m/resolve/.*README", ERRORS | DOWNLOAD | FLIP),
+    "card check": ("POST /api/validate-yaml {user}$", ERRORS),
+    "upload mode": ("POST .*/{user}/m/preupload/", ERRORS | UPLOAD),
+    "commit": ("POST .*/{user}/m/commit/", ERRORS | LOST | UPLOAD),
+    "tag": ("POST .*/{user}/m/tag/", ERRORS | LOST),
+}
+PUBLISH_LFS = {
+    "LFS batch": ("POST /{user}/m.git/info/lfs/objects/batch", ERRORS | UPLOAD),
+    "LFS upload": ("PUT /{sha256}", ERRORS | LOST | UPLOAD),
+    "LFS verify": ("POST /{user}/m.git/info/lfs/objects/verify", ERRORS | LOST),
+    "commit": PUBLISH["commit"],
+}
+PUBLISH_XET = {
+    "Xet token": ("GET .*/{user}/m/xet-write-token/", ERRORS),
+    "Xet xorb": ("POST /models/{user}/m/v1/xorbs/", ERRORS | LOST | UPLOAD),
+    "Xet shard": ("POST /models/{user}/m/v2/shards", ERRORS | LOST | UPLOAD),
+}
+LOAD = {
+    "info": ("GET /api/models/{user}/m/revision/", ERRORS | DOWNLOAD),
+    "tree": ("GET /api/models/{user}/m/tree/", ERRORS | DOWNLOAD),
+    "metadata": ("HEAD /{user}/m/resolve/.*model_index.json", ERRORS),
+    "file": ("GET /{user}/m/resolve/.*model_index.json", ERRORS | DOWNLOAD | FLIP),
+}
+LOAD_LFS = {"LFS file": ("GET /{sha256}", ERRORS | DOWNLOAD | FLIP)}
+LOAD_XET = {
+    "Xet token": ("GET .*/{user}/m/xet-read-token/", ERRORS),
+    "Xet reconstruction": ("GET .*/{user}/m/v1/reconstructions/", ERRORS | DOWNLOAD),
+    "Xet xorb": ("GET /models/{user}/m/xorbs/", ERRORS | DOWNLOAD | FLIP),
+}
+
+
+def cases(*tables: dict) -> list[tuple[str, str]]:
+    return [(endpoint, fault) for table in tables for endpoint, (_, faults) in table.items() for fault in faults]
+
+
+def make_pipeline(folder: Path, seed: int) -> dict[str, bytes]:
+    """Write the files of a saved pipeline that publishing reads, with weights of its own; the files by name."""
+    files = {
+        "model_index.json": b'{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}',
+        "unet/config.json": json.dumps({"seed": seed}).encode(),
+        WEIGHTS: np.random.default_rng(seed).bytes(150_000),
+    }
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return files
+
+
+class Bench:
+    """A Hub on which each case has its own user, model and fault, so that all can run at once."""
+
+    def __init__(self, hub: HubServer, tmp: Path, table: dict, transport: str):
+        self.hub, self.tmp, self.transport = hub, tmp, transport
+        self.outcomes, self.files, self.asked = {}, {}, []
+        self.cases = cases(table)
+        for i, (endpoint, fault) in enumerate(self.cases):
+            user = f"u{i}"
+            self.files[endpoint, fault] = make_pipeline(tmp / user, seed=i)
+            self.prepare(user, endpoint, fault)
+            sha256 = hashlib.sha256(self.files[endpoint, fault][WEIGHTS]).hexdigest()
+            pattern, faults = table[endpoint]
+            hub.faults.append(Fault(pattern.format(user=user, sha256=sha256), **faults[fault]))
+
+    def prepare(self, user: str, endpoint: str, fault: str) -> None:
+        token = self.hub.add_user(user)
+        if endpoint.startswith("old card"):
+            self.hub.add_repo(f"{user}/m", {"README.md": README.encode()})
+            (self.tmp / user / "README.md").write_text("---\ntags:\n- ddpm\n---\n\n# By a program\n")
+        asked = {"call": "publish", "repo_id": f"{user}/m", "folder": str(self.tmp / user), "tag": "v1", "token": token}
+        self.asked.append(asked)
+
+    def run(self) -> "Bench":
+        self.outcomes = dict(zip(self.cases, calls(self.hub, self.tmp, self.transport, self.asked)))
+        assert [
+            (fault.pattern, fault.times) for fault in self.hub.faults if fault.times
+        ] == []  # each fault has occurred
+        return self
+
+
+class LoadBench(Bench):
+    def prepare(self, user: str, endpoint: str, fault: str) -> None:
+        token = self.hub.add_user(user)
+        if self.transport == "lfs":
+            self.hub.add_repo(f"{user}/m", self.files[endpoint, fault])
+        self.asked.append({"call": "load", "repo_id": f"{user}/m", "token": token})
+
+
+def calls(hub: HubServer, tmp: Path, transport: str, asked: list[dict], **options: str) -> list[dict]:
+    """Make calls concurrently, in a new process with an empty cache."""
+    if transport == "lfs":
+        options["HF_HUB_DISABLE_XET"] = "1"
+    env = hub_environment(hub, tmp / f"home{len(list(tmp.glob('home*')))}", **options)
+    return run_client(env, "calls", requests=asked)
+
+
+TABLES = {
+    "publish, lfs": PUBLISH | PUBLISH_LFS,
+    "publish, xet": PUBLISH_XET | {"commit": PUBLISH["commit"]},
+    "load, lfs": LOAD | LOAD_LFS,
+    "load, xet": LOAD_XET,
+}
+
+
+@pytest.fixture(scope="module", params=["lfs", "xet"])
+def published(request, tmp_path_factory):
+    with HubServer() as hub:
+        table = TABLES[f"publish, {request.param}"]
+        yield Bench(hub, tmp_path_factory.mktemp("publish"), table, request.param).run()
+
+
+def test_a_transient_fault_leaves_one_complete_upload(published):
+    wrong = {}
+    for i, case in enumerate(published.cases):
+        outcome, repo = published.outcomes[case], published.hub.repo(f"u{i}/m")
+        files = {name: data for name, data in repo.contents().items() if name != "README.md"}
+        titles = [commit.title for commit in repo.history()]
+        head = repo.at().oid
+        if (
+            outcome.get("commit") != head
+            or files != published.files[case]
+            or titles.count("Publish a model trained with ddpm_hf") != 1
+            or repo.tags != {"v1": head}
+            or case[0].startswith("old card") != (b"# By hand" in repo.contents()["README.md"])
+        ):
+            wrong[case] = outcome, titles, sorted(files), repo.tags
+    assert wrong == {}
+
+
+def test_weights_use_the_transport_under_test(published):
+    asked = [request.path for request in published.hub.requests]
+    assert any("/v1/xorbs/" in path for path in asked) == (published.transport == "xet")
+    assert any("/info/lfs/" in path for path in asked) == (published.transport == "lfs")
+
+
+@pytest.fixture(scope="module", params=["lfs", "xet"])
+def loaded(request, tmp_path_factory):
+    with HubServer() as hub:
+        bench = LoadBench(hub, tmp_path_factory.mktemp("load"), TABLES[f"load, {request.param}"], request.param)
+        if request.param == "xet":  # only a client can make xorbs
+            faults, hub.faults = hub.faults, []
+            uploads = [
+                {
+                    "call": "publish",
+                    "repo_id": asked["repo_id"],
+                    "folder": str(bench.tmp / f"u{i}"),
+                    "token": asked["token"],
+                }
+                for i, asked in enumerate(bench.asked)
+            ]
+            assert not [done for done in calls(hub, bench.tmp, "xet", uploads) if "error" in done]
+            hub.faults = faults
+            hub.requests.clear()
+        yield bench.run()
+
+
+def test_a_transient_fault_leaves_every_download_intact(loaded):
+    wrong = {}
+    for case in loaded.cases:
+        outcome, files = loaded.outcomes[case], loaded.files[case]
+        folder = Path(outcome.get("folder", "/nowhere"))
+        if {name for name in files if (folder / name).is_file() and (folder / name).read_bytes() == files[name]} != {
+            *files
+        }:
+            wrong[case] = outcome
+    assert wrong == {}
+    assert any("/xorbs/" in request.path for request in loaded.hub.requests) == (loaded.transport == "xet")
+
+
+def test_a_file_damaged_twice_is_named_and_not_kept(tmp_path):
+    with HubServer() as hub:
+        files = make_pipeline(tmp_path / "model", seed=1)
+        token = hub.add_user("user")
+        hub.add_repo("user/m", files)
+        hub.faults.append(Fault(f"GET /{hashlib.sha256(files[WEIGHTS]).hexdigest()}", flips=True, times=100))
+        asked = {"call": "load", "repo_id": "user/m", "token": token, "cache_dir": str(tmp_path / "cache")}
+        (outcome,) = calls(hub, tmp_path, "lfs", [asked])
+    assert WEIGHTS in outcome["error"] and "damaged in two downloads" in outcome["error"]
+    contents = [file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert files["model_index.json"] in contents
+    assert not any(len(content) == len(files[WEIGHTS]) for content in contents)
+
+
+def test_concurrent_uploads_with_lost_responses_lose_no_commit(tmp_path):
+    with HubServer() as hub:
+        token = hub.add_user("user")
+        folders = [str(tmp_path / f"model{i}") for i in range(3)]
+        files = [make_pipeline(Path(folder), seed=i) for i, folder in enumerate(folders)]
+        hub.faults += [Fault("POST .*/user/m/commit/", after_acting=True, times=2)]
+        asked = [{"call": "publish", "repo_id": "user/m", "folder": folder, "token": token} for folder in folders]
+        pull = [{**asked[0], "repo_id": "user/pulled", "create_pr": True}]
+        hub.faults += [Fault("POST .*/user/pulled/commit/", after_acting=True)]
+        outcomes = calls(hub, tmp_path, "lfs", asked + pull)
+        repo = hub.repo("user/m")
+        history = [commit.oid for commit in repo.history()]
+        assert sorted(outcome["commit"] for outcome in outcomes[:3]) == sorted(history[:-1]) and len(history) == 4
+        for outcome, own in zip(outcomes, files):
+            assert own.items() <= repo.contents(outcome["commit"]).items()
+        assert list(hub.repo("user/pulled").pull_requests) == ["refs/pr/1"]
+        assert outcomes[3]["url"].endswith("/user/pulled/discussions/1")
+
+
+def test_a_persistent_fault_is_one_sentence_and_leaves_no_files(tmp_path):
+    faults = {
+        "503": {"status": 503},
+        "429": {"status": 429},
+        "cut": {},
+        "long wait": {"status": 429, "retry_after_seconds": 999},
+    }
+    with HubServer() as hub:
+        asked = []
+        for i, fault in enumerate(faults.values()):
+            make_pipeline(tmp_path / f"f{i}", seed=i)
+            hub.faults.append(Fault(f"POST .*/f{i}/m/commit/", times=100, **fault))
+            token = hub.add_user(f"f{i}")
+            asked.append({"call": "publish", "repo_id": f"f{i}/m", "folder": str(tmp_path / f"f{i}"), "token": token})
+        outcomes = calls(hub, tmp_path, "xet", asked)
+        for i, (outcome, word) in enumerate(zip(outcomes, ("503", "429", "closed the connection", "429"))):
+            assert word in outcome["error"] and "\n" not in outcome["error"]
+            assert hub.repo(f"f{i}/m").contents() == {}
+        tries = [sum(f"/f{i}/m/commit/" in r.path for r in hub.requests) for i in range(4)]
+        assert tries == [5, 5, 5, 1]
+
+
+def test_a_request_without_an_answer_is_retried(tmp_path):
+    with HubServer() as hub:
+        hub.faults += [Fault("GET /api/models/user/m user", delay_seconds=3), Fault("POST .*/commit/", delay_seconds=3)]
+        asked = {"call": "publish", "repo_id": "user/m", "folder": str(tmp_path / "m"), "token": hub.add_user("user")}
+        make_pipeline(tmp_path / "m", seed=0)
+        (outcome,) = calls(hub, tmp_path, "lfs", [asked], REQUEST_TIMEOUT_SECONDS="0.5")
+        assert outcome.get("commit") == hub.repo("user/m").at().oid, outcome
+        assert sum("/commit/" in request.path for request in hub.requests) == 2
