@@ -1,19 +1,56 @@
-"""What the processes of a run have in common: threads, and an error that one of them says."""
+"""Set-up that all scripts share: CPU threads, signals from the launcher, and errors that only one process prints.
 
+torch is imported where it is needed, so that a script can call `prepare_process` and still answer `--help` quickly.
+"""
+
+import ctypes
 import os
+import signal
 import sys
+from datetime import timedelta
 from typing import NoReturn
 
-import torch
+# For collective operations, in which processes wait for one that checks or downloads the data.
+TIMEOUT = timedelta(hours=6)
+RANKS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate and MPI
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def prepare_process() -> None:
+    """Prepare a process that `accelerate launch` or `torchrun` started; call it first in a script's `main`.
+
+    The processes of a machine share its CPU cores, where the launchers set one thread each. On Linux the process gets a
+    SIGTERM when its launcher ends: `accelerate launch` does not forward signals. Prints one line to stderr if
+    several processes were asked for and `accelerate launch` started one, as it does on machines without a GPU.
+    """
+    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return
+    os.environ["OMP_NUM_THREADS"] = str(_share_of_cores())  # read when torch is imported
+    if "torch" in sys.modules:
+        use_cpu_threads()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # accelerate 1.15 sets MASTER_PORT if it was asked for more than one process or machine.
+    if "MASTER_PORT" in os.environ and not any(name in os.environ for name in RANKS):
+        print(
+            "Only one process was started: on a machine without a GPU, `accelerate launch` ignores the number of processes "
+            f"and machines. For N processes use `torchrun --nproc_per_node N {sys.argv[0]} ...`.",
+            file=sys.stderr,
+        )
 
 
 def fail(script: str, message: object) -> NoReturn:
-    """End the process with code 1 and a sentence, which the first process of a run says."""
+    """End the process with exit code 1; the first process of a run prints the message."""
     sys.exit(f"{script}: error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def use_cpu_threads(threads: int | None = None) -> None:
-    """Compute with `threads` threads; None: the CPU's cores shared among this machine's processes. (accelerate's
-    launcher sets one thread unless told otherwise.)"""
+    """Compute with `threads` CPU threads; None: the cores divided among this machine's processes."""
+    import torch
+
+    torch.set_num_threads(threads or _share_of_cores())
+
+
+def _share_of_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
