@@ -1,21 +1,18 @@
-"""Steps against variances: `python -m benchmarks.steps_and_variances --model outputs/digits --dataset digits`.
+"""Compare step counts and variances: `python -m benchmarks.steps_and_variances --model outputs/digits --dataset digits`.
 
-Measures a model with training/evaluate.py at each number of sampling steps and each variance of the reverse process, all
-else alike, and prints one table: the bound of the chain in bits/dim, FD, precision and recall. Writes what each
-evaluation wrote, in a folder of its own under --output_dir, and the table into the metrics and the card of a model that
-training/train.py made.
+Runs training/evaluate.py for each number of sampling steps and each variance of the reverse process, and prints a table
+of the chain's bound in bits/dim, FD, precision and recall. Each evaluation is written to its own folder in --output_dir.
+The table is added to the metrics and the card of a model that training/train.py made.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import evaluate
-from accelerate import Accelerator
+from accelerate import PartialState
+from ddpm_hf.scripts import evaluate
 from transformers import HfArgumentParser
 
 from ddpm_hf.training.artifacts import read_metrics, write_metrics_and_card
-
-VARIANCES = ("fixed_small", "fixed_large", "analytic")
 
 
 @dataclass
@@ -37,12 +34,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(TableArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     options = {k: v for k, v in vars(args).items() if k not in ("output_dir", "steps")}
-    accelerator, rows = Accelerator(cpu=True), []
+    PartialState(cpu=True)
+    rows = []
     for steps in args.steps:
-        for variance in VARIANCES:
+        for variance in evaluate.VARIANCES:
             folder = Path(args.output_dir) / f"{variance}-{steps}"
             one = evaluate.EvaluateArguments(**options, steps=steps, variance_type=variance, output_dir=str(folder))
-            results = evaluate.evaluate(one, accelerator)
+            results = evaluate.evaluate(one)
             evaluate.write(folder, **results)
             evaluation = results["evaluation"]
             bound = list(evaluation["bits_per_dim"].values())[-1]
