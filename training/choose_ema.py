@@ -11,11 +11,11 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import ddpm_hf
 from ddpm_hf.checks import check_int
@@ -29,31 +29,24 @@ PENDING = ".ema.pending"  # a complete set of files that replaces those in the r
 
 @dataclass
 class EMAArguments:
-    model: str = field(metadata={"help": "folder of a run that saved snapshots of its averages"})
-    lengths: list[float] = field(
+    model: str = HfArg(help="folder of a run that saved snapshots of its averages")
+    lengths: list[float] = HfArg(
         default_factory=lambda: [0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2],
-        metadata={"help": "σ_rel: standard deviations in time of the averages, as shares of the run's length"},
+        help="σ_rel: standard deviations in time of the averages, as shares of the run's length",
     )
-    images_seen: int | None = field(
-        default=None, metadata={"help": "end of the averages in images; None: the run's end"}
+    images_seen: int | None = HfArg(default=None, help="end of the averages in images; None: the run's end")
+    criterion: Literal["loss", "bits_per_dim", "fd"] = HfArg(
+        default="loss", help="lowest loss or bits/dim of validation images, or Fréchet distance of samples"
     )
-    criterion: Literal["loss", "bits_per_dim", "fd"] = field(
-        default="loss",
-        metadata={"help": "lowest loss or bits/dim of validation images, or Fréchet distance of samples"},
-    )
-    validation_images: int = field(
-        default=1000, metadata={"help": "loss and bits_per_dim: maximum number of validation images"}
-    )
-    bound_stride: int = field(default=20, metadata={"help": "bits_per_dim: take each image at every n-th timestep"})
-    features: str | None = field(default=None, metadata={"help": "fd: as for evaluate.py"})
-    num_samples: int = field(default=500, metadata={"help": "fd: samples of each average"})
-    steps: int = field(default=100, metadata={"help": "fd: sampling steps"})
-    seed: int = field(default=0, metadata={"help": "seed of the noise and the samples"})
-    batch_size: int = field(default=256, metadata={"help": "images per process at a time"})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "fd: folder for features of real images; None: in HF_HOME"}
-    )
-    measure_only: bool = field(default=False, metadata={"help": "change nothing in the folder"})
+    validation_images: int = HfArg(default=1000, help="loss and bits_per_dim: maximum number of validation images")
+    bound_stride: int = HfArg(default=20, help="bits_per_dim: take each image at every n-th timestep")
+    features: str | None = HfArg(default=None, help="fd: as for evaluate.py")
+    num_samples: int = HfArg(default=500, help="fd: samples of each average")
+    steps: int = HfArg(default=100, help="fd: sampling steps")
+    seed: int = HfArg(default=0, help="seed of the noise and the samples")
+    batch_size: int = HfArg(default=256, help="images per process at a time")
+    cache_dir: str | None = HfArg(default=None, help="fd: folder for features of real images; None: in HF_HOME")
+    measure_only: bool = HfArg(default=False, help="change nothing in the folder")
 
 
 def check(args: EMAArguments) -> None:

@@ -7,11 +7,11 @@ depend on their number.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import ddpm_hf
 from ddpm_hf.checks import check_choice, check_int
@@ -25,45 +25,34 @@ VARIANCES = ("fixed_small", "fixed_large", "analytic")
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "folder, or repository on the Hub"})
-    dataset: str = field(metadata={"help": "'digits', 'photos', a folder of images, or a data set on the Hub"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of a data set on the Hub"}
+    model: str = HfArg(help="folder, or repository on the Hub")
+    dataset: str = HfArg(help="'digits', 'photos', a folder of images, or a data set on the Hub")
+    dataset_config: str | None = HfArg(default=None, help="configuration of a data set on the Hub")
+    dataset_revision: str | None = HfArg(default=None, help="branch, tag or commit of a data set on the Hub")
+    split: str = HfArg(default="train", help="split that the model was trained on; distances are to it")
+    validation_split: str = HfArg(
+        default="test", help="split that it was not trained on; without one, the run's validation_fraction of `split`"
     )
-    split: str = field(default="train", metadata={"help": "split that the model was trained on; distances are to it"})
-    validation_split: str = field(
-        default="test",
-        metadata={"help": "split that it was not trained on; without one, the run's validation_fraction of `split`"},
+    image_column: str | None = HfArg(default=None, help="column of images; None: the only one")
+    label_column: str | None = HfArg(
+        default=None, help="column of classes, for a class-conditional model; None: the run's"
     )
-    image_column: str | None = field(default=None, metadata={"help": "column of images; None: the only one"})
-    label_column: str | None = field(
-        default=None, metadata={"help": "column of classes, for a class-conditional model; None: the run's"}
-    )
-    features: str | None = field(
+    features: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "'inception', a vision model of transformers, or a built-in data set that has features of its own; "
-            "None: the data set's own, or facebook/dinov2-base"
-        },
+        help="'inception', a vision model of transformers, or a built-in data set that has features of its own; "
+        "None: the data set's own, or facebook/dinov2-base",
     )
-    num_samples: int = field(default=500, metadata={"help": "number of samples"})
-    samples: str | None = field(
-        default=None, metadata={"help": "folder of images to measure; None: sample from the model"}
-    )
-    steps: int = field(default=100, metadata={"help": "sampling steps, and the length of the respaced chain"})
-    variance_type: str | None = field(
-        default=None, metadata={"help": f"{', '.join(VARIANCES)}; None: as saved with the model"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of samples, of the bound, and of the images it is taken on"})
-    bound_images: int = field(default=360, metadata={"help": "maximum number of images for the bound"})
-    bound_stride: int = field(default=20, metadata={"help": "full chain: take each image at every n-th timestep"})
-    analytic_images: int = field(default=64, metadata={"help": "training images for the moments of analytic variance"})
-    batch_size: int = field(default=256, metadata={"help": "images per process at a time"})
-    output_dir: str | None = field(default=None, metadata={"help": "folder to write to; None: the model's"})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "folder for features of real images; None: in HF_HOME"}
-    )
+    num_samples: int = HfArg(default=500, help="number of samples")
+    samples: str | None = HfArg(default=None, help="folder of images to measure; None: sample from the model")
+    steps: int = HfArg(default=100, help="sampling steps, and the length of the respaced chain")
+    variance_type: str | None = HfArg(default=None, help=f"{', '.join(VARIANCES)}; None: as saved with the model")
+    seed: int = HfArg(default=0, help="seed of samples, of the bound, and of the images it is taken on")
+    bound_images: int = HfArg(default=360, help="maximum number of images for the bound")
+    bound_stride: int = HfArg(default=20, help="full chain: take each image at every n-th timestep")
+    analytic_images: int = HfArg(default=64, help="training images for the moments of analytic variance")
+    batch_size: int = HfArg(default=256, help="images per process at a time")
+    output_dir: str | None = HfArg(default=None, help="folder to write to; None: the model's")
+    cache_dir: str | None = HfArg(default=None, help="folder for features of real images; None: in HF_HOME")
 
 
 def check(args: EvaluateArguments) -> None:

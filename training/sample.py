@@ -8,12 +8,12 @@ Image i of a seed is the same on any number of processes. The same command resum
 import io
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import ddpm_hf
 from ddpm_hf.checks import check_choice, check_int
@@ -28,30 +28,26 @@ FORMATS = ("png", "npz", "parquet")
 
 @dataclass
 class SampleArguments:
-    model: str = field(metadata={"help": "folder, or repository on the Hub"})
-    num_images: int = field(default=64, metadata={"help": "number of images, those there are included"})
-    scheduler: str | None = field(
+    model: str = HfArg(help="folder, or repository on the Hub")
+    num_images: int = HfArg(default=64, help="total number of images, including existing ones")
+    scheduler: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "ddpm, ddim, dpmsolver++, dpmsolver++sde, unipc, heun, euler, lms, pndm, deis; None: the saved one"
-        },
+        help="ddpm, ddim, dpmsolver++, dpmsolver++sde, unipc, heun, euler, lms, pndm, deis; None: the saved one",
     )
-    steps: int | None = field(default=None, metadata={"help": "sampling steps; None: the model's T"})
-    seed: int = field(default=0, metadata={"help": "with an image's index, determines the image"})
-    class_label: int | None = field(
-        default=None, metadata={"help": "of a class-conditional model; None: image i gets class i modulo their number"}
+    steps: int | None = HfArg(default=None, help="sampling steps; None: the model's T")
+    seed: int = HfArg(default=0, help="seed; an image depends on it and on the image's index")
+    class_label: int | None = HfArg(
+        default=None, help="of a class-conditional model; None: image i gets class i modulo their number"
     )
-    guidance_scale: float = field(default=1.0, metadata={"help": "of classifier-free guidance; 1: no guidance"})
-    format: str = field(
+    guidance_scale: float = HfArg(default=1.0, help="of classifier-free guidance; 1: no guidance")
+    format: str = HfArg(
         default="png",
-        metadata={
-            "help": f"{', '.join(FORMATS)}; a parquet file holds PNG images, and an array of uint16 for color of 16 bits"
-        },
+        help=f"{', '.join(FORMATS)}; a parquet file holds PNG images, and an array of uint16 for color of 16 bits",
     )
-    bits: int = field(default=8, metadata={"help": "8 or 16 per channel; color of 16 bits as npz or parquet"})
-    batch_size: int = field(default=250, metadata={"help": "images per process at a time"})
-    output_dir: str | None = field(default=None, metadata={"help": "folder to write to; None: samples/ in the model's"})
-    device: str | None = field(default=None, metadata={"help": "None: a GPU for each process if there are any"})
+    bits: int = HfArg(default=8, help="8 or 16 per channel; color of 16 bits as npz or parquet")
+    batch_size: int = HfArg(default=250, help="images per process at a time")
+    output_dir: str | None = HfArg(default=None, help="folder to write to; None: samples/ in the model's")
+    device: str | None = HfArg(default=None, help="None: a GPU for each process if there are any")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -115,16 +111,17 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
 
 def labels_of(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices: range) -> list[int] | None:
     """The class of each image, which depends on the image's index alone, as its noise does."""
-    from ddpm_hf.evaluation import sampling
+    from ddpm_hf.pipelines.guidance import cycled_classes
 
-    return sampling.labels_of(pipe, indices, args.class_label)
+    return cycled_classes(pipe.unet, indices) if args.class_label is None else [args.class_label] * len(indices)
 
 
 def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch: range) -> np.ndarray:
     """The images with these indices, (B, H, W, C) in [0, 1]."""
     from ddpm_hf.evaluation.sampling import sample_images
 
-    return sample_images(pipe, batch, args.steps, args.seed, len(batch), args.class_label, args.guidance_scale)
+    options = {"class_labels": labels_of(pipe, args, batch), "guidance_scale": args.guidance_scale}
+    return sample_images(pipe, batch, args.steps, args.seed, len(batch), **options)
 
 
 # ---------------------------------------------------------------------- files

@@ -1,4 +1,4 @@
-"""Backbones, which turn 8-bit images into the features that metrics.py compares, and a cache for features of real images.
+"""Backbones, which turn 8-bit images into the features that metrics.py compares.
 
 A backbone takes uint8 images (N, C, H, W) and returns float32 features (N, `dim`) on the CPU. Its `protocol` says which
 model it is and how it resizes images, and belongs with every metric that is computed on its features.
@@ -15,11 +15,9 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors.torch import load_file, save
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
 from ddpm_hf.evaluation.judges import judge_of
-from ddpm_hf.files import atomic_file
 
 logger = logging.getLogger(__name__)
 FID_SAMPLES = 50_000
@@ -172,25 +170,3 @@ def dataset_revision(dataset: datasets.Dataset) -> str:
     # Addresses of downloads include the Hub's commit. datasets 4 and 5 have no public name for the fingerprint.
     sources = sorted(dataset.info.download_checksums or {})
     return hashlib.sha256(json.dumps([sources, dataset._fingerprint]).encode()).hexdigest()[:16]
-
-
-def read_cached(folder: Path, key: dict) -> torch.Tensor | None:
-    """The features that `write_cached` saved under this key, or None.
-
-    `key` can be written as JSON: data set, revision, split, resolution, resizing, backbone and its revision. Its hash is
-    the name of the file, and its text is in the file's metadata.
-    """
-    file, _ = _cache_file(folder, key)
-    return load_file(file)["features"] if file.is_file() else None
-
-
-def write_cached(folder: Path, key: dict, features: torch.Tensor) -> None:
-    """Save features (N, d) of real images for `read_cached`."""
-    file, text = _cache_file(folder, key)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_file(file, save({"features": features.contiguous()}, metadata={"key": text}))
-
-
-def _cache_file(folder: Path, key: dict) -> tuple[Path, str]:
-    text = json.dumps(key, sort_keys=True)
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text

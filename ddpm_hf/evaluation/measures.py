@@ -4,27 +4,30 @@ The work is spread over the processes that `accelerate` or `torchrun` started, a
 `run` is the content of the model's config.yaml, {} for a model without one.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
+from safetensors.torch import load_file, save
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
-from ddpm_hf.data.decoding import PILLOW_MODES, to_signed
+from ddpm_hf.data.decoding import ImageFormat, decode_image, to_signed
 from ddpm_hf.data.finding import NoSuchSplit, dataset_files
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
 from ddpm_hf.evaluation.encoding import quantize
-from ddpm_hf.evaluation.features import Backbone, compute_features, dataset_revision, read_cached, write_cached
+from ddpm_hf.evaluation.features import Backbone, compute_features, dataset_revision
 from ddpm_hf.evaluation.sampling import sample_images
+from ddpm_hf.files import atomic_file
 from ddpm_hf.seeds import make_generator
 
 
@@ -173,13 +176,12 @@ def read_samples(folder: str, num_samples: int, size: tuple[int, int], channels:
     files = dataset_files(folder)
     if len(files) < num_samples:
         raise ValueError(f"--samples {folder!r} holds {len(files)} images, num_samples is {num_samples}.")
-    rows = []
     for file in files[:num_samples]:
         with Image.open(file) as image:
             if image.size != size[::-1]:
                 raise ValueError(f"samples must have the model's resolution {size}: {file} is {image.size[::-1]}.")
-            rows.append(np.asarray(image.convert(PILLOW_MODES[channels])).reshape(*size, channels))
-    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+    form = ImageFormat(size, channels, bits=8)
+    return torch.stack([decode_image(file.read_bytes(), form) for file in files[:num_samples]])
 
 
 def features_of(
@@ -197,7 +199,8 @@ def real_features(
     """Features (N, d) of real images, from the cache if they are in it.
 
     Args:
-        source: "dataset", "dataset_config" and "split" of the images, for the cache's key.
+        source: "dataset", "dataset_config" and "split" of the images. They are part of the cache's key, whose hash is the
+            name of the file and whose text is in the file's metadata.
         cache_dir: None for ddpm_hf/features in HF_HOME.
     """
     key = {
@@ -209,11 +212,14 @@ def real_features(
         **backbone.protocol,
         "backbone_resize": backbone.protocol["resize"],
     }
-    folder, is_main = Path(cache_dir or Path(HF_HOME) / "ddpm_hf" / "features"), PartialState().is_main_process
+    text, is_main = json.dumps(key, sort_keys=True), PartialState().is_main_process
+    folder = Path(cache_dir or Path(HF_HOME) / "ddpm_hf" / "features")
+    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
     # The main process decides for all: a process that found no file would wait forever for the others' features.
-    (features,) = broadcast_object_list([read_cached(folder, key) if is_main else None])
+    (features,) = broadcast_object_list([load_file(file)["features"] if is_main and file.is_file() else None])
     if features is None:
         features = features_of(backbone, lambda i: images[i]["images"], len(images), batch_size)
         if is_main:
-            write_cached(folder, key, features)
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_file(file, save({"features": features.contiguous()}, metadata={"key": text}))
     return features

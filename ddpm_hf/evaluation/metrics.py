@@ -88,8 +88,7 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
     def sums(a, b, same=False):
         """Row sums of the kernel matrix; of a set with itself, without the diagonal."""
         rows = []
-        for start in range(0, len(a), BLOCK):
-            block = a[start : start + BLOCK]
+        for start, block in zip(range(0, len(a), BLOCK), a.split(BLOCK)):
             if kernel == "polynomial":
                 k = (block @ b.T / a.shape[1] + 1) ** 3
             else:

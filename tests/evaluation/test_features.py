@@ -26,8 +26,6 @@ from ddpm_hf.evaluation.features import (
     default_features,
     load_backbone,
     metric_name,
-    read_cached,
-    write_cached,
 )
 
 SIZE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
@@ -138,30 +136,6 @@ def test_revision_of_a_model_from_the_hub_is_its_commit(folders, tmp_path, monke
         monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
     protocol = TransformersBackbone("some/model").protocol
     assert protocol["backbone"] == "some/model" and protocol["backbone_revision"] == commit
-
-
-def cached_features(folder, key, compute):
-    features = read_cached(folder, key)
-    if features is None:
-        features = compute()
-        write_cached(folder, key, features)
-    return features
-
-
-def test_cached_features_are_computed_once_for_each_key(tmp_path):
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return torch.randn(4, 3)
-
-    key = {"dataset": "digits", "split": "train", "resize": "lanczos"}
-    first = cached_features(tmp_path, key, compute)
-    assert torch.equal(cached_features(tmp_path, dict(reversed(key.items())), compute), first) and len(calls) == 1
-    for changed in ({"split": "test"}, {"resize": "bicubic"}):
-        assert not torch.equal(cached_features(tmp_path, key | changed, compute), first)
-    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 3
-    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
 
 
 def test_dataset_revision_depends_on_the_content():

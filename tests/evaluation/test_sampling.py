@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ddpm_hf.evaluation.sampling import labels_of, sample_images
+from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.pipelines.guidance import mark_null_class
 
 
@@ -13,8 +13,10 @@ def test_image_of_a_seed_does_not_depend_on_its_batch(tiny_pipeline):
     assert np.abs(sample_images(tiny_pipeline, [0], 4, 2, batch_size=1) - together[:1]).max() > 0.05
 
 
-def test_labels_cycle_through_the_classes_unless_one_is_given(make_pipeline, tiny_pipeline):
+def test_classes_cycle_by_index_unless_labels_are_given(make_pipeline):
     pipe = make_pipeline(num_class_embeds=4)
     mark_null_class(pipe.unet)
-    assert labels_of(pipe, range(2, 6)) == [2, 0, 1, 2] and labels_of(pipe, range(2), class_label=3) == [3, 3]
-    assert labels_of(tiny_pipeline, range(3)) is None
+    cycled = sample_images(pipe, range(2, 5), 2, 0, batch_size=2)
+    given = sample_images(pipe, range(2, 5), 2, 0, batch_size=3, class_labels=[2, 0, 1])
+    np.testing.assert_allclose(cycled, given, atol=1e-5)
+    assert np.abs(sample_images(pipe, range(2, 5), 2, 0, batch_size=3, class_labels=0) - cycled).max() > 1e-4
