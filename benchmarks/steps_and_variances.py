@@ -5,29 +5,29 @@ of the chain's bound in bits/dim, FD, precision and recall. Each evaluation is w
 The table is added to the metrics and the card of a model that training/train.py made.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from ddpm_hf.scripts import evaluate
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from ddpm_hf.training.artifacts import read_metrics, write_metrics_and_card
 
 
 @dataclass
 class TableArguments:
-    model: str = field(metadata={"help": "a folder, or a repository on the Hub"})
-    dataset: str = field(metadata={"help": "as for training/evaluate.py"})
-    output_dir: str = "outputs/steps_and_variances"
-    features: str | None = None
-    validation_split: str = "test"
-    steps: list[int] = field(default_factory=lambda: [1000, 100, 50, 25])
-    num_samples: int = 500
-    bound_images: int = 120
-    bound_stride: int = 20
-    seed: int = 0
-    cache_dir: str | None = None
+    model: str = HfArg(help="folder, or repository on the Hub")
+    dataset: str = HfArg(help="as for training/evaluate.py")
+    output_dir: str = HfArg(default="outputs/steps_and_variances", help="folder for the evaluations")
+    steps: list[int] = HfArg(default_factory=lambda: [1000, 100, 50, 25], help="numbers of sampling steps")
+    features: str | None = HfArg(default=None, help="as for training/evaluate.py")
+    validation_split: str = HfArg(default="test", help="as for training/evaluate.py")
+    num_samples: int = HfArg(default=500, help="samples of each evaluation")
+    bound_images: int = HfArg(default=120, help="maximum number of images for each bound")
+    bound_stride: int = HfArg(default=20, help="full chain: take each image at every n-th timestep")
+    seed: int = HfArg(default=0, help="seed of all evaluations")
+    cache_dir: str | None = HfArg(default=None, help="as for training/evaluate.py")
 
 
 def main(arguments: list[str] | None = None) -> None:

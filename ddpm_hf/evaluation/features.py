@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
@@ -143,17 +142,6 @@ def as_rgb(images: np.ndarray) -> np.ndarray:
         return images
     logger.info("Gray images are repeated to RGB for the backbone.")
     return images.repeat(3, axis=1)
-
-
-def compute_features(backbone: Callable, batches: Iterable[np.ndarray | torch.Tensor]) -> torch.Tensor:
-    """Features (N, d) of batches of uint8 images. Raises ValueError for images of different sizes."""
-    parts, shape = [], None
-    for images in batches:
-        if shape is not None and images.shape[1:] != shape:
-            raise ValueError(f"images must have one resolution, got {tuple(shape)} and {tuple(images.shape[1:])}.")
-        shape = images.shape[1:]
-        parts.append(backbone(images))
-    return torch.cat(parts)
 
 
 def metric_name(kind: str, label: str, num_samples: int) -> str:

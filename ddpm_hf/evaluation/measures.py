@@ -25,7 +25,7 @@ from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
 from ddpm_hf.evaluation.encoding import quantize
-from ddpm_hf.evaluation.features import Backbone, compute_features, dataset_revision
+from ddpm_hf.evaluation.features import Backbone, dataset_revision
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.seeds import make_generator
@@ -47,11 +47,7 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def model_images(
-    dataset: datasets.Dataset,
-    unet_config: Mapping,
-    run: dict,
-    image_column: str | None = None,
-    label_column: str | None = None,
+    dataset: datasets.Dataset, unet_config: Mapping, run: dict, image_column: str | None, label_column: str | None
 ) -> Images:
     """The images of a data set at the model's size, resized as in training, with the labels of a class-conditional model.
 
@@ -121,19 +117,19 @@ def predict(pipe: DDPMPipelineCustom, x_t: torch.Tensor, t: torch.Tensor, labels
 
 def set_variance(pipe: DDPMPipelineCustom, variance_type: str, images: Images, num_images: int, seed: int) -> None:
     """Give the pipeline a scheduler with this variance. The moments of "analytic" come from `num_images` images."""
-    changes = {"variance_type": variance_type, "analytic_moments": None}
+    moments = None
     if variance_type == "analytic":
         device = pipe.unet.device
         x_0, labels = load_batch(images, random_indices(images, seed, "moments")[:num_images], device)
         model, generator = partial(predict, pipe, labels=labels), make_generator(device, seed, "moments", 1)
-        moments = estimate_analytic_moments(pipe.scheduler.diffusion, model, [x_0], generator)
-        changes["analytic_moments"] = moments.tolist()
+        moments = estimate_analytic_moments(pipe.scheduler.diffusion, model, [x_0], generator).tolist()
+    changes = {"variance_type": variance_type, "analytic_moments": moments}
     pipe.scheduler = DDPMSchedulerCustom.from_config(pipe.scheduler.config, **changes)
 
 
 def measure_bound(
-    pipe: DDPMPipelineCustom,
-    diffusion: GaussianDiffusion,
+    pipe,
+    chain: GaussianDiffusion,
     images: Images,
     num_images: int,
     stride: int,
@@ -151,14 +147,14 @@ def measure_bound(
     edge = config.clip_sample_range
     clip = (lambda x_0: x_0.clamp(-edge, edge)) if config.clip_sample else None
     chosen = random_indices(images, seed, purpose)[:num_images]
-    sums, share = BoundSums(len(diffusion), stride), process_share(len(chosen))
+    sums, share = BoundSums(len(chain), stride), process_share(len(chosen))
     for start in range(0, len(share), batch_size):
         positions = share[start : start + batch_size]
         x_0, labels = load_batch(images, [chosen[p] for p in positions], pipe.unet.device)
         generators = [make_generator("cpu", seed, purpose, 1 + p) for p in positions]
-        sums.add(diffusion, partial(predict, pipe), x_0, generators, torch.tensor(positions) % stride, clip, labels)
+        sums.add(chain, partial(predict, pipe), x_0, generators, torch.tensor(positions) % stride, clip, labels)
     sums.values.copy_(sum(gather_object([sums.values])))
-    return sums.result(diffusion)
+    return sums.result(chain)
 
 
 # ---------------------------------------------------------------------- samples and features
@@ -189,8 +185,8 @@ def features_of(
 ) -> torch.Tensor:
     """Features (total, d) of the uint8 images that `images_at` returns for a range of indices."""
     share = process_share(total)
-    batches = (images_at(share[i : i + batch_size]) for i in range(0, len(share), batch_size))
-    return gather_rows(compute_features(backbone, batches))
+    batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
+    return gather_rows(torch.cat([backbone(images_at(indices)) for indices in batches]))
 
 
 def real_features(

@@ -11,7 +11,7 @@ import torch
 
 from ddpm_hf.checks import check_choice
 
-KERNELS = ("polynomial", "rbf")
+CLOSEST = 10  # pairs that `memorization` returns
 QUANTILES = (0.05, 0.25, 0.5, 0.75)
 BLOCK = 1024  # rows of a distance or kernel matrix that are in memory at a time
 
@@ -81,7 +81,7 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
 
     All pairs are used, so the result is not random. Raises ValueError for fewer than 3 images in either set.
     """
-    check_choice("kernel", kernel, KERNELS)
+    check_choice("kernel", kernel, ("polynomial", "rbf"))
     x, y = _check_pair(x, y, 3)
     n, m = len(x), len(y)
 
@@ -158,16 +158,14 @@ class Memorization:
     closest: list[tuple[int, int, float]]
 
 
-def memorization(
-    samples: torch.Tensor, validation: torch.Tensor, training: torch.Tensor, pairs: int = 10
-) -> Memorization:
+def memorization(samples: torch.Tensor, validation: torch.Tensor, training: torch.Tensor) -> Memorization:
     """Compare distances from samples (N, d) and from validation images (M, d) to training images (K, d). Rows are pixels
     or features."""
     from scipy.stats import ks_2samp  # an optional dependency
 
     distances, nearest = nearest_neighbors(samples, training)
     validation_distances, _ = nearest_neighbors(validation, training)
-    order = distances.argsort()[:pairs].tolist()
+    order = distances.argsort()[:CLOSEST].tolist()
     return Memorization(
         distance_quantiles=_quantiles(distances),
         distance_quantiles_validation=_quantiles(validation_distances),

@@ -21,7 +21,6 @@ from transformers import (
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.evaluation.features import (
     TransformersBackbone,
-    compute_features,
     dataset_revision,
     default_features,
     load_backbone,
@@ -142,8 +141,3 @@ def test_dataset_revision_depends_on_the_content():
     splits = digits()
     assert dataset_revision(splits["train"]) == dataset_revision(digits()["train"])
     assert dataset_revision(splits["train"]) != dataset_revision(splits["test"])
-
-
-def test_images_of_two_resolutions_raise():
-    with pytest.raises(ValueError, match=r"one resolution, got \(3, 16, 16\) and \(3, 8, 8\)"):
-        compute_features(lambda x: torch.zeros(len(x), 2), [photographs(), photographs()[:, :, :8, :8]])

@@ -37,7 +37,7 @@ class PixelBackbone:
 
 def test_real_features_are_computed_once_for_each_key(tmp_path):
     config = {"num_class_embeds": None, "sample_size": 8, "in_channels": 1}
-    images = measures.model_images(digits()["test"].select(range(10)), config, {})
+    images = measures.model_images(digits()["test"].select(range(10)), config, {}, None, None)
     backbone, source = PixelBackbone(), {"dataset": "digits", "dataset_config": None, "split": "test"}
     options = {"batch_size": 4, "cache_dir": str(tmp_path)}
     first = measures.real_features(backbone, images, source, **options)
@@ -65,7 +65,7 @@ def test_samples_are_read_from_png_files_of_both_depths(tmp_path, bits):
 
 def test_part_that_a_run_validated_on_is_split_off():
     config = {"num_class_embeds": None, "sample_size": [8, 8], "in_channels": 1}
-    images = measures.model_images(digits()["train"].select(range(90)), config, {})
+    images = measures.model_images(digits()["train"].select(range(90)), config, {}, None, None)
     assert measures.split_as_trained(images, {}) is None and len(images) == 90
     validation = measures.split_as_trained(images, {"validation_fraction": 0.4})
     assert len(images) + len(validation) == 90 and 20 < len(validation) < 52
