@@ -176,27 +176,21 @@ def compute_metrics(samples, validation, training, backbone, protocol: dict) -> 
     reference = metrics.moments(training, "the training split")
     kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
 
-    def measure(features) -> dict:
-        values = {"FD": None, "KD": metrics.kernel_distance(features, training, kernel)}
-        if len(features) > backbone.dim:
-            values["FD"] = metrics.frechet_distance(metrics.moments(features), reference)
-        values |= zip(("precision", "recall"), metrics.precision_recall(training, features))
-        return values | dict(zip(("density", "coverage"), metrics.density_coverage(training, features)))
+    def measure(features) -> dict[str, tuple[float | None, float | None]]:
+        """Values and, if known, standard errors."""
+        has_moments = len(features) > backbone.dim
+        distance = metrics.frechet_distance(metrics.moments(features), reference) if has_moments else None
+        shares = (*metrics.precision_recall(training, features), *metrics.density_coverage(training, features))
+        values = {"FD": (distance, None), "KD": metrics.kernel_distance(features, training, kernel)}
+        return values | {
+            name: (share, None) for name, share in zip(("precision", "recall", "density", "coverage"), shares)
+        }
 
     rows, of_validation = [], measure(validation)
-    for kind, value in measure(samples).items():
-        row = {
-            "name": metric_name(kind, backbone.label, len(samples)),
-            "value": value,
-            "validation": of_validation[kind],
-        }
-        if kind == "KD":
-            row |= {
-                "value": value.value,
-                "validation": of_validation[kind].value,
-                "standard_error": value.standard_error,
-            }
-        rows.append(row | {"protocol": protocol})
+    for kind, (value, error) in measure(samples).items():
+        name = metric_name(kind, backbone.label, len(samples))
+        row = {"name": name, "value": value, "validation": of_validation[kind][0], "protocol": protocol}
+        rows.append(row if error is None else row | {"standard_error": error})
     return rows
 
 

@@ -98,12 +98,12 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler)
     channels = pipe.unet.config.in_channels
+    if args.format != "npz" and channels not in PNG_CHANNELS:
+        raise ValueError(f"format={args.format!r} is for 1 to 4 channels, the model has {channels}: use npz.")
     if args.format == "png" and args.bits == 16 and channels != 1:
         raise ValueError(
             f"format='png' with bits=16 is for gray images, the model has {channels} channels: use npz or parquet."
         )
-    if args.format != "npz" and channels not in PNG_CHANNELS:
-        raise ValueError(f"format={args.format!r} is for 1 to 4 channels, the model has {channels}: use npz.")
     labels = labels_of(pipe, args, range(1))
     pipe.denoise(1, num_inference_steps=args.steps, class_labels=labels, guidance_scale=args.guidance_scale)
     return pipe
