@@ -231,7 +231,7 @@ def report(evaluation: dict) -> str:
     """The results as lines to print."""
     lines = []
     for name, bound in evaluation["bits_per_dim"].items():
-        share = f", each at every {bound['stride']}th timestep" if bound["stride"] > 1 else ""
+        share = f", each at 1 of {bound['stride']} timesteps" if bound["stride"] > 1 else ""
         lines.append(
             f"{'bits/dim, ' + name:44s} {bound['bits_per_dim']:9.4f} ± {bound['standard_error']:.4f}  "
             f"L_T {bound['prior']:.5f}, L_0 {bound['terms'][0]:.4f}; {bound['num_images']} images{share}"

@@ -210,6 +210,6 @@ def test_report_has_a_line_for_every_result():
             "memorization": {"pixels": near},
         }
     ).splitlines()
-    assert len(lines) == 4 and "3.5000 ± 0.1000" in lines[0] and "12 images, each at every 3th timestep" in lines[0]
+    assert len(lines) == 4 and "3.5000 ± 0.1000" in lines[0] and "12 images, each at 1 of 3 timesteps" in lines[0]
     assert "1.2500" in lines[1] and "± 0.01  (validation images: 0.5000)" in lines[2]
     assert "pixels: 4.0% of samples (p = 0.62" in lines[3]
