@@ -5,9 +5,7 @@ import pytest
 import torch
 
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.evaluation import digits as digits_module
 from ddpm_hf.evaluation.digits import DigitsJudge, non_digits
-from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.evaluation.metrics import nearest_neighbors
 
 
@@ -70,8 +68,3 @@ def test_distances_agree_with_their_definition(judge):
 def test_images_of_another_size_raise(judge):
     with pytest.raises(ValueError, match=r"\(N, 8, 8, 1\), got \(2, 16, 16, 1\)"):
         judge(np.zeros((2, 16, 16, 1)))
-
-
-def test_judge_is_found_by_the_name_of_its_data_set():
-    assert judge_of("digits") is digits_module
-    assert judge_of("photos") is None and judge_of("some/data_set") is None
