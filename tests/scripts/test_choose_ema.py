@@ -14,9 +14,18 @@ from PIL import Image
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.training import artifacts
 from ddpm_hf.training.posthoc_ema import list_snapshots, rebuild
-from tests.scripts.test_train import TINY
+from tests.conftest import TINY_TRAINING, flags
 
-RUN = [*TINY, "--total_images", "320", "--warmup_steps", "1", "--checkpoint_every_steps", "20"]
+RUN = flags(
+    **TINY_TRAINING,
+    total_images=320,
+    warmup_steps=1,
+    checkpoint_every_steps=20,
+    keep_checkpoints=10,
+    log_every_steps=4,
+    sample_steps=4,
+    seed=3,
+)
 LENGTHS = ["0.05", "0.08", "0.2"]
 
 
