@@ -1,5 +1,5 @@
-"""Timing side by side: every round calls each candidate once, in an order that changes from round to round, so that
-what else the machine does falls on all of them alike. Medians and ratios are what counts; seconds are this machine's."""
+"""Side-by-side timing: each round calls every candidate once, in a random order, so that other load on the machine
+affects all candidates alike. Compare medians and ratios; seconds depend on the machine."""
 
 import platform
 import random
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-# What Accelerate calls mixed precisions, and the numbers that convolutions are then computed in.
+# Accelerate's names of mixed precision, and the dtype of convolutions.
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +39,7 @@ def interleaved_medians(candidates: dict[str, Callable[[], object]], rounds: int
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some matrix products (on a GPU) or of some convolutions of a U-Net (on a CPU)."""
+    """FLOP/s of the fastest of several matrix products (on a GPU) or convolutions of a U-Net (on a CPU)."""
     candidates, operations = {}, {}
     if device.type == "cpu":
         for B, C, H in ((16, 128, 16), (128, 64, 8), (4, 256, 16)):
@@ -56,14 +56,14 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def flops(function: Callable[[], object]) -> int:
-    """Operations of what `function` computes, its backward passes included."""
+    """Floating-point operations of a call of `function`, including backward passes."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def print_ratios(title: str, medians: dict[str, float], baseline: str) -> None:
-    """One line per candidate: milliseconds, and how many times as fast as the baseline."""
+    """One line per candidate: milliseconds, and the speed relative to the baseline."""
     print(f"\n{title}")
     for name, seconds in medians.items():
         print(f"  {name:44s} {seconds * 1e3:10.3f} ms   {medians[baseline] / seconds:6.2f}×")

@@ -1,18 +1,18 @@
 """`DDPMPipelineCustom` against `diffusers.DDPMPipeline`: `python -m benchmarks.pipeline`
 
-Images per second at equal steps, of one network with one set of weights (one of `unet.py`'s, or `--model`). The
-images of both are compared first. `--compile` adds stock's compiled network and this package's compiled step;
-`--mode reduce-overhead` replays both as CUDA graphs. On a GPU:
+Images per second of both pipelines at the same number of steps, with the same network and weights (a network of
+`unet.py`, or `--model`). First checks that their images agree. `--compile` adds diffusers' compiled network and this
+package's compiled step; `--mode reduce-overhead` replays both as CUDA graphs. On a GPU:
 `python -m benchmarks.pipeline --network cifar10 --batch_size 512 --mixed_precision bf16 --compile --mode reduce-overhead`
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from diffusers import DDPMPipeline
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from benchmarks.harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from benchmarks.unet import NETWORKS
@@ -21,14 +21,14 @@ from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 
 @dataclass
 class BenchmarkArguments:
-    model: str | None = field(default=None, metadata={"help": "a saved pipeline; None: random weights"})
-    network: Literal[tuple(NETWORKS)] = "gray"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    batch_size: int = 16
-    steps: int = 10
-    rounds: int = 5
-    compile: bool = False
-    mode: str | None = field(default=None, metadata={"help": "of torch.compile"})
+    model: str | None = HfArg(default=None, help="saved pipeline; None: random weights")
+    network: Literal[tuple(NETWORKS)] = HfArg(default="gray", help="network with random weights")
+    mixed_precision: Literal["no", "bf16", "fp16"] = HfArg(default="no", help="precision of the network")
+    batch_size: int = HfArg(default=16, help="images per batch")
+    steps: int = HfArg(default=10, help="sampling steps")
+    rounds: int = HfArg(default=5, help="number of timed batches of each candidate")
+    compile: bool = HfArg(default=False, help="time compiled pipelines too")
+    mode: str | None = HfArg(default=None, help="mode of torch.compile")
 
 
 def random_pipeline(network: str) -> DDPMPipelineCustom:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     ours = random_pipeline(args.network) if args.model is None else DDPMPipelineCustom.from_pretrained(args.model)
     ours.to(device)
     stock = ours.to_diffusers()
-    # As it would have loaded them: weights laid out for channels-last images are a part of what is compared.
+    # In the memory format that diffusers loads weights in: channels-last weights are part of the comparison.
     stock.unet = copy.deepcopy(stock.unet).to(memory_format=torch.contiguous_format).eval()
     pipes = {"diffusers": stock, "ddpm_hf": ours}
     if args.compile:
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     expected, allowed = images("diffusers"), 0.01 if dtype == torch.float32 else 0.1
     difference = max((images(name) - expected).abs().max().item() for name in pipes)
     if not difference < allowed:
-        raise SystemExit(f"the images differ by {difference:g}: nothing to time")
+        raise SystemExit(f"the images differ by {difference:g}, so timing them is pointless")
     print(f"{describe_machine()}; {args.batch_size} images, {args.steps} steps, largest difference {difference:.1e}")
     medians = interleaved_medians({name: lambda name=name: images(name) for name in pipes}, args.rounds, warmup=1)
     print_ratios("a batch", medians, "diffusers")

@@ -1,8 +1,8 @@
 """`DDPMSchedulerCustom.step` against `diffusers.DDPMScheduler.step`: `python -m benchmarks.scheduler_step`
 
-A whole chain of 50 steps on a 16×3×32×32 batch, int timesteps after `set_timesteps(50)`; per step. The samples are
-compared first. Both draw the same noise by the same `torch.randn`, which takes longer than all the rest of a step: so
-the steps are timed whole, and once more with the noise given to both.
+Time per step in a chain of 50 steps on a 16×3×32×32 batch, with int timesteps after `set_timesteps(50)`. First checks
+that the samples agree. Both schedulers draw the same noise with `torch.randn`, which takes longer than the rest of the
+step, so steps are timed once with this draw and once with noise that is passed in.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ SHAPE, STEPS, ROUNDS = (16, 3, 32, 32), 50, 40
 
 
 def chain(step, outputs: torch.Tensor, x: torch.Tensor, timesteps: list, seed: int | None = None, **options):
-    """All steps of a chain, the model's outputs being given."""
+    """All steps of a chain, with given model outputs."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     for output, t in zip(outputs, timesteps):
         x = step(output, t, x, generator=generator, return_dict=False, **options)[0]
@@ -46,19 +46,19 @@ def main() -> None:
         "diffusers": lambda: run(stock.step, timesteps=ints),
         "ddpm_hf": lambda: run(ours.step, timesteps=ints),
         "ddpm_hf, 0-d tensor timesteps": lambda: run(ours.step, timesteps=tensors),
-        "the noise alone (torch.randn)": lambda: [torch.randn(SHAPE) for _ in range(STEPS)],
+        "noise alone (torch.randn)": lambda: [torch.randn(SHAPE) for _ in range(STEPS)],
     }
     medians = per_step(whole)
     print(describe_machine())
-    print_ratios("one step, noise drawn in it", medians, "diffusers")
-    noise_alone = medians["the noise alone (torch.randn)"]
-    print(f"  with a step of no cost but the noise it would be {medians['diffusers'] / noise_alone:.2f}×")
+    print_ratios("one step, with drawing the noise", medians, "diffusers")
+    noise_alone = medians["noise alone (torch.randn)"]
+    print(f"  the limit, a step that only draws noise, is {medians['diffusers'] / noise_alone:.2f}×")
 
-    # diffusers' step takes no noise, so that it is handed to it where it draws it.
+    # diffusers' step has no argument for noise, so its drawing function is replaced.
     scheduling_ddpm.randn_tensor = lambda *_, **__: noise
     expected = chain(stock.step, outputs, x, ints)
     for name, step in {"eager": ours.step, "compiled": compiled}.items():
-        check(f"{name} samples, noise given", chain(step, outputs, x, ints, variance_noise=noise), expected)
+        check(f"{name} samples, given noise", chain(step, outputs, x, ints, variance_noise=noise), expected)
     given = {
         "diffusers": lambda: run(stock.step, timesteps=ints),
         "ddpm_hf": lambda: run(ours.step, timesteps=ints, variance_noise=noise),
@@ -66,13 +66,13 @@ def main() -> None:
         "ddpm_hf, compiled": lambda: run(compiled, timesteps=ints, variance_noise=noise),
         "ddpm_hf, compiled, 0-d tensor timesteps": lambda: run(compiled, timesteps=tensors, variance_noise=noise),
     }
-    print_ratios("one step, noise given", per_step(given), "diffusers")
+    print_ratios("one step, with given noise", per_step(given), "diffusers")
 
 
 def check(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:
     difference = (got - expected).abs().max().item()
     if not difference < 1e-4:
-        raise SystemExit(f"{what}: they differ by {difference:g}: nothing to time")
+        raise SystemExit(f"{what}: they differ by {difference:g}, so timing them is pointless")
     print(f"{what}: largest difference {difference:.1e}")
 
 

@@ -1,48 +1,46 @@
-"""Steps against variances: `python -m benchmarks.steps_and_variances --model outputs/digits --dataset digits`.
+"""Compare step counts and variances: `python -m benchmarks.steps_and_variances --model outputs/digits --dataset digits`.
 
-Measures a model with training/evaluate.py at each number of sampling steps and each variance of the reverse process, all
-else alike, and prints one table: the bound of the chain in bits/dim, FD, precision and recall. Writes what each
-evaluation wrote, in a folder of its own under --output_dir, and the table into the metrics and the card of a model that
-training/train.py made.
+Runs training/evaluate.py for each number of sampling steps and each variance of the reverse process, and prints a table
+of the chain's bound in bits/dim, FD, precision and recall. Each evaluation is written to its own folder in --output_dir.
+The table is added to the metrics and the card of a model that training/train.py made.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
-from accelerate import Accelerator
-from transformers import HfArgumentParser
+from accelerate import PartialState
+from ddpm_hf.scripts import evaluate
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from ddpm_hf.training.artifacts import read_metrics, write_metrics_and_card
-
-VARIANCES = ("fixed_small", "fixed_large", "analytic")
 
 
 @dataclass
 class TableArguments:
-    model: str = field(metadata={"help": "a folder, or a repository on the Hub"})
-    dataset: str = field(metadata={"help": "as for training/evaluate.py"})
-    output_dir: str = "outputs/steps_and_variances"
-    features: str | None = None
-    validation_split: str = "test"
-    steps: list[int] = field(default_factory=lambda: [1000, 100, 50, 25])
-    num_samples: int = 500
-    bound_images: int = 120
-    bound_stride: int = 20
-    seed: int = 0
-    cache_dir: str | None = None
+    model: str = HfArg(help="folder, or repository on the Hub")
+    dataset: str = HfArg(help="as for training/evaluate.py")
+    output_dir: str = HfArg(default="outputs/steps_and_variances", help="folder for the evaluations")
+    steps: list[int] = HfArg(default_factory=lambda: [1000, 100, 50, 25], help="numbers of sampling steps")
+    features: str | None = HfArg(default=None, help="as for training/evaluate.py")
+    validation_split: str = HfArg(default="test", help="as for training/evaluate.py")
+    num_samples: int = HfArg(default=500, help="samples of each evaluation")
+    bound_images: int = HfArg(default=120, help="maximum number of images for each bound")
+    bound_stride: int = HfArg(default=20, help="full chain: take each image at every n-th timestep")
+    seed: int = HfArg(default=0, help="seed of all evaluations")
+    cache_dir: str | None = HfArg(default=None, help="as for training/evaluate.py")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(TableArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     options = {k: v for k, v in vars(args).items() if k not in ("output_dir", "steps")}
-    accelerator, rows = Accelerator(cpu=True), []
+    PartialState(cpu=True)
+    rows = []
     for steps in args.steps:
-        for variance in VARIANCES:
+        for variance in evaluate.VARIANCES:
             folder = Path(args.output_dir) / f"{variance}-{steps}"
             one = evaluate.EvaluateArguments(**options, steps=steps, variance_type=variance, output_dir=str(folder))
-            results = evaluate.evaluate(one, accelerator)
+            results = evaluate.evaluate(one)
             evaluate.write(folder, **results)
             evaluation = results["evaluation"]
             bound = list(evaluation["bits_per_dim"].values())[-1]

@@ -1,9 +1,9 @@
 """`UNet2DModelCustom` against `diffusers.UNet2DModel` with the same weights: `python -m benchmarks.unet [network ...]`
 
-For each network the outputs are compared, then timed in turn: the forward pass, eager and (`--compile`) compiled, and a
-training step (forward, backward, AdamW; `fused` for this package's, as its training script has it). With each time
-goes the arithmetic that stock's network needs, as a share of what the machine reaches in its best convolution: near
-100 % nothing but less arithmetic helps. `--compile` also compares compiled gradients with eager ones, both networks'.
+First checks that the outputs agree, then times the forward pass, eager and (`--compile`) compiled, and a training step
+(forward, backward, AdamW; fused for this package, as in its training script). Each time comes with the FLOP/s of the
+diffusers network as a share of the machine's fastest convolution: near 100 %, only less arithmetic makes it faster.
+`--compile` also compares compiled gradients of both networks with eager ones.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def gradient_difference(model: torch.nn.Module, reference: torch.nn.Module, x, t
 def check(what: str, difference: float, bound: float, fatal: bool = True) -> None:
     print(f"  {what}: largest difference {difference:.1e}{'' if difference < bound else '  WRONG'}")
     if fatal and not difference < bound:
-        raise SystemExit("nothing to time")
+        raise SystemExit("timing networks that differ is pointless")
 
 
 def table(title: str, candidates: dict, work: int, peak: float, rounds: int) -> None:
@@ -101,7 +101,7 @@ def forward(name: str, size: int, peak: float, rounds: int, compile: bool) -> No
         expected = stock(x, t).sample
         check(f"{name}, batch {size}", (ours(x, t).sample - expected).abs().max().item(), 2e-5)
         if compile:
-            torch._dynamo.reset()  # after eight networks it would go on without compiling
+            torch._dynamo.reset()  # torch stops compiling after eight networks
             fast_stock, fast_ours = torch.compile(stock), torch.compile(ours)
             check("compiled", (fast_ours(x, t).sample - expected).abs().max().item(), 2e-5)
             candidates |= {
@@ -142,12 +142,14 @@ def training(name: str, peak: float, rounds: int, compile: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("networks", nargs="*", help=f"of {list(NETWORKS)}; all when left out")
-    parser.add_argument("--compile", action="store_true", help="compiled too: minutes of compiling for each network")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("networks", nargs="*", help=f"of {list(NETWORKS)}; default: all")
+    parser.add_argument(
+        "--compile", action="store_true", help="time compiled networks too, which takes minutes for each network"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="number of timed calls of each candidate")
     args = parser.parse_args()
     if unknown := set(args.networks) - set(NETWORKS):
-        parser.error(f"unknown networks {sorted(unknown)}; there are {list(NETWORKS)}")
+        parser.error(f"unknown networks {sorted(unknown)}: networks must be of {list(NETWORKS)}")
     peak = peak_rate(torch.device("cpu"), torch.float32)
     print(f"{describe_machine()}; best convolution {peak / 1e9:.0f} GFLOP/s")
     for name in args.networks or NETWORKS:

@@ -1,14 +1,14 @@
-"""The pictures of docs/pipeline.md: `python docs/make_pipeline_figures.py`
+"""Draw the figures of docs/pipeline.md: `python docs/make_pipeline_figures.py`
 
-Each is a grid made with a trained model of the digits; the images put in are digits that it was not trained on.
+Each figure is a grid of images from a trained model of the digits. Its inputs are digits of the test split.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.builtin import digits
@@ -26,7 +26,7 @@ COLUMNS, STEPS = 10, 100
 
 @dataclass
 class FigureArguments:
-    model: str = field(default="model_cards/digits", metadata={"help": "a model of the digits"})
+    model: str = HfArg(default="model_cards/digits", help="model of the digits")
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def samplers(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
 
 
 def image_to_image_rows(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
-    """Rows: the images, and what is made of them from a fifth, two fifths and three fifths of the way to noise."""
+    """Rows: the inputs, and images made from them after 1/5, 2/5 and 3/5 of the noising process."""
     T = pipe.scheduler.config.num_train_timesteps
     made = [
         image_to_image(pipe, given, T * k // 5, min(STEPS, T * k // 5), seed=0, output_type="np") for k in (1, 2, 3)
@@ -61,25 +61,25 @@ def image_to_image_rows(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[n
 
 
 def interpolation(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
-    """Rows: one pair each, λ from 0 to 1."""
+    """Rows: interpolations of one pair each, λ from 0 to 1."""
     T, weights = pipe.scheduler.config.num_train_timesteps, np.linspace(0, 1, COLUMNS).tolist()
     mixed = interpolate(pipe, given[:3], given[3:6], T // 4, weights, STEPS, output_type="np")
     return [np.stack([images[row] for images in mixed]) for row in range(3)]
 
 
 def seeds(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
-    """Rows: one pair of seeds each, along the great circle between their noises."""
+    """Rows: interpolations of one pair of seeds each, along the great circle between their noise."""
     weights = np.linspace(0, 1, COLUMNS).tolist()
     return [interpolate_seeds(pipe, a, b, weights, STEPS, "np") for a, b in ((0, 1), (2, 3), (4, 5))]
 
 
 def inversion(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
-    """Rows: the images, and what DDIM makes of the noise that it encodes them as."""
+    """Rows: the inputs, and their reconstructions from the noise that DDIM inversion encodes them as."""
     return [to_display(given), reconstruct(pipe, given, STEPS, output_type="np")]
 
 
 def inpainting(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
-    """Rows: the images, their upper halves, and the lower halves made anew, twice."""
+    """Rows: the inputs, their upper halves, and two inpainted lower halves."""
     mask = torch.zeros(given.shape[2:])
     mask[mask.shape[0] // 2 :] = 1
     known = torch.where(mask == 1, torch.zeros(()), given)
@@ -88,7 +88,7 @@ def inpainting(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray
 
 
 def denoising(pipe: DDPMPipelineCustom, given: torch.Tensor) -> list[np.ndarray]:
-    """Rows: the images, with noise of standard deviation 0.5, E[x_0 | image], and a sample of p(x_0 | image)."""
+    """Rows: the inputs, with noise of standard deviation 0.5, E[x_0 | image], and a sample of p(x_0 | image)."""
     noisy = given + 0.5 * torch.randn(given.shape, generator=torch.Generator().manual_seed(0))
     cleaned = [denoise_image(pipe, noisy, 0.5, steps, seed=0, output_type="np") for steps in (1, 50)]
     return [to_display(given), to_display(noisy), *cleaned]

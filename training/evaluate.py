@@ -1,255 +1,273 @@
 """Measure a trained model: `accelerate launch training/evaluate.py --model outputs/digits --dataset digits`.
 
-Prints the variational bound of validation images in bits/dim, distances of samples to real images on the features of a
-vision backbone, and how near samples lie to training images, each with its protocol; writes metrics.json, figures and the
-model card's results. Every process computes a share, and the figures are the same for any number of them.
+Prints the variational bound of validation images in bits/dim, distances between samples and real images on the features
+of a vision model, and how close samples are to training images. Writes them with their protocol into metrics.json,
+draws figures, and adds the results to the model card. The work is spread over the processes, and the results do not
+depend on their number.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 import yaml
-from accelerate import Accelerator
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.diffusion.timesteps import spaced_timesteps
-from ddpm_hf.evaluation.features import dataset_revision, figure_name, load_backbone
-from ddpm_hf.evaluation.measures import (
-    Shares,
-    choose_variance,
-    features_of,
-    make_samples,
-    measure_bound,
-    read_samples,
-    real_features,
-    real_images,
-    resizing,
-)
-from ddpm_hf.evaluation.metrics import (
-    check_enough,
-    density_coverage,
-    frechet_distance,
-    kernel_distance,
-    memorization,
-    moments,
-    precision_recall,
-)
-from ddpm_hf.evaluation.plots import bound_by_timestep, closest_pairs, figure_bytes
+import ddpm_hf
+from ddpm_hf.checks import check_choice, check_int
 from ddpm_hf.files import atomic_file
-from ddpm_hf.hub.model_card import average_of_weights, update_results
-from ddpm_hf.training.artifacts import read_metrics, write_metrics, write_metrics_and_card
-from ddpm_hf.training.processes import fail
+from ddpm_hf.training.processes import fail, prepare_process
+
+# Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
+
+VARIANCES = ("fixed_small", "fixed_large", "analytic")
 
 
 @dataclass
 class EvaluateArguments:
-    model: str = field(metadata={"help": "a folder, or a repository on the Hub"})
-    dataset: str = field(metadata={"help": "'digits', 'photos', a folder of images, or a data set on the Hub"})
-    dataset_config: str | None = None
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "of a data set on the Hub: branch, tag, commit"}
+    model: str = HfArg(help="folder, or repository on the Hub")
+    dataset: str = HfArg(help="'digits', 'photos', a folder of images, or a data set on the Hub")
+    dataset_config: str | None = HfArg(default=None, help="configuration of a data set on the Hub")
+    dataset_revision: str | None = HfArg(default=None, help="branch, tag or commit of a data set on the Hub")
+    split: str = HfArg(default="train", help="split that the model was trained on; distances are to it")
+    validation_split: str = HfArg(
+        default="test", help="split that it was not trained on; without one, the run's validation_fraction of `split`"
     )
-    split: str = field(default="train", metadata={"help": "what the model was trained on; distances are to these"})
-    validation_split: str = field(
-        default="test",
-        metadata={"help": "what it was not trained on; if there is none, the run's validation_fraction of `split`"},
+    image_column: str | None = HfArg(default=None, help="column of images; None: the only one")
+    label_column: str | None = HfArg(
+        default=None, help="column of classes, for a class-conditional model; None: the run's"
     )
-    image_column: str | None = None
-    label_column: str | None = field(
-        default=None, metadata={"help": "the classes that a class-conditional model is told; None: the run's"}
-    )
-    features: str | None = field(
+    features: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "'digits', 'inception', or a vision model of transformers; None: digits, or facebook/dinov2-base"
-        },
+        help="'inception', a vision model of transformers, or a built-in data set that has features of its own; "
+        "None: the data set's own, or facebook/dinov2-base",
     )
-    num_samples: int = 500
-    samples: str | None = field(default=None, metadata={"help": "a folder of images to judge; None: sample the model"})
-    steps: int = field(default=100, metadata={"help": "sampling steps, and length of the respaced chain"})
-    variance_type: str | None = field(
-        default=None, metadata={"help": "fixed_small, fixed_large or analytic; None: the model's own"}
-    )
-    seed: int = 0
-    bound_images: int = field(default=360, metadata={"help": "images that the bound is an average over, at most"})
-    bound_stride: int = field(
-        default=20, metadata={"help": "the full chain's terms: each image at every n-th timestep"}
-    )
-    analytic_images: int = field(default=64, metadata={"help": "training images for the moments of analytic variance"})
-    batch_size: int = field(default=256, metadata={"help": "images per process at a time"})
-    output_dir: str | None = field(default=None, metadata={"help": "where to write; None: the model's folder"})
-    cache_dir: str | None = field(default=None, metadata={"help": "features of real images; None: under HF_HOME"})
-
-    def __post_init__(self):
-        for name in ("num_samples", "steps", "bound_images", "bound_stride", "analytic_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.bound_images < 2 * self.bound_stride:
-            raise ValueError(
-                f"bound_images must be at least 2 × bound_stride = {2 * self.bound_stride}, got {self.bound_images}."
-            )
-        if self.variance_type not in (None, "fixed_small", "fixed_large", "analytic"):
-            raise ValueError(f"variance_type must be fixed_small, fixed_large or analytic, got {self.variance_type!r}.")
-        if self.output_dir is None and not Path(self.model).is_dir():
-            raise ValueError(f"output_dir must be given for a model that is no folder here, {self.model!r}.")
-        self.features = self.features or ("digits" if self.dataset == "digits" else "facebook/dinov2-base")
+    num_samples: int = HfArg(default=500, help="number of samples")
+    samples: str | None = HfArg(default=None, help="folder of images to measure; None: sample from the model")
+    steps: int = HfArg(default=100, help="sampling steps, and the length of the respaced chain")
+    variance_type: str | None = HfArg(default=None, help=f"{', '.join(VARIANCES)}; None: as saved with the model")
+    seed: int = HfArg(default=0, help="seed of samples, of the bound, and of the images it is taken on")
+    bound_images: int = HfArg(default=360, help="maximum number of images for the bound")
+    bound_stride: int = HfArg(default=20, help="full chain: take each image at every n-th timestep")
+    analytic_images: int = HfArg(default=64, help="training images for the moments of analytic variance")
+    batch_size: int = HfArg(default=256, help="images per process at a time")
+    output_dir: str | None = HfArg(default=None, help="folder to write to; None: the model's")
+    cache_dir: str | None = HfArg(default=None, help="folder for features of real images; None: in HF_HOME")
 
 
-def compare(samples, training, validation, backbone, protocol: dict) -> list[dict]:
-    """Every figure of the samples' features against the training images', and validation images' for a yardstick."""
-    figures = []
-    protocol = protocol | {"reference": f"{protocol['split']} split, {len(training)} images"} | backbone.protocol
-
-    def add(name, value, of_validation, error=None):
-        entry = {"name": name, "value": value, "validation": of_validation, "protocol": protocol}
-        figures.append(entry | ({} if error is None else {"standard_error": error}))
-
-    reference, n = moments(training, "the training split"), len(samples)
-    enough = len(validation) > backbone.dim
-    add(
-        figure_name("FD", backbone, n),
-        frechet_distance(moments(samples, "num_samples"), reference),
-        frechet_distance(moments(validation), reference) if enough else None,
-    )
-    kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
-    ours, theirs = (kernel_distance(x, training, kernel) for x in (samples, validation))
-    add(figure_name("MMD", backbone, n), ours.value, theirs.value, ours.standard_error)
-    names = ("precision", "recall", "density", "coverage")
-    pairs = [(*precision_recall(training, x), *density_coverage(training, x)) for x in (samples, validation)]
-    for name, of_samples, of_validation in zip(names, *pairs):
-        add(figure_name(name, backbone, n), of_samples, of_validation)
-    return figures
+def check(args: EvaluateArguments) -> None:
+    """Raise ValueError, naming the option, for values that do not fit."""
+    for name in ("num_samples", "steps", "bound_images", "bound_stride", "analytic_images", "batch_size"):
+        check_int(name, getattr(args, name), 1)
+    check_int("bound_images", args.bound_images, 2 * args.bound_stride, note="2 × bound_stride")
+    if args.variance_type is not None:
+        check_choice("variance_type", args.variance_type, VARIANCES)
+    if args.output_dir is None and not Path(args.model).is_dir():
+        raise ValueError(f"output_dir must be given for a model that is not a local folder, got model {args.model!r}.")
 
 
-def evaluate(args: EvaluateArguments, accelerator: Accelerator) -> dict:
-    """All figures, as metrics.json holds them under "evaluation", and the figures' PNG files under "pictures"."""
-    shares, device = Shares(accelerator), accelerator.device
-    pipe = DDPMPipelineCustom.from_pretrained(args.model)
-    pipe.to(device)
+def evaluate(args: EvaluateArguments) -> dict:
+    """All results: "evaluation" as in metrics.json, and "pictures", PNG files by their names."""
+    from accelerate import PartialState
+
+    from ddpm_hf.data.finding import open_dataset
+    from ddpm_hf.evaluation import features, measures, metrics, plots
+
+    check(args)
+    state = PartialState()
+    pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
+    pipe.to(state.device)
     pipe.unet.eval()
-    pipe.set_progress_bar_config(disable=not accelerator.is_main_process, desc="Sampling")
-    config = pipe.unet.config
-    run = Path(args.model) / "config.yaml"
-    run = yaml.safe_load(run.read_text()) if run.is_file() else {}
-    training, validation, validation_split = real_images(args, run, config)
-    size = training.size
-    backbone = load_backbone(args.features, device)
-    check_enough(args.num_samples, backbone.dim, "num_samples")
-    check_enough(len(training), backbone.dim, f"split {args.split!r}")
-    samples = None if args.samples is None else read_samples(args, size, config.in_channels)
-    choose_variance(pipe, args.variance_type, training, args, device)
+    pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Sampling")
+    config, run_file = pipe.unet.config, Path(args.model) / "config.yaml"
+    run = yaml.safe_load(run_file.read_text()) if run_file.is_file() else {}
 
-    diffusion, scheduler = pipe.scheduler.diffusion, pipe.scheduler.config
-    spacing = spaced_timesteps(len(diffusion), args.steps, scheduler.timestep_spacing, scheduler.steps_offset)
-    chain = diffusion.respace(spacing)
-    bounds = {
-        f"training, {len(diffusion)} steps": (diffusion, training, args.bound_stride, "training bound"),
-        f"validation, {len(diffusion)} steps": (diffusion, validation, args.bound_stride, "validation bound"),
+    def open_split(split: str):
+        dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
+        return measures.model_images(dataset, config, run, args.image_column, args.label_column)
+
+    training, validation, validation_split = measures.real_images(open_split, run, args.split, args.validation_split)
+    backbone = features.load_backbone(args.features or features.default_features(args.dataset), state.device)
+    metrics.check_enough(args.num_samples, backbone.dim, "num_samples")
+    metrics.check_enough(len(training), backbone.dim, f"split {args.split!r}")
+    samples = None
+    if args.samples is not None:
+        samples = measures.read_samples(args.samples, args.num_samples, training.size, config.in_channels)
+    if args.variance_type not in (None, pipe.scheduler.config.variance_type):
+        measures.set_variance(pipe, args.variance_type, training, args.analytic_images, args.seed)
+
+    bounds = measure_bounds(args, pipe, training, validation)
+    if samples is None:
+        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size)
+
+    def real_features(images, split: str):
+        source = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
+        return measures.real_features(backbone, images, source, args.batch_size, args.cache_dir)
+
+    feature_sets = (
+        measures.features_of(backbone, lambda i: samples[i], len(samples), args.batch_size),
+        real_features(validation, validation_split),
+        real_features(training, args.split),
+    )
+    protocol = describe_protocol(args, pipe, training, validation_split, run)
+    if config.in_channels == 1 and backbone.channels == 3:
+        state.print("Gray images are repeated to RGB for the backbone.")
+        protocol["channels"] = "gray repeated to RGB"
+    pictures = {"bound.png": plots.figure_bytes(plots.bound_by_timestep(bounds))}
+    memorization, closest = compare_with_training(samples, validation, training, feature_sets)
+    evaluation = {
+        "protocol": protocol,
+        "dataset": args.dataset,
+        "bits_per_dim": {name: asdict(bound) for name, bound in bounds.items()},
+        "figures": compute_metrics(*feature_sets, backbone, protocol),
+        "memorization": memorization,
     }
-    if args.steps < len(diffusion):
-        bounds[f"validation, {args.steps} steps"] = (chain, validation, 1, "validation bound")
-    bounds = {name: measure_bound(pipe, c, i, s, p, args, shares) for name, (c, i, s, p) in bounds.items()}
+    return {"evaluation": evaluation, "pictures": pictures | closest}
 
-    protocol = {
+
+def describe_protocol(args: EvaluateArguments, pipe, training, validation_split: str, run: dict) -> dict:
+    """How the metrics are computed, as far as it does not depend on the backbone."""
+    from ddpm_hf.evaluation import features, measures
+    from ddpm_hf.hub.model_card import average_of_weights
+    from ddpm_hf.training.artifacts import read_metrics
+
+    scheduler = pipe.scheduler.config
+    return {
         "num_samples": args.num_samples,
         "split": args.split,
         "validation_split": validation_split,
-        "dataset_revision": args.dataset_revision or dataset_revision(training.dataset),
+        "dataset_revision": args.dataset_revision or features.dataset_revision(training.dataset),
         "samples": "the model's" if args.samples is None else Path(args.samples).name,
         "sampler": f"{type(pipe.scheduler).__name__}, {scheduler.variance_type}, {scheduler.timestep_spacing}",
         "steps": args.steps,
         "seed": args.seed,
         "labels": training.label_column,
         "weights": f"averaged {average_of_weights(run, read_metrics(Path(args.model)))}" if run else None,
-        "resolution": list(size),
-        "dataset_resize": resizing(training),
+        "resolution": list(training.size),
+        "dataset_resize": measures.resizing(training),
     }
-    if samples is None:
-        samples = make_samples(pipe, args, shares)
-    of_samples = features_of(backbone, lambda i: samples[i], len(samples), args, shares)
-    of_training = real_features(backbone, training, args.split, args, shares)
-    of_validation = real_features(backbone, validation, validation_split, args, shares)
-    if config.in_channels == 1 and backbone.channels == 3:
-        accelerator.print("The gray images are repeated to RGB for the backbone.")
-        protocol["channels"] = "gray repeated to RGB"
-    figures = compare(of_samples, of_training, of_validation, backbone, protocol)
 
-    def pixels(images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1).float() / 255
 
-    real = [images[range(len(images))]["images"] for images in (validation, training)]
-    near = {
-        "pixels": memorization(pixels(samples), *(pixels(images) for images in real)),
-        "features": memorization(of_samples, of_validation, of_training),
+def measure_bounds(args: EvaluateArguments, pipe, training, validation) -> dict:
+    """The full chain's bound on training and validation images, and the respaced chain's on validation images."""
+    from ddpm_hf.diffusion.timesteps import spaced_timesteps
+    from ddpm_hf.evaluation.measures import measure_bound
+
+    full, config = pipe.scheduler.diffusion, pipe.scheduler.config
+    bounds = {
+        f"training, {len(full)} steps": (full, training, args.bound_stride, "training bound"),
+        f"validation, {len(full)} steps": (full, validation, args.bound_stride, "validation bound"),
     }
-    pictures = {"bound.png": figure_bytes(bound_by_timestep(bounds))}
-    for space, result in near.items():
-        mine, theirs, distances = zip(*result.closest)
-        cells = [x[list(i)].permute(0, 2, 3, 1).numpy() / 255 for x, i in ((samples, mine), (real[1], theirs))]
-        pictures[f"closest_{space}.png"] = figure_bytes(closest_pairs(*cells, distances))
-    evaluation = {
-        "protocol": protocol,
-        "dataset": args.dataset,
-        "bits_per_dim": {name: asdict(bound) for name, bound in bounds.items()},
-        "figures": figures,
-        "memorization": {space: result.as_dict() for space, result in near.items()},
+    timesteps = spaced_timesteps(len(full), args.steps, config.timestep_spacing, config.steps_offset)
+    if args.steps < len(full):
+        bounds[f"validation, {args.steps} steps"] = (full.respace(timesteps), validation, 1, "validation bound")
+    return {
+        name: measure_bound(pipe, chain, images, args.bound_images, stride, args.seed, purpose, args.batch_size)
+        for name, (chain, images, stride, purpose) in bounds.items()
     }
-    return {"evaluation": evaluation, "pictures": pictures}
+
+
+def compute_metrics(samples, validation, training, backbone, protocol: dict) -> list[dict]:
+    """Distances between features of samples and of training images, and the same of validation images to compare with."""
+    from ddpm_hf.evaluation import metrics
+    from ddpm_hf.evaluation.features import metric_name
+
+    protocol = protocol | {"reference": f"{protocol['split']} split, {len(training)} images"} | backbone.protocol
+    reference = metrics.moments(training, "the training split")
+    kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
+
+    def measure(features) -> dict[str, tuple[float | None, float | None]]:
+        """Values and, if known, standard errors."""
+        has_moments = len(features) > backbone.dim
+        distance = metrics.frechet_distance(metrics.moments(features), reference) if has_moments else None
+        shares = (*metrics.precision_recall(training, features), *metrics.density_coverage(training, features))
+        values = {"FD": (distance, None), "KD": metrics.kernel_distance(features, training, kernel)}
+        return values | {
+            name: (share, None) for name, share in zip(("precision", "recall", "density", "coverage"), shares)
+        }
+
+    rows, of_validation = [], measure(validation)
+    for kind, (value, error) in measure(samples).items():
+        name = metric_name(kind, backbone.label, len(samples))
+        row = {"name": name, "value": value, "validation": of_validation[kind][0], "protocol": protocol}
+        rows.append(row if error is None else row | {"standard_error": error})
+    return rows
+
+
+def compare_with_training(samples, validation, training, feature_sets) -> tuple[dict, dict[str, bytes]]:
+    """How close samples are to training images in pixels and in features, and pictures of the closest pairs."""
+    from ddpm_hf.evaluation import metrics, plots
+
+    validation, training = (images[range(len(images))]["images"] for images in (validation, training))
+    pixels = (images.flatten(1).float() / 255 for images in (samples, validation, training))
+    results, pictures = {}, {}
+    for space, rows in (("pixels", pixels), ("features", feature_sets)):
+        result = metrics.memorization(*rows)
+        ours, theirs, distances = zip(*result.closest)
+        cells = [x[list(i)].permute(0, 2, 3, 1).numpy() / 255 for x, i in ((samples, ours), (training, theirs))]
+        pictures[f"closest_{space}.png"] = plots.figure_bytes(plots.closest_pairs(*cells, distances))
+        results[space] = asdict(result)
+    return results, pictures
 
 
 def write(folder: Path, evaluation: dict, pictures: dict[str, bytes]) -> None:
-    """metrics.json, the pictures and the card's results; a run's own card is made anew from all its metrics."""
+    """Write metrics.json, the pictures and the card's results. The card of a training run is made again from its metrics."""
+    from ddpm_hf.hub.model_card import update_results
+    from ddpm_hf.training.artifacts import read_metrics, write_metrics, write_metrics_and_card
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         atomic_file(folder / name, content)
-    metrics = read_metrics(folder) | {"evaluation": evaluation}
+    metrics, card = read_metrics(folder) | {"evaluation": evaluation}, folder / "README.md"
     if "training" in metrics and (folder / "config.yaml").is_file():
         write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
         return
     write_metrics(folder, metrics)
-    if (folder / "README.md").is_file():
-        atomic_file(folder / "README.md", update_results((folder / "README.md").read_text(), folder.name, evaluation))
+    if card.is_file():
+        atomic_file(card, update_results(card.read_text(), folder.name, evaluation))
 
 
 def report(evaluation: dict) -> str:
-    """The figures as lines to print."""
+    """The results as lines to print."""
     lines = []
     for name, bound in evaluation["bits_per_dim"].items():
-        share = f", each at every {bound['stride']}th t" if bound["stride"] > 1 else ""
+        share = f", each at 1 of {bound['stride']} timesteps" if bound["stride"] > 1 else ""
         lines.append(
             f"{'bits/dim, ' + name:44s} {bound['bits_per_dim']:9.4f} ± {bound['standard_error']:.4f}  "
             f"L_T {bound['prior']:.5f}, L_0 {bound['terms'][0]:.4f}; {bound['num_images']} images{share}"
         )
     for figure in evaluation["figures"]:
         error = f" ± {figure['standard_error']:.4g}" if "standard_error" in figure else ""
-        beside = "" if figure["validation"] is None else f"  (validation images {figure['validation']:.4f})"
-        lines.append(f"{figure['name']:44s} {figure['value']:9.4f}{error}{beside}")
+        validation = "" if figure["validation"] is None else f"  (validation images: {figure['validation']:.4f})"
+        lines.append(f"{figure['name']:44s} {figure['value']:9.4f}{error}{validation}")
     for space, near in evaluation["memorization"].items():
         lines.append(
-            f"{'nearer to training than 95 % of held-out, ' + space:52s} "
-            f"{near['closer_than_5_percent_of_validation']:.1%}, p of being no nearer {near['closer_p_value']:.2f}"
+            f"closer to training images than 95 % of validation images, {space}: "
+            f"{near['closer_than_5_percent_of_validation']:.1%} of samples (p = {near['closer_p_value']:.2f}; "
+            "a small p indicates copies)"
         )
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    prepare_process()
     parser = HfArgumentParser(EvaluateArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        results = evaluate(args, accelerator)
+        import torch
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        results = evaluate(args)
     except (ValueError, OSError) as error:
         fail("evaluate.py", error)
-    if accelerator.is_main_process:
+    if state.is_main_process:
         folder = Path(args.output_dir or args.model)
         write(folder, **results)
         p = results["evaluation"]["protocol"]
         print(f"{p['num_samples']} samples, {p['sampler']}, {p['steps']} steps, seed {p['seed']}, against {p['split']}")
         print(report(results["evaluation"]), f"\nWritten: metrics.json, {', '.join(results['pictures'])} in {folder}/")
-    accelerator.end_training()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

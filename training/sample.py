@@ -1,51 +1,57 @@
 """Sample images from a trained model: `accelerate launch training/sample.py --model outputs/digits --num_images 64`.
 
-Writes one PNG per image, named by its index, or one .npz or .parquet file. The work is spread over the processes that
-`accelerate launch` starts. Image i of a seed is the same whatever their number, and a run that was stopped goes on
-where it ended when the same command is given again; so does one with a larger `--num_images`.
+Writes one PNG file per image, named by its index, or one .npz or .parquet file. The work is spread over the processes.
+Image i of a seed is the same on any number of processes. The same command resumes a run that was stopped, and a larger
+`--num_images` adds images.
 """
 
 import io
 import json
 import shutil
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.evaluation.plots import PNG_COLOUR_TYPES, png_bytes, quantized
+import ddpm_hf
+from ddpm_hf.checks import check_choice, check_int
+from ddpm_hf.evaluation.encoding import PNG_CHANNELS, png_bytes, quantize
 from ddpm_hf.files import atomic_file
-from ddpm_hf.pipelines.guidance import cycled_classes
-from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
-from ddpm_hf.seeds import check_seed, image_generators
+from ddpm_hf.training.processes import fail, prepare_process
+
+# Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
 
 FORMATS = ("png", "npz", "parquet")
 
 
 @dataclass
 class SampleArguments:
-    model: str = field(metadata={"help": "a folder, or a repository on the Hub"})
-    num_images: int = 64
-    scheduler: str | None = field(default=None, metadata={"help": f"{', '.join(SAMPLERS)}; None: the saved one"})
-    steps: int | None = field(default=None, metadata={"help": "sampling steps; None: the model's own T"})
-    seed: int = 0
-    class_label: int | None = field(
-        default=None, metadata={"help": "of a class-conditional model; None: image i gets class i modulo their number"}
+    model: str = HfArg(help="folder, or repository on the Hub")
+    num_images: int = HfArg(default=64, help="total number of images, including existing ones")
+    scheduler: str | None = HfArg(
+        default=None,
+        help="ddpm, ddim, dpmsolver++, dpmsolver++sde, unipc, heun, euler, lms, pndm, deis; None: the saved one",
     )
-    guidance_scale: float = field(default=1.0, metadata={"help": "of classifier-free guidance; 1: none"})
-    format: str = field(default="png", metadata={"help": f"{', '.join(FORMATS)}"})
-    bits: int = field(default=8, metadata={"help": "8 or 16 per channel"})
-    batch_size: int = field(default=250, metadata={"help": "images made at once by a process"})
-    output_dir: str | None = field(default=None, metadata={"help": "where to write; None: samples/ under the model"})
-    device: str | None = field(default=None, metadata={"help": "None: a GPU for each process if there are any"})
+    steps: int | None = HfArg(default=None, help="sampling steps; None: the model's T")
+    seed: int = HfArg(default=0, help="seed; an image depends on it and on the image's index")
+    class_label: int | None = HfArg(
+        default=None, help="of a class-conditional model; None: image i gets class i modulo their number"
+    )
+    guidance_scale: float = HfArg(default=1.0, help="of classifier-free guidance; 1: no guidance")
+    format: str = HfArg(
+        default="png",
+        help=f"{', '.join(FORMATS)}; a parquet file holds PNG images, and an array of uint16 for color of 16 bits",
+    )
+    bits: int = HfArg(default=8, help="8 or 16 per channel; color of 16 bits as npz or parquet")
+    batch_size: int = HfArg(default=250, help="images per process at a time")
+    output_dir: str | None = HfArg(default=None, help="folder to write to; None: samples/ in the model's")
+    device: str | None = HfArg(default=None, help="None: a GPU for each process if there are any")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    prepare_process()
     parser = HfArgumentParser(SampleArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -53,16 +59,19 @@ def main(arguments: list[str] | None = None) -> None:
         folder = output_folder(args)
         check_record(folder, args)
     except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"sample.py: error: {error}")
+        fail("sample.py", error)
+
+    from accelerate import PartialState
+
     state = PartialState(cpu=args.device == "cpu")
     pipe.to(args.device or state.device)
     pipe.set_progress_bar_config(disable=True)
 
-    # Batches are cut from all indices, whoever makes them: the rounding of an image depends on its batch.
+    # Batches do not depend on the number of processes, because the rounding of an image depends on its batch.
     batches = [range(k, min(k + args.batch_size, args.num_images)) for k in range(0, args.num_images, args.batch_size)]
     unfinished = [batch for batch in batches if not all(is_done(folder, args, batch))]
-    there = sum(sum(is_done(folder, args, batch)) for batch in batches)
-    state.wait_for_everyone()  # before the first file is written: all must see the same ones missing
+    existing = sum(sum(is_done(folder, args, batch)) for batch in batches)
+    state.wait_for_everyone()  # before the first file is written, so that all processes find the same ones missing
     if state.is_main_process:
         atomic_file(folder / record_name(args), record(args))
     share = unfinished[state.process_index :: state.num_processes]
@@ -73,42 +82,46 @@ def main(arguments: list[str] | None = None) -> None:
             bar.update(len(batch))
     state.wait_for_everyone()
     if state.is_main_process:
-        what = gather(folder, args, batches, labels_of(pipe, args, range(args.num_images)))
-        print(f"{args.num_images - there} images written to {what} ({there} were there).")
+        written = gather(folder, args, batches, labels_of(pipe, args, range(args.num_images)))
+        print(f"{args.num_images - existing} images written to {written} ({existing} existed).")
 
 
-def prepare(args: SampleArguments) -> DDPMPipelineCustom:
-    """The pipeline, with everything checked that can be before an image is made."""
-    for name, value in (("num_images", args.num_images), ("batch_size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    check_seed("seed", args.seed)
-    if args.format not in FORMATS:
-        raise ValueError(f"format must be one of {FORMATS}, got {args.format!r}.")
-    if args.bits not in (8, 16):
-        raise ValueError(f"bits must be 8 or 16, got {args.bits}.")
-    pipe = DDPMPipelineCustom.from_pretrained(args.model)
+def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
+    """The pipeline, after all checks that can be made before sampling."""
+    from ddpm_hf.schedulers.samplers import make_sampler
+
+    for name, minimum in {"num_images": 1, "batch_size": 1, "seed": 0}.items():
+        check_int(name, getattr(args, name), minimum)
+    check_choice("format", args.format, FORMATS)
+    check_choice("bits", args.bits, (8, 16))
+    pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler)
     channels = pipe.unet.config.in_channels
-    if args.format != "npz" and channels not in PNG_COLOUR_TYPES:
-        raise ValueError(f"format={args.format!r} holds 1 to 4 channels, the model has {channels}: use npz.")
+    if args.format != "npz" and channels not in PNG_CHANNELS:
+        raise ValueError(f"format={args.format!r} is for 1 to 4 channels, the model has {channels}: use npz.")
+    if args.format == "png" and args.bits == 16 and channels != 1:
+        raise ValueError(
+            f"format='png' with bits=16 is for gray images, the model has {channels} channels: use npz or parquet."
+        )
     labels = labels_of(pipe, args, range(1))
-    pipe.denoise(1, num_inference_steps=args.steps, class_labels=labels, guidance_scale=args.guidance_scale)
+    pipe.check_inputs(1, None, args.steps, output_type="np", class_labels=labels, guidance_scale=args.guidance_scale)
     return pipe
 
 
-def labels_of(pipe: DDPMPipelineCustom, args: SampleArguments, indices: range) -> list[int] | None:
-    """The class of each image: it belongs to the image's index, as its noise does."""
-    if args.class_label is not None:
-        return [args.class_label] * len(indices)
-    return cycled_classes(pipe.unet, indices)
+def labels_of(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices: range) -> list[int] | None:
+    """The class of each image, which depends on the image's index alone, as its noise does."""
+    from ddpm_hf.pipelines.guidance import cycled_classes
+
+    return cycled_classes(pipe.unet, indices) if args.class_label is None else [args.class_label] * len(indices)
 
 
-def make_batch(pipe: DDPMPipelineCustom, args: SampleArguments, batch: range) -> np.ndarray:
-    """The images of these indices, (B, H, W, C) in [0, 1]."""
+def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch: range) -> np.ndarray:
+    """The images with these indices, (B, H, W, C) in [0, 1]."""
+    from ddpm_hf.evaluation.sampling import sample_images
+
     options = {"class_labels": labels_of(pipe, args, batch), "guidance_scale": args.guidance_scale}
-    return pipe(len(batch), image_generators(args.seed, batch), args.steps, output_type="np", **options).images
+    return sample_images(pipe, batch, args.steps, args.seed, len(batch), **options)
 
 
 # ---------------------------------------------------------------------- files
@@ -122,23 +135,26 @@ def output_folder(args: SampleArguments) -> Path:
 
 
 def record_name(args: SampleArguments) -> str:
+    """The file with the options that a seed's images depend on."""
     return f"seed{args.seed}.json"
 
 
 def record(args: SampleArguments) -> str:
-    """The options that images depend on."""
     names = ("model", "scheduler", "steps", "seed", "class_label", "guidance_scale", "bits")
     return json.dumps({name: asdict(args)[name] for name in names}, indent=2) + "\n"
 
 
 def check_record(folder: Path, args: SampleArguments) -> None:
-    """ValueError where the folder holds images of this seed that were made otherwise: they would be mixed."""
+    """Raise ValueError if the folder has images of this seed that were made with other options."""
     file = folder / record_name(args)
     if file.is_file() and (before := json.loads(file.read_text())) != (now := json.loads(record(args))):
         changed = ", ".join(
             f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
         )
-        raise ValueError(f"{folder} holds images of seed {args.seed} made with {changed}: give another output_dir.")
+        raise ValueError(
+            f"output_dir {str(folder)!r} has images of seed {args.seed} made with other options ({changed}): "
+            "give another output_dir."
+        )
 
 
 def png_file(folder: Path, args: SampleArguments, index: int) -> Path:
@@ -153,56 +169,60 @@ def part_file(folder: Path, args: SampleArguments, batch: range) -> Path:
     return parts_folder(folder, args) / f"{batch.start:06d}-{batch.stop:06d}.npy"
 
 
-def whole_file(folder: Path, args: SampleArguments) -> Path:
+def output_file(folder: Path, args: SampleArguments) -> Path:
     return folder / f"seed{args.seed}-{args.num_images}.{args.format}"
 
 
 def is_done(folder: Path, args: SampleArguments, batch: range) -> list[bool]:
-    """Whether each image of a batch is written."""
+    """For each image of a batch, whether it is written."""
     if args.format == "png":
         return [png_file(folder, args, i).exists() for i in batch]
-    return [whole_file(folder, args).exists() or part_file(folder, args, batch).exists()] * len(batch)
+    return [output_file(folder, args).exists() or part_file(folder, args, batch).exists()] * len(batch)
 
 
 def write_batch(folder: Path, args: SampleArguments, batch: range, images: np.ndarray) -> None:
+    """Write PNG files, or a part of the output file. `images` are (B, H, W, C) in [0, 1]."""
+    images = quantize(images, args.bits)
     if args.format == "png":
-        for i, image in zip(batch, images):
-            if not png_file(folder, args, i).exists():
-                atomic_file(png_file(folder, args, i), png_bytes(image, args.bits))
+        for file, image in zip((png_file(folder, args, i) for i in batch), images):
+            if not file.exists():
+                atomic_file(file, png_bytes(image))
     else:
         stream = io.BytesIO()
-        np.save(stream, quantized(images, args.bits))
+        np.save(stream, images)
         atomic_file(part_file(folder, args, batch), stream.getvalue())
 
 
 def gather(folder: Path, args: SampleArguments, batches: list[range], labels: list[int] | None) -> Path:
-    """Put the processes' parts into one file, where one was asked for. Returns where the images are."""
+    """Join the parts into the output file, unless the format is PNG. Returns where the images are."""
     if args.format == "png":
         return folder
-    target = whole_file(folder, args)
+    target = output_file(folder, args)
     if not target.exists():
-        parts = [np.load(part_file(folder, args, batch)) for batch in batches]
+        images = np.concatenate([np.load(part_file(folder, args, batch)) for batch in batches])
         stream = io.BytesIO()
         if args.format == "npz":
-            # arr_0 and arr_1 are what evaluation code for diffusion models looks for.
-            np.savez(stream, np.concatenate(parts), *([] if labels is None else [np.array(labels)]))
+            # The names arr_0 and arr_1 are those that evaluation code for diffusion models reads.
+            np.savez(stream, images, *([] if labels is None else [np.array(labels)]))
         else:
-            write_parquet(stream, parts, args.bits, labels)
+            write_parquet(stream, images, labels)
         atomic_file(target, stream.getvalue())
     shutil.rmtree(parts_folder(folder, args), ignore_errors=True)
     return target
 
 
-def write_parquet(stream: io.BytesIO, parts: list[np.ndarray], bits: int, labels: list[int] | None) -> None:
-    """A data set with the columns `image` (PNG bytes) and, of a class-conditional model, `label`."""
+def write_parquet(stream: io.BytesIO, images: np.ndarray, labels: list[int] | None) -> None:
+    """A data set with a column `image` and, for a class-conditional model, `label`."""
     import datasets
 
-    pngs = [png_bytes(image / (2**bits - 1), bits) for part in parts for image in part]
-    columns = {"image": [{"bytes": png, "path": None} for png in pngs]}
-    features = datasets.Features({"image": datasets.Image()})
+    if images.dtype == np.uint16 and images.shape[-1] > 1:  # no PNG: Pillow writes no color of 16 bits
+        columns, features = {"image": list(images)}, {"image": datasets.Array3D(images.shape[1:], "uint16")}
+    else:
+        columns = {"image": [{"bytes": png_bytes(image), "path": None} for image in images]}
+        features = {"image": datasets.Image()}
     if labels is not None:
         columns["label"], features["label"] = labels, datasets.Value("int64")
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(stream)
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(stream)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Sample quality, measured against real images.
+"""Sample quality for the built-in digits: a classifier trained on real digits judges samples and validation digits alike.
 
-For the embedded digits: a classifier fitted to the real training digits judges samples and validation real digits alike.
+Other modules reach this one through `ddpm_hf.evaluation.judges.judge_of`.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -14,54 +13,28 @@ import torch
 from huggingface_hub import EvalResult
 
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.data.decoding import ImageFormat
-from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.metrics import memorization
 
-RECOGNizED = 0.9  # probability above which the classifier counts as having recognized a digit
-NO_DIGIT = 10
-
-
-@dataclass(frozen=True)
-class DigitsQuality:
-    """Samples against validation real digits. Shares are of 1; distances are Euclidean, pixels in [0, 1].
-
-    `closer_p_value`: of the one-sided Kolmogorov-Smirnov test whose alternative is that samples lie closer to the
-    training digits than validation digits do; a small one means copies.
-    """
-
-    num_samples: int
-    recognized: float
-    recognized_validation: float
-    recognized_ratio: float
-    accuracy_validation: float
-    smallest_class_share: float
-    largest_class_share: float
-    nearest_distance_quantiles: dict[str, float]
-    nearest_distance_quantiles_validation: dict[str, float]
-    closer_than_5_percent_of_validation: float
-    closer_p_value: float
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+RECOGNIZED = 0.9  # a digit counts as recognized above this probability
+NO_DIGIT = 10  # the class of images that are no digits
 
 
 class DigitsJudge:
-    """Judges images of digits by a classifier (support vectors, radial kernel, temperature-scaled) and by their distance to
-    the nearest training image. Fitted to the training split of `data.digits`; the test split is the yardstick.
+    """Judge images of digits by a classifier (a support-vector machine with a radial kernel and temperature scaling) and
+    by their distance to the nearest training image. Fitted to the training split of `digits()`, and compared with its
+    test split.
 
-    A classifier of ten classes is sure of its answer for noise too, so this one has an eleventh: no digit. Its examples
-    are made from the training digits (`non_digits`).
+    A classifier of ten classes is confident on noise too. This one has an eleventh class, no digit, with examples made
+    from the training digits (`non_digits`).
     """
 
     def __init__(self, splits: datasets.DatasetDict):
-        # Here, so that the library is imported without scikit-learn.
+        # Optional dependencies.
         from sklearn.calibration import CalibratedClassifierCV
         from sklearn.svm import SVC
 
-        (self.train, labels), (self.validation, self.validation_labels) = (
-            _pixels(splits[s]) for s in ("train", "test")
-        )
+        self.train, labels = _pixels(splits["train"])
+        self.validation, self.validation_labels = _pixels(splits["test"])
         negatives = non_digits(self.train, labels)
         images = np.concatenate([self.train, negatives])
         classes = np.concatenate([labels, np.full(len(negatives), NO_DIGIT)])
@@ -69,12 +42,16 @@ class DigitsJudge:
         self.classifier = classifier.fit(images, classes)
 
     def recognized(self, images: np.ndarray) -> tuple[float, np.ndarray]:
-        """Share of (N, 64) recognized as some digit with probability above 0.9, and the likeliest digits (N,)."""
+        """Share of images (N, 64) that are recognized as a digit, and the most probable digits (N,)."""
         probabilities = self.classifier.predict_proba(images)[:, :NO_DIGIT]
-        return float((probabilities.max(1) > RECOGNizED).mean()), probabilities.argmax(1)
+        return float((probabilities.max(1) > RECOGNIZED).mean()), probabilities.argmax(1)
 
-    def __call__(self, samples: np.ndarray) -> DigitsQuality:
-        """Judge samples (N, 8, 8, 1) in [0, 1], rounded to 8 bits as a PNG would be."""
+    def __call__(self, samples: np.ndarray) -> dict:
+        """Judge samples (N, 8, 8, 1) in [0, 1], rounded to 8 bits as in a PNG file.
+
+        Returns shares of 1 and Euclidean distances of pixels in [0, 1], and the same of validation digits under names
+        with `_validation`; see `Memorization` for the comparison of the distances. Raises ValueError for another shape.
+        """
         if samples.shape[1:] != (8, 8, 1):
             raise ValueError(f"samples must have shape (N, 8, 8, 1), got {samples.shape}.")
         samples = (np.round(samples.astype(np.float64) * 255) / 255).reshape(len(samples), -1)
@@ -82,35 +59,35 @@ class DigitsJudge:
         share_validation, classes_validation = self.recognized(self.validation)
         class_shares = np.bincount(classes, minlength=10) / len(samples)
         near = memorization(*(torch.from_numpy(images) for images in (samples, self.validation, self.train)))
-        return DigitsQuality(
-            num_samples=len(samples),
-            recognized=share,
-            recognized_validation=share_validation,
-            recognized_ratio=share / share_validation,
-            accuracy_validation=float((classes_validation == self.validation_labels).mean()),
-            smallest_class_share=float(class_shares.min()),
-            largest_class_share=float(class_shares.max()),
-            nearest_distance_quantiles=near.distance_quantiles,
-            nearest_distance_quantiles_validation=near.distance_quantiles_validation,
-            closer_than_5_percent_of_validation=near.closer_than_5_percent_of_validation,
-            closer_p_value=near.closer_p_value,
-        )
+        return {
+            "num_samples": len(samples),
+            "recognized": share,
+            "recognized_validation": share_validation,
+            "recognized_ratio": share / share_validation,
+            "accuracy_validation": float((classes_validation == self.validation_labels).mean()),
+            "smallest_class_share": float(class_shares.min()),
+            "largest_class_share": float(class_shares.max()),
+            "nearest_distance_quantiles": near.distance_quantiles,
+            "nearest_distance_quantiles_validation": near.distance_quantiles_validation,
+            "closer_than_5_percent_of_validation": near.closer_than_5_percent_of_validation,
+            "closer_p_value": near.closer_p_value,
+        }
 
 
 def non_digits(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Images (M, 64) that share statistics with digits (N, 64) but are none: pixels shuffled within an image, halves of
-    digits of two classes put together, averages of two classes, digits under heavy noise, and noise alone."""
+    """Images (M, 64) that have statistics of digits (N, 64) but are none: shuffled pixels, halves of two digits joined
+    together, averages of two digits, digits with strong noise, and noise alone."""
     rng = np.random.default_rng(seed)
     partner = rng.permutation(len(images))
     other = labels != labels[partner]
-    mine, theirs = images[other].reshape(-1, 8, 8), images[partner][other].reshape(-1, 8, 8)
+    a, b = images[other].reshape(-1, 8, 8), images[partner][other].reshape(-1, 8, 8)
     noise = rng.normal(size=images.shape)
     return np.concatenate(
         [
             rng.permuted(images, axis=1),
-            np.concatenate([mine[:, :4], theirs[:, 4:]], axis=1).reshape(-1, 64),
-            np.concatenate([mine[:, :, :4], theirs[:, :, 4:]], axis=2).reshape(-1, 64),
-            ((mine + theirs) / 2).reshape(-1, 64),
+            np.concatenate([a[:, :4], b[:, 4:]], axis=1).reshape(-1, 64),
+            np.concatenate([a[:, :, :4], b[:, :, 4:]], axis=2).reshape(-1, 64),
+            ((a + b) / 2).reshape(-1, 64),
             (images + 0.35 * noise).clip(0, 1),
             (0.5 + 0.5 * noise[::2]).clip(0, 1),
         ]
@@ -118,27 +95,30 @@ def non_digits(images: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndar
 
 
 def _pixels(split: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    images = Images(split, ImageFormat((8, 8), channels=1), label_column="label")
-    batch = images[range(len(images))]
-    return batch["images"].numpy().reshape(len(images), -1) / 255.0, batch["labels"].numpy()
+    pixels = np.stack([np.asarray(image) for image in split["image"]]).reshape(len(split), -1)
+    return pixels / 255.0, np.array(split["label"])
 
 
 class DigitsBackbone:
-    """The margins (55) between every two classes of the digits' classifier (`DigitsJudge`: ten digits and none). It is the
-    solution of a convex problem on the training digits, and so the same wherever it is fitted."""
+    """Features for distances: the margins (55) between each two of the eleven classes of `DigitsJudge`.
+
+    The classifier is the solution of a convex problem on fixed data, so it is the same wherever it is fitted.
+    """
+
+    label, channels, dim = "digits classifier", 1, 55
 
     def __init__(self, splits: datasets.DatasetDict):
         classifier = DigitsJudge(splits).classifier.calibrated_classifiers_[0].estimator
         self.classifier = classifier.set_params(decision_function_shape="ovo")
-        self.label, self.channels, self.dim = "digits classifier", 1, 55
         self.protocol = {
-            "backbone": "digits classifier",
+            "backbone": self.label,
             "backbone_revision": hashlib.sha256(np.ascontiguousarray(classifier.support_)).hexdigest()[:16],
             "features": "pairwise margins",
             "resize": None,
         }
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Features (N, 55) of uint8 images (N, 1, 8, 8). Raises ValueError for another shape."""
         images = np.asarray(images)
         if images.shape[1:] != (1, 8, 8):
             raise ValueError(f"the digits classifier takes images (N, 1, 8, 8), got {images.shape}.")
@@ -146,35 +126,33 @@ class DigitsBackbone:
         return torch.from_numpy(margins).float()
 
 
+# ---------------------------------------------------------------------- the interface of judges.py
+
+
 def backbone() -> DigitsBackbone:
-    """The backbone, fitted to the digits."""
     return DigitsBackbone(digits())
 
 
 def judge(samples: np.ndarray, steps: int, seed: int) -> dict:
-    """The quality of samples (N, 8, 8, 1) in [0, 1], with the protocol of the figures."""
-    return {**DigitsJudge(digits())(samples).as_dict(), "sample_steps": steps, "seed": seed}
+    return {**DigitsJudge(digits())(samples), "sample_steps": steps, "seed": seed}
 
 
 def card_section(quality: dict) -> str:
-    """The figures of `judge` in Markdown."""
     return jinja2.Template(Path(__file__).with_name("digits_card.md").read_text(encoding="utf-8")).render(
         quality=quality
     )
 
 
 def card_results(quality: dict, dataset: str) -> list[EvalResult]:
-    """The figures of `judge` as the Hub keeps them."""
-    made = (
-        f"{quality['num_samples']} samples ({quality['sample_steps']} steps, seed {quality['seed']}, averaged weights)"
-    )
+    samples = f"{quality['num_samples']} samples"
+    how = f"{quality['sample_steps']} steps, seed {quality['seed']}, averaged weights"
     return [
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=dataset,
             dataset_name="scikit-learn digits, validation part",
             metric_type="recognized_ratio",
-            metric_name=f"share of {made} recognized, of that of real digits",
+            metric_name=f"share of {samples} ({how}) recognized, of that of real digits",
             metric_value=round(quality["recognized_ratio"], 4),
         )
     ]

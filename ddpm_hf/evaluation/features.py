@@ -1,26 +1,23 @@
-"""Backbones: 8-bit images to the features that metrics.py compares, and a cache of those of real images.
+"""Backbones, which turn 8-bit images into the features that metrics.py compares.
 
-A backbone is called with uint8 images (N, C, H, W) and returns float32 (N, `dim`) on the CPU. What it is and how it
-resizes is in `protocol`, which belongs beside every figure made with it.
+A backbone takes uint8 images (N, C, H, W) and returns float32 features (N, `dim`) on the CPU. Its `protocol` says which
+model it is and how it resizes images, and belongs with every metric that is computed on its features.
 """
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
 from ddpm_hf.data.finding import fingerprint
 from ddpm_hf.evaluation.judges import judge_of
-from ddpm_hf.files import atomic_file
 
 logger = logging.getLogger(__name__)
 FID_SAMPLES = 50_000
@@ -28,11 +25,13 @@ SHORT_NAMES = {"dinov2": "DINOv2", "dinov2_with_registers": "DINOv2", "clip": "C
 
 
 class TransformersBackbone:
-    """A vision model of transformers, from a folder or the Hub: safetensors weights, with the images prepared as its own
-    `preprocessor_config.json` says. CLIP gives its normalized projected embedding; others their pooled output, or
-    their first token where the pooler's weights are not among the saved ones.
+    """A vision model of transformers, from a folder or the Hub.
 
-    Raises ValueError for weights that are not all there: random features give plausible figures.
+    Weights are safetensors, and images are prepared as the model's `preprocessor_config.json` says. The features are
+    CLIP's normalized projected embedding, or another model's pooled output, or its first token if the saved weights
+    have no pooler.
+
+    Raises ValueError if weights are missing: random features would give plausible metrics.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", revision: str | None = None):
@@ -50,7 +49,7 @@ class TransformersBackbone:
                 f"the backbone {name!r} lacks {len(absent)} weights, {absent[0]!r} first: it is not trained."
             )
         self.model = model.eval().to(self.device)
-        # Without torchvision this is the only backend; asked for by name, it is the same everywhere.
+        # The backend is named because the default depends on whether torchvision is installed.
         self.processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
         self.label = SHORT_NAMES.get(config.model_type, config.model_type)
         self.channels = 3
@@ -58,8 +57,8 @@ class TransformersBackbone:
         settings = self.processor.to_dict()
         kept = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "image_mean", "image_std")
         self.protocol = {
-            "backbone": name if not Path(name).is_dir() else Path(name).name,
-            "backbone_revision": getattr(config, "_commit_hash", None) or _folder_digest(Path(name)),
+            "backbone": Path(name).name if Path(name).is_dir() else name,
+            "backbone_revision": _model_revision(name, revision),
             "features": "normalized image_embeds" if self.is_clip else "pooler" if self.use_pooler else "first token",
             "resize": json.loads(json.dumps({key: settings.get(key) for key in kept}, default=dict)),
         }
@@ -78,28 +77,42 @@ class TransformersBackbone:
         return features.float().cpu()
 
 
+def _model_revision(name: str, revision: str | None) -> str:
+    """The commit of a model from the Hub, or a digest of the weights in a folder."""
+    if not Path(name).is_dir():
+        # A file in the cache of the Hub lies in the folder snapshots/<commit>/.
+        return Path(try_to_load_from_cache(name, "config.json", revision=revision)).parent.name
+    digest = hashlib.sha256()
+    for file in sorted(Path(name).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 class InceptionBackbone:
-    """The InceptionV3 of the original FID by torch-fidelity's port (2,048 features, TensorFlow 1's bilinear resizing without
-    antialiasing), for which torch-fidelity has to be installed. Its published weights are a pickle, and are read as
-    tensors only."""
+    """The InceptionV3 of the original FID in torch-fidelity's port: 2,048 features, and TensorFlow 1's bilinear resizing
+    without antialiasing. Raises ValueError if torch-fidelity is not installed."""
+
+    label, channels, dim = "Inception", 3, 2048
+    protocol = {
+        "backbone": "torch-fidelity inception-v3-compat",
+        "backbone_revision": "pt_inception-2015-12-05-6726825d",
+        "features": "2048",
+        "resize": "bilinear to 299 as TensorFlow 1",
+    }
 
     def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
+            # The published weights are a pickle. PyTorch's documented switch makes torch-fidelity read tensors only.
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
             self.model = NoTrainInceptionV3("inception-v3-compat", ["2048"], antialias=False).to(device)
         except ModuleNotFoundError as error:
             raise ValueError("features 'inception' need torch-fidelity: pip install torch-fidelity.") from error
         finally:
             os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
-        self.device, self.label, self.channels, self.dim = torch.device(device), "Inception", 3, 2048
-        self.protocol = {
-            "backbone": "torch-fidelity inception-v3-compat",
-            "backbone_revision": "pt_inception-2015-12-05-6726825d",
-            "features": "2048",
-            "resize": "bilinear to 299 as TensorFlow 1",
-        }
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -109,16 +122,21 @@ class InceptionBackbone:
 Backbone = TransformersBackbone | InceptionBackbone
 
 
+def default_features(dataset: str) -> str:
+    """The features for a data set: its own judge's backbone if it has one, else DINOv2."""
+    return "facebook/dinov2-base" if judge_of(dataset) is None else dataset
+
+
 def load_backbone(name: str, device: torch.device | str = "cpu") -> Backbone:
-    """The backbone of a built-in data set that has one ("digits"), "inception", or a vision model of transformers by
-    folder or name."""
+    """The backbone of a built-in data set by its name, "inception", or a vision model of transformers by its folder or
+    its name on the Hub."""
     if (judge := judge_of(name)) is not None:
         return judge.backbone()
     return InceptionBackbone(device) if name == "inception" else TransformersBackbone(name, device)
 
 
 def as_rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, 1 or 3, H, W) to (N, 3, H, W). Gray is repeated, which is logged. Raises ValueError for other images."""
+    """uint8 (N, 1 or 3, H, W) to (N, 3, H, W); gray is repeated, which is logged. Raises ValueError for other images."""
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 (N, 1 or 3, H, W), got {images.dtype} {images.shape}.")
     if images.shape[1] == 3:
@@ -127,63 +145,17 @@ def as_rgb(images: np.ndarray) -> np.ndarray:
     return images.repeat(3, axis=1)
 
 
-def compute_features(backbone: Callable, batches: Iterable[np.ndarray | torch.Tensor]) -> torch.Tensor:
-    """Features (N, d) of batches of uint8 images. Raises ValueError for batches of different sizes."""
-    parts, shape = [], None
-    for images in batches:
-        if shape is not None and images.shape[1:] != shape:
-            raise ValueError(f"images must have one resolution, got {tuple(shape)} and {tuple(images.shape[1:])}.")
-        shape = images.shape[1:]
-        parts.append(backbone(images))
-    return torch.cat(parts)
-
-
-def figure_name(kind: str, backbone: Backbone, num_samples: int) -> str:
-    """What a figure may be called: FID only for 50,000 samples on Inception."""
-    if kind == "FD" and backbone.label == "Inception" and num_samples == FID_SAMPLES:
+def metric_name(kind: str, label: str, num_samples: int) -> str:
+    """The name of a metric ("FD", "KD", "precision", ...) on the backbone with this label. Only the Fréchet distance of
+    50,000 samples on Inception is called FID."""
+    if (kind, label, num_samples) == ("FD", "Inception", FID_SAMPLES):
         return "FID"
-    if kind == "MMD":
-        special = {"CLIP": "CMMD (unbiased)", "Inception": "KD-Inception"}
-        return f"{special.get(backbone.label, f'KD-{backbone.label}')}, n = {num_samples:,}"
-    return f"{kind}-{backbone.label}, n = {num_samples:,}"
+    name = "CMMD (unbiased)" if (kind, label) == ("KD", "CLIP") else f"{kind}-{label}"
+    return f"{name}, n = {num_samples:,}"
 
 
 def dataset_revision(dataset: datasets.Dataset) -> str:
-    """What tells one content of a data set from another: the Hub's commit by the addresses it was downloaded from, or the
-    fingerprint that `datasets` keeps of local data."""
+    """A digest that changes with the content of a data set."""
+    # Addresses of downloads include the Hub's commit.
     sources = sorted(dataset.info.download_checksums or {})
     return hashlib.sha256(json.dumps([sources, fingerprint(dataset)]).encode()).hexdigest()[:16]
-
-
-def read_cached(folder: Path, key: dict) -> torch.Tensor | None:
-    """The features of real images that the safetensors file of this key in `folder` holds, if there is one.
-
-    `key` (JSON-able: data set, revision, split, resolution, resize filter, backbone and its revision) is hashed for the
-    file's name and kept in it, so that a file tells what it is of.
-    """
-    file, text = _cache_file(folder, key)
-    if file.is_file():
-        with safe_open(file, "pt") as saved:
-            if saved.metadata().get("key") == text:
-                return saved.get_tensor("features")
-    return None
-
-
-def write_cached(folder: Path, key: dict, features: torch.Tensor) -> None:
-    """Keep features (N, d) for `read_cached`."""
-    file, text = _cache_file(folder, key)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_file(file, save({"features": features.contiguous()}, metadata={"key": text}))
-
-
-def _cache_file(folder: Path, key: dict) -> tuple[Path, str]:
-    text = json.dumps(key, sort_keys=True)
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors", text
-
-
-def _folder_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]

@@ -1,187 +1,222 @@
-"""What evaluate.py and ema.py measure a model by: its images, the bound, samples and features, each process a share.
+"""Measurements of a model: its images, bound, samples and features, and the metrics that are computed on them.
 
-`args` are evaluate.py's `EvaluateArguments`; `run` is what config.yaml says of the run, {} where there is none.
+The work is spread over the processes that `accelerate` or `torchrun` started, and every process gets the full result.
+`run` is the content of the model's config.yaml, {} for a model without one.
 """
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
+import datasets
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
+from safetensors.torch import load_file, save
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from ddpm_hf.data.decoding import ImageFormat, to_signed
-from ddpm_hf.data.finding import NoSuchSplit, dataset_files, open_dataset
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
+from ddpm_hf.data.decoding import ImageFormat, decode_image, to_signed
+from ddpm_hf.data.finding import NoSuchSplit, dataset_files
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
-from ddpm_hf.evaluation.features import compute_features, dataset_revision, read_cached, write_cached
+from ddpm_hf.evaluation.encoding import quantize
+from ddpm_hf.evaluation.features import Backbone, dataset_revision
 from ddpm_hf.evaluation.sampling import sample_images
+from ddpm_hf.files import atomic_file
 from ddpm_hf.seeds import make_generator
 
 
-class Shares:
-    """Work shared out among processes: each takes every n-th index, and the rows come back in order."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.rank, self.world = accelerator, accelerator.process_index, accelerator.num_processes
-
-    def mine(self, total: int) -> list[int]:
-        return list(range(self.rank, total, self.world))
-
-    def gather(self, rows: torch.Tensor, total: int) -> torch.Tensor:
-        """The rows (n, …) that the processes computed for `mine(total)`, as (total, …) on the CPU of each."""
-        if self.world == 1:
-            return rows.cpu()
-        padded = rows.new_zeros(-(-total // self.world), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        gathered = self.accelerator.gather(padded.to(self.accelerator.device)).cpu()
-        return gathered.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(0, 1)[:total]
-
-    def add(self, values: torch.Tensor) -> torch.Tensor:
-        if self.world == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+def process_share(total: int) -> range:
+    """The indices 0..total−1 that this process works on. Shares are contiguous, so that `gather_rows` keeps the order."""
+    state = PartialState()
+    start, stop = (total * rank // state.num_processes for rank in (state.process_index, state.process_index + 1))
+    return range(start, stop)
 
 
-def split_images(args, run: dict, config: Mapping, split: str) -> Images:
-    """The images of a split, brought to the size of a network of this `config` as in the run of `config.yaml`, with the labels
-    that a class-conditional one is told. Raises ValueError where it is not known which they are."""
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes' shares, on the CPU of each process."""
+    return torch.cat(gather_object([rows.cpu()]))
+
+
+# ---------------------------------------------------------------------- images
+
+
+def model_images(
+    dataset: datasets.Dataset, unet_config: Mapping, run: dict, image_column: str | None, label_column: str | None
+) -> Images:
+    """The images of a data set at the model's size, resized as in training, with the labels of a class-conditional model.
+
+    Raises ValueError if the model is class-conditional and neither `label_column` nor the run names the labels.
+    """
     labels = None
-    if config["num_class_embeds"] is not None:
-        labels = args.label_column or run.get("label_column")
+    if unet_config["num_class_embeds"] is not None:
+        labels = label_column or run.get("label_column")
         if labels is None:
             raise ValueError("the model is class-conditional: label_column must say which column holds the classes.")
-    size = config["sample_size"]
+    size = unet_config["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     crop, background = run.get("crop", "center"), run.get("background", "white")
-    form = ImageFormat(size, config["in_channels"], crop, background, bits=8)
-    dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
-    images = Images(dataset, form, args.image_column, labels)
+    form = ImageFormat(size, unet_config["in_channels"], crop, background, bits=8)
+    images = Images(dataset, form, image_column, labels)
     if labels is not None:
-        images.check_labels(run.get("num_classes") or config["num_class_embeds"])
+        images.check_labels(run.get("num_classes") or unet_config["num_class_embeds"])
     return images
 
 
-def training_images(args, run: dict, config: Mapping) -> tuple[Images, Images | None]:
-    """Training images, and those of the same split that the run held out by `validation_fraction`."""
-    training, fraction = split_images(args, run, config, args.split), run.get("validation_fraction", 0.0)
-    if not fraction:
-        return training, None
-    leave_out_broken(training, run.get("skip_broken_images", False))
-    return training, training.split_validation(fraction)
+def split_as_trained(images: Images, run: dict) -> Images | None:
+    """Remove from training images those that the run validated on (its `validation_fraction`), and return them; None for
+    a run without that."""
+    if not (fraction := run.get("validation_fraction")):
+        return None
+    leave_out_broken(images, run.get("skip_broken_images", False))
+    return images.split_validation(fraction)
 
 
-def real_images(args, run: dict, config: Mapping) -> tuple[Images, Images, str]:
-    """Training images, held-out ones, and where these are from: those of the validation split, or what the run held out."""
-    training, validation = training_images(args, run, config)
+def real_images(
+    open_split: Callable[[str], Images], run: dict, split: str, validation_split: str
+) -> tuple[Images, Images, str]:
+    """Training images, validation images, and a description of the latter: the validation split, or the part of `split`
+    that the run validated on. Raises ValueError if there is neither."""
+    training = open_split(split)
+    validation = split_as_trained(training, run)
     try:
-        return training, split_images(args, run, config, args.validation_split), args.validation_split
+        return training, open_split(validation_split), validation_split
     except NoSuchSplit as error:
         if validation is None:
             raise ValueError(f"{error} Nor did the run hold images out (validation_fraction).") from error
-        return training, validation, f"{run['validation_fraction']:g} of {args.split} by hash"
+        return training, validation, f"{run['validation_fraction']:g} of {split} by hash"
 
 
-def choose_variance(pipe: DDPMPipelineCustom, variance_type: str | None, images: Images, args, device) -> None:
-    """Give the pipeline a scheduler of another variance; the analytic one's moments are of training images."""
-    if variance_type is None or variance_type == pipe.scheduler.config.variance_type:
-        return
-    changes = {"variance_type": variance_type, "analytic_moments": None}
-    if variance_type == "analytic":
-        order = torch.randperm(len(images), generator=make_generator("cpu", args.seed, "moments", 0)).tolist()
-        batch = {name: values.to(device) for name, values in images[order[: args.analytic_images]].items()}
-        model = partial(predict, pipe, labels=batch.get("labels"))
-        generator = make_generator(device, args.seed, "moments", 1)
-        diffusion = pipe.scheduler.diffusion
-        x_0 = to_signed(batch["images"])
-        changes["analytic_moments"] = estimate_analytic_moments(diffusion, model, [x_0], generator).tolist()
-    pipe.scheduler = DDPMSchedulerCustom.from_config(pipe.scheduler.config, **changes)
+def resizing(images: Images) -> str:
+    """How images were resized, for protocols."""
+    how = "cover, center crop" if images.format.crop == "center" else f"fit, padded with {images.format.background}"
+    return f"Pillow LANCZOS to {how}"
+
+
+def random_indices(images: Images, seed: int, purpose: str) -> list[int]:
+    return torch.randperm(len(images), generator=make_generator("cpu", seed, purpose, 0)).tolist()
+
+
+def load_batch(images: Images, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x_0 in [-1, 1] and the labels of a class-conditional model."""
+    batch = images[indices]
+    labels = batch["labels"].to(device) if "labels" in batch else None
+    return to_signed(batch["images"].to(device)), labels
+
+
+# ---------------------------------------------------------------------- the chain and its bound
 
 
 def predict(pipe: DDPMPipelineCustom, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None):
     return pipe.unet(x_t, t, labels).sample
 
 
-def measure_bound(pipe, diffusion, images: Images, stride: int, purpose: str, args, shares: Shares) -> VariationalBound:
-    """The bound of some images of a split on one chain, over all processes."""
-    config, device = pipe.scheduler.config, shares.accelerator.device
+def set_variance(pipe: DDPMPipelineCustom, variance_type: str, images: Images, num_images: int, seed: int) -> None:
+    """Give the pipeline a scheduler with this variance. The moments of "analytic" come from `num_images` images."""
+    moments = None
+    if variance_type == "analytic":
+        device = pipe.unet.device
+        x_0, labels = load_batch(images, random_indices(images, seed, "moments")[:num_images], device)
+        model, generator = partial(predict, pipe, labels=labels), make_generator(device, seed, "moments", 1)
+        moments = estimate_analytic_moments(pipe.scheduler.diffusion, model, [x_0], generator).tolist()
+    changes = {"variance_type": variance_type, "analytic_moments": moments}
+    pipe.scheduler = DDPMSchedulerCustom.from_config(pipe.scheduler.config, **changes)
+
+
+def measure_bound(
+    pipe,
+    chain: GaussianDiffusion,
+    images: Images,
+    num_images: int,
+    stride: int,
+    seed: int,
+    purpose: str,
+    batch_size: int,
+) -> VariationalBound:
+    """The variational bound of a chain on at most `num_images` random images, each at every `stride`-th timestep.
+
+    `purpose` is part of the seed. Raises ValueError for a scheduler with thresholding, which has no bound.
+    """
+    config = pipe.scheduler.config
     if config.thresholding:
         raise ValueError("thresholding=True has no bound: what it does to a pixel depends on all others.")
     edge = config.clip_sample_range
     clip = (lambda x_0: x_0.clamp(-edge, edge)) if config.clip_sample else None
-    order = torch.randperm(len(images), generator=make_generator("cpu", args.seed, purpose, 0)).tolist()
-    chosen = order[: args.bound_images]
-    sums, mine = BoundSums(len(diffusion), stride), shares.mine(len(chosen))
-    for start in range(0, len(mine), args.batch_size):
-        positions = mine[start : start + args.batch_size]
-        batch = {name: values.to(device) for name, values in images[[chosen[p] for p in positions]].items()}
-        x_0 = to_signed(batch["images"])
-        generators = [make_generator("cpu", args.seed, purpose, 1 + p) for p in positions]
-        offsets = torch.tensor(positions) % stride
-        sums.add(diffusion, partial(predict, pipe), x_0, generators, offsets, clip, batch.get("labels"))
-    sums.values.copy_(shares.add(sums.values))
-    return sums.result(diffusion)
+    chosen = random_indices(images, seed, purpose)[:num_images]
+    sums, share = BoundSums(len(chain), stride), process_share(len(chosen))
+    for start in range(0, len(share), batch_size):
+        positions = share[start : start + batch_size]
+        x_0, labels = load_batch(images, [chosen[p] for p in positions], pipe.unet.device)
+        generators = [make_generator("cpu", seed, purpose, 1 + p) for p in positions]
+        sums.add(chain, partial(predict, pipe), x_0, generators, torch.tensor(positions) % stride, clip, labels)
+    sums.values.copy_(sum(gather_object([sums.values])))
+    return sums.result(chain)
 
 
-def make_samples(pipe, args, shares: Shares) -> torch.Tensor:
-    """The model's, uint8 (N, C, H, W), rounded as a PNG would be."""
-    images = sample_images(pipe, shares.mine(args.num_samples), args.steps, args.seed, args.batch_size)
-    rows = torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
-    return shares.gather(rows.contiguous(), args.num_samples)
+# ---------------------------------------------------------------------- samples and features
 
 
-def read_samples(args, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """The first `num_samples` images of a folder by name, uint8 (N, C, H, W)."""
-    files = dataset_files(args.samples)
-    if len(files) < args.num_samples:
-        raise ValueError(f"--samples {args.samples!r} holds {len(files)} images, num_samples is {args.num_samples}.")
-    mode, rows = {1: "L", 3: "RGB", 4: "RGBA"}[channels], []
-    for file in files[: args.num_samples]:
+def make_samples(pipe: DDPMPipelineCustom, num_samples: int, steps: int, seed: int, batch_size: int) -> torch.Tensor:
+    """Samples of the model, uint8 (N, C, H, W), rounded as in a PNG file."""
+    images = sample_images(pipe, process_share(num_samples), steps, seed, batch_size)
+    return gather_rows(torch.from_numpy(quantize(images, 8)).permute(0, 3, 1, 2).contiguous())
+
+
+def read_samples(folder: str, num_samples: int, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """The first `num_samples` images of a folder by name, uint8 (N, C, H, W). Raises ValueError if there are fewer, and for
+    images of another size (H, W)."""
+    files = dataset_files(folder)
+    if len(files) < num_samples:
+        raise ValueError(f"--samples {folder!r} holds {len(files)} images, num_samples is {num_samples}.")
+    for file in files[:num_samples]:
         with Image.open(file) as image:
             if image.size != size[::-1]:
                 raise ValueError(f"samples must have the model's resolution {size}: {file} is {image.size[::-1]}.")
-            rows.append(np.asarray(image.convert(mode)).reshape(*size, channels))
-    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).contiguous()
+    form = ImageFormat(size, channels, bits=8)
+    return torch.stack([decode_image(file.read_bytes(), form) for file in files[:num_samples]])
 
 
-def features_of(backbone, batches_of, total: int, args, shares: Shares) -> torch.Tensor:
-    """(total, d) features; `batches_of(indices)` gives uint8 images."""
-    mine = shares.mine(total)
-    parts = (batches_of(mine[i : i + args.batch_size]) for i in range(0, len(mine), args.batch_size))
-    return shares.gather(compute_features(backbone, parts), total)
+def features_of(
+    backbone: Backbone, images_at: Callable[[range], torch.Tensor], total: int, batch_size: int
+) -> torch.Tensor:
+    """Features (total, d) of the uint8 images that `images_at` returns for a range of indices."""
+    share = process_share(total)
+    batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
+    return gather_rows(torch.cat([backbone(images_at(indices)) for indices in batches]))
 
 
-def resizing(images: Images) -> str:
-    """How images came to their size, as protocols say it."""
-    how = "cover, center crop" if images.format.crop == "center" else f"fit, padded with {images.format.background}"
-    return f"Pillow LANCZOS to {how}"
+def real_features(
+    backbone: Backbone, images: Images, source: dict, batch_size: int, cache_dir: str | None = None
+) -> torch.Tensor:
+    """Features (N, d) of real images, from the cache if they are in it.
 
-
-def real_features(backbone, images: Images, split: str, args, shares: Shares) -> torch.Tensor:
+    Args:
+        source: "dataset", "dataset_config" and "split" of the images. They are part of the cache's key, whose hash is the
+            name of the file and whose text is in the file's metadata.
+        cache_dir: None for ddpm_hf/features in HF_HOME.
+    """
     key = {
-        "dataset": args.dataset,
-        "dataset_config": args.dataset_config,
+        **source,
         "dataset_revision": dataset_revision(images.dataset),
-        "split": split,
         "resolution": list(images.size),
         "channels": images.channels,
         "resize": resizing(images),
         **backbone.protocol,
         "backbone_resize": backbone.protocol["resize"],
     }
-    folder, main = Path(args.cache_dir or Path(HF_HOME) / "ddpm_hf" / "features"), shares.accelerator.is_main_process
-    # What the main process finds decides for all: a process that computed alone would wait for the others for ever.
-    found = [read_cached(folder, key) if main else None]
-    if shares.world > 1:
-        broadcast_object_list(found)
-    if found[0] is None:
-        found[0] = features_of(backbone, lambda i: images[i]["images"], len(images), args, shares)
-        if main:
-            write_cached(folder, key, found[0])
-    return found[0]
+    text, is_main = json.dumps(key, sort_keys=True), PartialState().is_main_process
+    folder = Path(cache_dir or Path(HF_HOME) / "ddpm_hf" / "features")
+    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    # The main process decides for all: a process that found no file would wait forever for the others' features.
+    (features,) = broadcast_object_list([load_file(file)["features"] if is_main and file.is_file() else None])
+    if features is None:
+        features = features_of(backbone, lambda i: images[i]["images"], len(images), batch_size)
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_file(file, save({"features": features.contiguous()}, metadata={"key": text}))
+    return features

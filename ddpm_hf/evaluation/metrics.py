@@ -1,16 +1,19 @@
-"""Distances between two sets of images, on their features: rows (N, d) that a backbone of features.py makes.
+"""Distances between two sets of images, computed on their features (N, d) (see features.py).
 
-Features are float32; moments, kernels and distances are computed in float64 on the CPU.
+Features are float32. Moments, kernels and distances are computed in float64 on the CPU.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-KERNELS = ("polynomial", "rbf")
+from ddpm_hf.checks import check_choice
+
+CLOSEST = 10  # pairs that `memorization` returns
 QUANTILES = (0.05, 0.25, 0.5, 0.75)
-BLOCK = 1024  # rows of a distance or kernel matrix held at a time
+BLOCK = 1024  # rows of a distance or kernel matrix that are in memory at a time
 
 
 class Moments(NamedTuple):
@@ -27,10 +30,10 @@ class Estimate(NamedTuple):
 
 
 def moments(features: torch.Tensor, name: str = "features") -> Moments:
-    """Mean and covariance of (N, d), by which the Fréchet distance knows a set.
+    """Mean and covariance of features (N, d), for `frechet_distance`.
 
-    Raises ValueError where N is at most d: the covariance would be singular whatever the images are, and the distance
-    would depend on N more than on them.
+    Raises ValueError if N ≤ d: the covariance is then singular for any images, and the distance depends more on N
+    than on them.
     """
     features = check_features(features, name)
     n, d = features.shape
@@ -41,7 +44,7 @@ def moments(features: torch.Tensor, name: str = "features") -> Moments:
 
 
 def check_enough(n: int, d: int, name: str = "features") -> None:
-    """ValueError unless n images can have a covariance of full rank in d dimensions."""
+    """Raise ValueError unless n images can have a covariance of full rank in d dimensions."""
     if n < d + 1:
         raise ValueError(
             f"{name} must be of at least {d + 1} images for a covariance of full rank in {d} dimensions, got {n}."
@@ -49,11 +52,11 @@ def check_enough(n: int, d: int, name: str = "features") -> None:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """‖μ_a − μ_b‖² + Tr(Σ_a + Σ_b − 2(Σ_aΣ_b)^½), the squared distance of two normal distributions (Heusel et al. 2017).
+    """‖μ_a − μ_b‖² + Tr(Σ_a + Σ_b − 2(Σ_aΣ_b)^½), the Fréchet distance of two normal distributions (Heusel et al. 2017).
 
-    The trace of the root is the sum of the singular values of Σ_a^½Σ_b^½, each root from a symmetric eigenvalue
-    problem. Singular covariances are no special case then, where the root of the product Σ_aΣ_b, which is not
-    symmetric, loses half of its digits or becomes complex.
+    The trace of the square root is the sum of the singular values of Σ_a^½Σ_b^½, where both square roots come from
+    symmetric eigenvalue problems. This is exact for singular covariances too. The square root of the product Σ_aΣ_b,
+    which is not symmetric, would lose half of its digits there or become complex.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"the features must have one dimension, got {len(a.mean)} and {len(b.mean)}.")
@@ -69,25 +72,23 @@ def _root(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial", sigma: float = 10.0) -> Estimate:
-    """Squared maximum mean discrepancy of (N, d) and (M, d), unbiased (Gretton et al. 2012, eq. 3), with the standard error
-    of the jackknife over images.
+    """Unbiased squared maximum mean discrepancy of (N, d) and (M, d) (Gretton et al. 2012, eq. 3), with the jackknife's
+    standard error over images.
 
     Args:
         kernel: "polynomial", (x·y/d + 1)³ (KID, Bińkowski et al. 2018), or "rbf", exp(−‖x − y‖²/2σ²) (CMMD,
             Jayasumana et al. 2024, with σ = 10 on normalized CLIP embeddings).
 
-    Every pair is used, so nothing is drawn at random. Raises ValueError for fewer than 3 images on either side.
+    All pairs are used, so the result is not random. Raises ValueError for fewer than 3 images in either set.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}.")
-    x, y = _check_two(x, y, 3)
+    check_choice("kernel", kernel, ("polynomial", "rbf"))
+    x, y = _check_pair(x, y, 3)
     n, m = len(x), len(y)
 
-    def sums(a, b, same):
-        """Row sums of the kernel matrix, without its diagonal where a is b."""
+    def sums(a, b, same=False):
+        """Row sums of the kernel matrix; of a set with itself, without the diagonal."""
         rows = []
-        for start in range(0, len(a), BLOCK):
-            block = a[start : start + BLOCK]
+        for start, block in zip(range(0, len(a), BLOCK), a.split(BLOCK)):
             if kernel == "polynomial":
                 k = (block @ b.T / a.shape[1] + 1) ** 3
             else:
@@ -97,7 +98,7 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
             rows.append(k.sum(1))
         return torch.cat(rows)
 
-    xx, yy, xy, yx = sums(x, x, True), sums(y, y, True), sums(x, y, False), sums(y, x, False)
+    xx, yy, xy, yx = sums(x, x, same=True), sums(y, y, same=True), sums(x, y), sums(y, x)
 
     def estimate(sum_xx, sum_yy, sum_xy, n, m):
         return sum_xx / (n * (n - 1)) + sum_yy / (m * (m - 1)) - 2 * sum_xy / (n * m)
@@ -110,39 +111,44 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
 
 
 def precision_recall(real: torch.Tensor, samples: torch.Tensor, k: int = 3) -> tuple[float, float]:
-    """Shares of samples inside the real images' manifold and of real images inside the samples' (Kynkäänniemi et al. 2019):
-    within the distance of some point to its own k-th neighbor."""
-    real, samples = _check_two(real, samples, k + 1)
+    """Share of samples in the manifold of real images, and share of real images in the manifold of samples
+    (Kynkäänniemi et al. 2019). A manifold is the union of balls whose radius is the distance to the k-th neighbor."""
+    real, samples = _check_pair(real, samples, k + 1)
     radii_real, radii_samples = _kth_neighbor(real, k), _kth_neighbor(samples, k)
-    precision = _share(samples, real, lambda d: (d <= radii_real).any(1))
-    recall = _share(real, samples, lambda d: (d <= radii_samples).any(1))
+    precision = _mean_over(samples, real, lambda d: (d <= radii_real).any(1))
+    recall = _mean_over(real, samples, lambda d: (d <= radii_samples).any(1))
     return precision, recall
 
 
 def density_coverage(real: torch.Tensor, samples: torch.Tensor, k: int = 5) -> tuple[float, float]:
-    """How many real neighborhoods a sample lies in, over k, and the share of real neighborhoods with a sample in them
-    (Naeem et al. 2020); radii as for `precision_recall`, of the real images alone."""
-    real, samples = _check_two(real, samples, k + 1)
+    """Mean number of real images' balls that contain a sample, divided by k, and share of these balls that contain at
+    least one sample (Naeem et al. 2020). A ball's radius is the distance to the k-th real neighbor."""
+    real, samples = _check_pair(real, samples, k + 1)
     radii = _kth_neighbor(real, k)
-    density = _share(samples, real, lambda d: (d <= radii).sum(1)) / k
+    density = _mean_over(samples, real, lambda d: (d <= radii).sum(1)) / k
     nearest, _ = nearest_neighbors(real, samples)
     return density, (nearest.square() <= radii).double().mean().item()
 
 
 def nearest_neighbors(queries: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euclidean distance (N,) of each of (N, d) to the nearest of (M, d), float64, and that one's index (N,)."""
-    queries, others = _check_two(queries, others, 1)
+    """Euclidean distance of each of the queries (N, d) to the nearest of the others (M, d), float64 (N,), and its index
+    (N,)."""
+    queries, others = _check_pair(queries, others, 1)
     found = [_squared_distances(block, others).min(1) for block in queries.split(BLOCK)]
     return torch.cat([f.values for f in found]).sqrt(), torch.cat([f.indices for f in found])
 
 
 @dataclass(frozen=True)
 class Memorization:
-    """How near samples lie to training images, beside how near held-out real images do, in one space.
+    """How close samples are to training images, compared with how close validation images are, in one space.
 
-    `closer_than_5_percent_of_validation`: share of samples nearer to a training image than 95 % of validation images are.
-    `closer_p_value`: of the one-sided Kolmogorov-Smirnov test whose alternative is that samples lie nearer; a small
-    one means copies. `closest`: (sample, training image, distance) of the closest pairs, closest first.
+    Attributes:
+        distance_quantiles, distance_quantiles_validation: of the Euclidean distances to the nearest training image.
+        closer_than_5_percent_of_validation: share of samples that are closer to a training image than 95 % of validation
+            images are.
+        closer_p_value: of the one-sided Kolmogorov-Smirnov test with the alternative that samples are closer. A small
+            value indicates copies.
+        closest: (sample, training image, distance) of the closest pairs, closest first.
     """
 
     distance_quantiles: dict[str, float]
@@ -151,19 +157,15 @@ class Memorization:
     closer_p_value: float
     closest: list[tuple[int, int, float]]
 
-    def as_dict(self) -> dict:
-        return asdict(self)
 
-
-def memorization(
-    samples: torch.Tensor, validation: torch.Tensor, training: torch.Tensor, pairs: int = 10
-) -> Memorization:
-    """Nearest training images of samples (N, d) against those of validation images (M, d); pixels or features."""
-    from scipy.stats import ks_2samp  # here, so that the library is imported without scipy
+def memorization(samples: torch.Tensor, validation: torch.Tensor, training: torch.Tensor) -> Memorization:
+    """Compare distances from samples (N, d) and from validation images (M, d) to training images (K, d). Rows are pixels
+    or features."""
+    from scipy.stats import ks_2samp  # an optional dependency
 
     distances, nearest = nearest_neighbors(samples, training)
     validation_distances, _ = nearest_neighbors(validation, training)
-    order = distances.argsort()[:pairs].tolist()
+    order = distances.argsort()[:CLOSEST].tolist()
     return Memorization(
         distance_quantiles=_quantiles(distances),
         distance_quantiles_validation=_quantiles(validation_distances),
@@ -174,24 +176,22 @@ def memorization(
 
 
 def check_features(features: torch.Tensor, name: str = "features") -> torch.Tensor:
-    """(N, d) as float64 on the CPU. Raises ValueError for another shape and for features that are not finite."""
+    """Features (N, d) as float64 on the CPU. Raises ValueError for another shape and for NaN or infinity."""
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"{name} must have shape (N, d), got {tuple(features.shape)}.")
-    finite = features.isfinite().all(1)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero()[:, 0].tolist()
+    if bad := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
         raise ValueError(
             f"{name} must be finite: NaN or infinity in {len(bad)} of {len(features)} rows, first {bad[0]}."
         )
     return features.cpu().double()
 
 
-def _check_two(a: torch.Tensor, b: torch.Tensor, least: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_pair(a: torch.Tensor, b: torch.Tensor, minimum: int) -> tuple[torch.Tensor, torch.Tensor]:
     a, b = check_features(a), check_features(b)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"the features must have one dimension, got {a.shape[1]} and {b.shape[1]}.")
-    if min(len(a), len(b)) < least:
-        raise ValueError(f"at least {least} images are needed on either side, got {len(a)} and {len(b)}.")
+    if min(len(a), len(b)) < minimum:
+        raise ValueError(f"at least {minimum} images are needed on either side, got {len(a)} and {len(b)}.")
     return a, b
 
 
@@ -202,14 +202,13 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _kth_neighbor(x: torch.Tensor, k: int) -> torch.Tensor:
     """Squared distance of each row to its k-th nearest other row."""
-    # The row itself is the nearest: k + 1.
+    # k + 1, because the nearest row is the row itself.
     return torch.cat([_squared_distances(block, x).kthvalue(k + 1, dim=1).values for block in x.split(BLOCK)])
 
 
-def _share(queries: torch.Tensor, others: torch.Tensor, judge) -> float:
-    return (
-        torch.cat([judge(_squared_distances(block, others)).double() for block in queries.split(BLOCK)]).mean().item()
-    )
+def _mean_over(queries: torch.Tensor, others: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Mean over queries of a statistic (B,) of their squared distances (B, M) to the others."""
+    return torch.cat([statistic(_squared_distances(q, others)) for q in queries.split(BLOCK)]).double().mean().item()
 
 
 def _quantiles(values: torch.Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Images of a seed by their index, in batches."""
+"""Sample images by their index: deterministic, in batches, on any number of processes."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,19 @@ from ddpm_hf.seeds import image_generators
 
 
 def sample_images(
-    pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int, batch_size: int
+    pipe: DDPMPipelineCustom, indices: Sequence[int], steps: int | None, seed: int, batch_size: int, **options
 ) -> np.ndarray:
-    """The images of these indices of a seed, (N, H, W, C) in [0, 1], `batch_size` at a time: each the same in any
-    company. Of a class-conditional model they go round through the classes, by index."""
+    """The images with these indices, (N, H, W, C) in [0, 1]. An image depends on the seed and its index, not on the batch.
+
+    Args:
+        steps: sampling steps; None for the model's T.
+        batch_size: number of images per call of the pipeline.
+        options: further arguments of the pipeline's call. A class-conditional model gets its classes in turn, by the
+            index of the image, unless `class_labels` are given.
+    """
     batches = []
     for start in range(0, len(indices), batch_size):
-        chosen = indices[start : start + batch_size]
-        labels = cycled_classes(pipe.unet, chosen)
-        generators = image_generators(seed, chosen)
-        batches.append(pipe(len(chosen), generators, steps, output_type="np", class_labels=labels).images)
+        batch = indices[start : start + batch_size]
+        arguments = {"class_labels": cycled_classes(pipe.unet, batch), "output_type": "np"} | options
+        batches.append(pipe(len(batch), image_generators(seed, batch), steps, **arguments).images)
     return np.concatenate(batches)

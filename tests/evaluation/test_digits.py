@@ -1,4 +1,4 @@
-"""The judge of the digits: it knows digits, is not taken in by what is none, and notices copies."""
+"""The digits judge recognizes digits, rejects other images, and detects copies of training images."""
 
 import numpy as np
 import pytest
@@ -20,18 +20,18 @@ def as_images(flat):
 
 def test_validation_digits_are_recognized(judge):
     quality = judge(as_images(judge.validation))
-    assert quality.accuracy_validation > 0.98
-    assert quality.recognized == quality.recognized_validation > 0.8
-    assert quality.recognized_ratio == 1
-    assert 0.09 < quality.smallest_class_share <= quality.largest_class_share < 0.11
-    assert quality.closer_p_value > 0.9
-    assert quality.nearest_distance_quantiles == pytest.approx(quality.nearest_distance_quantiles_validation)
+    assert quality["accuracy_validation"] > 0.98
+    assert quality["recognized"] == quality["recognized_validation"] > 0.8
+    assert quality["recognized_ratio"] == 1
+    assert 0.09 < quality["smallest_class_share"] <= quality["largest_class_share"] < 0.11
+    assert quality["closer_p_value"] > 0.9
+    assert quality["nearest_distance_quantiles"] == pytest.approx(quality["nearest_distance_quantiles_validation"])
 
 
 @pytest.mark.parametrize(
     "kind", ["uniform noise", "normal noise", "black and white", "blank", "mean", "other non-digits"]
 )
-def test_what_is_no_digit_is_not_recognized(judge, kind):
+def test_images_that_are_no_digits_are_not_recognized(judge, kind):
     rng = np.random.default_rng(1)
     images = {
         "uniform noise": rng.random((300, 64)),
@@ -41,23 +41,23 @@ def test_what_is_no_digit_is_not_recognized(judge, kind):
         "mean": judge.train.mean(0)[None],
         "other non-digits": non_digits(judge.validation, judge.validation_labels, seed=2),
     }[kind]
-    assert judge(as_images(images)).recognized < 0.1
+    assert judge(as_images(images))["recognized"] < 0.1
 
 
-def test_copies_of_training_digits_are_noticed(judge):
+def test_copies_of_training_digits_are_detected(judge):
     rng = np.random.default_rng(0)
     copies = (judge.train[:300] + rng.normal(scale=0.01, size=(300, 64))).clip(0, 1)
     quality = judge(as_images(copies))
-    assert quality.closer_p_value < 1e-6 and quality.closer_than_5_percent_of_validation > 0.9
+    assert quality["closer_p_value"] < 1e-6 and quality["closer_than_5_percent_of_validation"] > 0.9
 
 
-def test_one_class_over_and_over_is_noticed(judge):
+def test_samples_of_a_single_class_are_detected(judge):
     ones = judge.validation[judge.validation_labels == 1]
     quality = judge(as_images(ones))
-    assert quality.smallest_class_share == 0 and quality.largest_class_share > 0.9
+    assert quality["smallest_class_share"] == 0 and quality["largest_class_share"] > 0.9
 
 
-def test_distances_are_those_of_the_definition(judge):
+def test_distances_agree_with_their_definition(judge):
     images = judge.validation[:20]
     expected = np.sqrt(((images[:, None] - judge.train[None]) ** 2).sum(-1)).min(1)
     np.testing.assert_allclose(
@@ -65,6 +65,6 @@ def test_distances_are_those_of_the_definition(judge):
     )
 
 
-def test_images_of_another_size_are_refused(judge):
+def test_images_of_another_size_raise(judge):
     with pytest.raises(ValueError, match=r"\(N, 8, 8, 1\), got \(2, 16, 16, 1\)"):
         judge(np.zeros((2, 16, 16, 1)))

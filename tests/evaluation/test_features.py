@@ -1,10 +1,13 @@
-"""Backbones are what they say they are: real DINOv2 and CLIP with random weights, and the digits' classifier."""
+"""Backbones return the features they document: DINOv2 and CLIP with random weights, and the digits classifier."""
 
 import logging
+import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -16,16 +19,12 @@ from transformers import (
 )
 
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.evaluation.digits import DigitsBackbone
 from ddpm_hf.evaluation.features import (
-    InceptionBackbone,
     TransformersBackbone,
-    compute_features,
     dataset_revision,
-    figure_name,
+    default_features,
     load_backbone,
-    read_cached,
-    write_cached,
+    metric_name,
 )
 
 SIZE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
@@ -53,7 +52,7 @@ def photographs(n=3, channels=3, seed=0):
 
 
 @pytest.mark.parametrize(("name", "label", "dim"), [("dinov2", "DINOv2", 12), ("clip", "CLIP", 10), ("vit", "vit", 12)])
-def test_features_are_the_models_own_output_on_normalized_pixels(folders, name, label, dim):
+def test_features_are_the_models_output_on_normalized_pixels(folders, name, label, dim):
     root, models = folders
     backbone = TransformersBackbone(str(root / name))
     images = photographs()
@@ -70,7 +69,7 @@ def test_features_are_the_models_own_output_on_normalized_pixels(folders, name, 
     assert backbone.protocol["backbone"] == name and len(backbone.protocol["backbone_revision"]) == 16
 
 
-def test_grey_images_are_repeated_to_rgb_and_this_is_said(folders, caplog):
+def test_gray_images_are_repeated_to_rgb_and_logged(folders, caplog):
     backbone = TransformersBackbone(str(folders[0] / "dinov2"))
     gray = photographs(channels=1)
     with caplog.at_level(logging.INFO, logger="ddpm_hf"):
@@ -79,9 +78,7 @@ def test_grey_images_are_repeated_to_rgb_and_this_is_said(folders, caplog):
     torch.testing.assert_close(features, backbone(gray.repeat(3, axis=1)))
 
 
-def test_a_backbone_with_missing_weights_is_refused(folders, tmp_path):
-    import shutil
-
+def test_backbone_with_missing_weights_raises(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(folders[0] / "dinov2", tmp_path / "broken")
@@ -92,7 +89,7 @@ def test_a_backbone_with_missing_weights_is_refused(folders, tmp_path):
         load_backbone(str(folder))
 
 
-def test_inception_is_an_extra():
+def test_inception_without_torch_fidelity_raises():
     try:
         import torch_fidelity  # noqa: F401
     except ImportError:
@@ -102,7 +99,7 @@ def test_inception_is_an_extra():
         pytest.skip("torch-fidelity is installed: its weights would have to be downloaded")
 
 
-def test_the_digits_classifier_tells_classes_apart_by_its_features():
+def test_digits_features_separate_the_classes():
     backbone = load_backbone("digits")
     split = digits()["test"]
     images = np.stack([np.asarray(image)[None] for image in split["image"]])
@@ -116,46 +113,31 @@ def test_the_digits_classifier_tells_classes_apart_by_its_features():
 
 
 def test_only_50000_samples_on_inception_are_called_fid():
-    inception = object.__new__(InceptionBackbone)
-    inception.label = "Inception"
-    assert figure_name("FD", inception, 50_000) == "FID"
-    assert figure_name("FD", inception, 49_999) == "FD-Inception, n = 49,999"
-    judge, clip = object.__new__(DigitsBackbone), object.__new__(TransformersBackbone)
-    judge.label, clip.label = "DINOv2", "CLIP"
-    assert figure_name("FD", judge, 50_000) == "FD-DINOv2, n = 50,000"
-    assert figure_name("MMD", clip, 2_000) == "CMMD (unbiased), n = 2,000"
+    assert metric_name("FD", "Inception", 50_000) == "FID"
+    assert metric_name("FD", "Inception", 49_999) == "FD-Inception, n = 49,999"
+    assert metric_name("FD", "DINOv2", 50_000) == "FD-DINOv2, n = 50,000"
+    assert metric_name("KD", "CLIP", 2_000) == "CMMD (unbiased), n = 2,000"
+    assert metric_name("KD", "Inception", 2_000) == "KD-Inception, n = 2,000"
 
 
-def cached_features(folder, key, compute):
-    features = read_cached(folder, key)
-    if features is None:
-        features = compute()
-        write_cached(folder, key, features)
-    return features
+def test_default_features_are_the_data_sets_own_or_dinov2():
+    assert default_features("digits") == "digits"
+    assert default_features("photos") == default_features("./images") == "facebook/dinov2-base"
 
 
-def test_features_of_real_images_are_computed_once_for_each_key(tmp_path):
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return torch.randn(4, 3)
-
-    key = {"dataset": "digits", "split": "train", "resize": "lanczos"}
-    first = cached_features(tmp_path, key, compute)
-    assert torch.equal(cached_features(tmp_path, dict(reversed(key.items())), compute), first) and len(calls) == 1
-    for changed in ({"split": "test"}, {"resize": "bicubic"}):
-        assert not torch.equal(cached_features(tmp_path, key | changed, compute), first)
-    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 3
-    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
+def test_revision_of_a_model_from_the_hub_is_its_commit(folders, tmp_path, monkeypatch):
+    """The layout of the Hub's cache, made by hand."""
+    commit, repository = "0123456789abcdef" * 2 + "01234567", tmp_path / "models--some--model"
+    shutil.copytree(folders[0] / "dinov2", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download, transformers.utils.hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path), raising=False)
+    protocol = TransformersBackbone("some/model").protocol
+    assert protocol["backbone"] == "some/model" and protocol["backbone_revision"] == commit
 
 
-def test_the_revision_of_a_data_set_is_that_of_its_content():
+def test_dataset_revision_depends_on_the_content():
     splits = digits()
     assert dataset_revision(splits["train"]) == dataset_revision(digits()["train"])
     assert dataset_revision(splits["train"]) != dataset_revision(splits["test"])
-
-
-def test_images_of_two_resolutions_are_refused():
-    with pytest.raises(ValueError, match=r"one resolution, got \(3, 16, 16\) and \(3, 8, 8\)"):
-        compute_features(lambda x: torch.zeros(len(x), 2), [photographs(), photographs()[:, :, :8, :8]])

@@ -1,4 +1,6 @@
-"""Distances against closed forms, brute force and torchmetrics."""
+"""Distances agree with closed forms, brute force and torchmetrics."""
+
+from dataclasses import asdict
 
 import mpmath
 import numpy as np
@@ -23,14 +25,14 @@ def normal(n, d, seed=0, scale=1.0):
     return scale * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def test_moments_are_those_of_numpy_in_float64_though_the_mean_is_large():
+def test_moments_agree_with_numpy_in_float64_for_a_large_mean():
     features = normal(200, 5) + 1e4
     m = moments(features)
     np.testing.assert_allclose(m.covariance, np.cov(features.double().numpy().T), rtol=1e-10)
     assert m.num == 200 and m.mean.dtype == torch.float64
 
 
-def test_the_frechet_distance_is_its_definition():
+def test_frechet_distance_agrees_with_its_definition():
     a, b = moments(normal(50, 4) @ normal(4, 4, 1)), moments(normal(60, 4, 2) @ normal(4, 4, 3) + 1)
     with mpmath.workdps(40):
         product = mpmath.matrix(a.covariance.tolist()) * mpmath.matrix(b.covariance.tolist())
@@ -46,7 +48,7 @@ def test_the_frechet_distance_is_its_definition():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-11)
 
 
-def test_the_frechet_distance_of_singular_covariances_is_exact():
+def test_frechet_distance_of_singular_covariances_is_exact():
     """Along shared axes it is Σ(√a_i − √b_i)²; most of these a_i and b_i are 0."""
     rotation, _ = torch.linalg.qr(normal(60, 60).double())
     a_i, b_i = torch.zeros(60).double(), torch.zeros(60).double()
@@ -57,13 +59,13 @@ def test_the_frechet_distance_of_singular_covariances_is_exact():
 
 
 @pytest.mark.parametrize("d", [3, 16])
-def test_the_kernel_distance_is_that_of_torchmetrics_where_that_has_one(d):
+def test_polynomial_kernel_distance_agrees_with_torchmetrics(d):
     x, y = normal(70, d).double(), normal(70, d, 1).double() + 0.2
     assert kernel_distance(x, y).value == pytest.approx(poly_mmd(x, y).item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("kernel", ["polynomial", "rbf"])
-def test_kernel_distance_and_its_error_are_the_definition_and_the_leave_one_out_spread(kernel):
+def test_kernel_distance_and_error_agree_with_definition_and_jackknife(kernel):
     x, y = normal(6, 3).double(), normal(8, 3, 1).double() + 0.5
 
     def k(a, b):
@@ -82,7 +84,7 @@ def test_kernel_distance_and_its_error_are_the_definition_and_the_leave_one_out_
     assert actual.standard_error == pytest.approx(np.sqrt(5 * leave_x.var() + 7 * leave_y.var()), rel=1e-9)
 
 
-def test_the_kernel_distance_is_unbiased_and_its_error_is_the_spread_of_repetitions():
+def test_kernel_distance_is_unbiased_and_its_error_is_calibrated():
     apart = [kernel_distance(normal(60, 4, s), normal(40, 4, 1000 + s) + 0.5) for s in range(150)]
     spread = np.std([e.value for e in apart], ddof=1)
     assert np.mean([e.standard_error for e in apart]) == pytest.approx(spread, rel=0.25)
@@ -106,13 +108,13 @@ def brute_force(real, samples, k_pr, k_dc):
     return precision, recall, density, coverage
 
 
-def test_precision_recall_density_and_coverage_are_their_definitions():
+def test_precision_recall_density_coverage_agree_with_brute_force():
     real, samples = normal(40, 2), normal(30, 2, 1, scale=0.6) + 0.3
     expected = brute_force(real.double().numpy(), samples.double().numpy(), 3, 5)
     assert (*precision_recall(real, samples), *density_coverage(real, samples)) == pytest.approx(expected)
 
 
-def test_one_mode_only_has_precision_without_recall():
+def test_a_missing_mode_lowers_recall_but_not_precision():
     real = torch.cat([normal(100, 3), normal(100, 3, 1) + 50])
     precision, recall = precision_recall(real, normal(100, 3, 2))
     density, coverage = density_coverage(real, normal(100, 3, 2))
@@ -120,7 +122,7 @@ def test_one_mode_only_has_precision_without_recall():
     assert precision_recall(real, normal(100, 3, 2) + 500) == (0, 0)
 
 
-def test_neighbors_are_the_nearest_and_a_copy_has_distance_zero():
+def test_nearest_neighbor_of_a_copy_has_distance_zero():
     others = normal(2000, 6) + 100
     queries = torch.cat([others[[7, 1500]], normal(20, 6, 1) + 100])
     distances, indices = nearest_neighbors(queries, others)
@@ -130,7 +132,7 @@ def test_neighbors_are_the_nearest_and_a_copy_has_distance_zero():
     np.testing.assert_array_equal(indices, expected.argmin(1))
 
 
-def test_copies_are_noticed_and_fresh_images_are_not():
+def test_memorization_detects_copies_and_not_fresh_images():
     training, validation = normal(300, 8), normal(100, 8, 1)
     fresh = memorization(normal(100, 8, 2), validation, training)
     assert fresh.closer_p_value > 0.01 and fresh.closer_than_5_percent_of_validation < 0.15
@@ -139,7 +141,7 @@ def test_copies_are_noticed_and_fresh_images_are_not():
     assert copied.closer_p_value < 1e-9 and copied.closer_than_5_percent_of_validation == 1
     assert all(i == j for i, j, _ in copied.closest) and len(copied.closest) == 10
     distances = [d for _, _, d in copied.closest]
-    assert distances == sorted(distances) and copied.as_dict()["closer_p_value"] == copied.closer_p_value
+    assert distances == sorted(distances) and asdict(copied)["closer_p_value"] == copied.closer_p_value
 
 
 @pytest.mark.parametrize(
@@ -155,6 +157,6 @@ def test_copies_are_noticed_and_fresh_images_are_not():
         (lambda: frechet_distance(moments(normal(9, 3)), moments(normal(9, 4))), "one dimension, got 3 and 4"),
     ],
 )
-def test_what_has_no_distance_is_named(call, message):
+def test_features_without_a_distance_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()

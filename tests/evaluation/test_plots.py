@@ -1,10 +1,8 @@
-"""Figures show what they say: pixels where they belong, curves from the tables."""
+"""Figures show the right pixels and curves."""
 
 import io
-import zlib
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -18,10 +16,8 @@ from ddpm_hf.evaluation.plots import (
     image_grid,
     length_curve,
     loss_curve,
-    noising_strip,
-    png_bytes,
-    schedule_curves,
 )
+from docs.make_figures import noising_strip, schedule_curves
 
 
 def shown(figure):
@@ -29,26 +25,19 @@ def shown(figure):
     return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
 
 
-def test_a_grid_shows_every_image_once_in_reading_order():
+def test_image_grid_shows_every_image_once_in_reading_order():
     images = np.random.default_rng(0).random((23, 8, 6, 1))
     figure = image_grid(images, columns=5)
     assert len(figure.axes) == 25 and len(shown(figure)) == 23
     assert all(np.array_equal(a, b[..., 0]) for a, b in zip(shown(figure), images))
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_a_png_holds_the_pixels_rounded_to_8_bits(channels):
-    image = np.random.default_rng(0).random((5, 7, channels))
-    pixels = np.asarray(Image.open(io.BytesIO(png_bytes(image)))).reshape(5, 7, channels)
-    assert np.abs(pixels / 255 - image).max() <= 0.5 / 255 + 1e-9
-
-
-def test_a_figure_is_a_png_that_opens():
+def test_figure_bytes_are_a_png_file():
     image = Image.open(io.BytesIO(figure_bytes(image_grid(np.zeros((4, 8, 8, 3))))))
     assert image.format == "PNG" and min(image.size) > 20
 
 
-def test_the_noising_strip_runs_from_the_image_to_noise():
+def test_noising_strip_goes_from_the_image_to_noise():
     diffusion = DDPMSchedulerCustom().diffusion
     image = torch.linspace(-1, 1, 256).reshape(1, 16, 16)
     states = shown(noising_strip(diffusion, image, columns=8))
@@ -57,7 +46,7 @@ def test_the_noising_strip_runs_from_the_image_to_noise():
     assert correlation[1] > 0.99 and abs(correlation[-1]) < 0.3 and correlation == sorted(correlation, reverse=True)
 
 
-def test_the_denoising_strip_ends_with_the_image_that_the_pipeline_gives(tiny_pipeline):
+def test_denoising_strip_ends_with_the_pipelines_image(tiny_pipeline):
     figure = denoising_strip(tiny_pipeline, rows=2, columns=4, num_inference_steps=6, seed=5)
     config = tiny_pipeline.unet.config
     latents = torch.randn(
@@ -73,7 +62,7 @@ def test_the_denoising_strip_ends_with_the_image_that_the_pipeline_gives(tiny_pi
     assert titles[0] == "$x_T$" and titles[-1] == "$x_0$"
 
 
-def test_the_loss_curve_shows_the_losses_and_a_smooth_line_through_them():
+def test_loss_curve_shows_logged_and_smoothed_losses():
     losses = [1.0] * 50
     figure = loss_curve(range(50), losses)
     logged, smooth = (line.get_ydata() for line in figure.axes[0].lines)
@@ -81,20 +70,20 @@ def test_the_loss_curve_shows_the_losses_and_a_smooth_line_through_them():
     np.testing.assert_allclose(smooth, losses)  # no start-up bias
 
 
-def test_losses_of_validation_images_lie_beside_those_of_training():
-    figure = loss_curve(range(5), [1.0] * 5, validation={"held out": ([2, 4], [1.2, 1.1])})
+def test_loss_curve_shows_validation_losses():
+    figure = loss_curve(range(5), [1.0] * 5, validation={"validation": ([2, 4], [1.2, 1.1])})
     line = figure.axes[0].lines[-1]
-    assert (list(line.get_xdata()), list(line.get_ydata()), line.get_label()) == ([2, 4], [1.2, 1.1], "held out")
+    assert (list(line.get_xdata()), list(line.get_ydata()), line.get_label()) == ([2, 4], [1.2, 1.1], "validation")
 
 
-def test_the_curve_of_lengths_marks_the_best():
+def test_length_curve_marks_the_best_length():
     axis = length_curve([0.05, 0.1, 0.2], [3.0, 1.0, 2.0], "loss", [0.1, 0.1, 0.1], best=1).axes[0]
     best = axis.lines[-1]
     assert (list(best.get_xdata()), list(best.get_ydata())) == ([0.1], [1.0]) and axis.get_ylabel() == "loss"
     assert list(axis.containers[0][0].get_ydata()) == [3.0, 1.0, 2.0]
 
 
-def test_schedule_curves_are_the_tables():
+def test_schedule_curves_show_the_tables():
     diffusions = {name: DDPMSchedulerCustom(beta_schedule=name).diffusion for name in ("linear", "squaredcos_cap_v2")}
     figure = schedule_curves(diffusions)
     for axis, table in zip(figure.axes, ("betas", "sqrt_alphas", "alphas_cumprod", "snr")):
@@ -102,28 +91,7 @@ def test_schedule_curves_are_the_tables():
             np.testing.assert_array_equal(line.get_ydata(), getattr(diffusion, table).numpy())
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("bits", [8, 16])
-def test_a_png_holds_every_level_of_every_channel(channels, bits):
-    """Read by undoing the filter that is none, since Pillow reads colors of 16 bits as 8; and by Pillow."""
-    levels = np.random.default_rng(0).integers(0, 2**bits, (5, 7, channels))
-    png = png_bytes(levels / (2**bits - 1), bits)
-    start = png.index(b"IDAT")
-    length = int.from_bytes(png[start - 4 : start], "big")
-    rows = np.frombuffer(zlib.decompress(png[start + 4 : start + 4 + length]), np.uint8).reshape(5, -1)
-    assert (rows[:, 0] == 0).all()
-    read = np.ascontiguousarray(rows[:, 1:]).view(np.uint8 if bits == 8 else ">u2").reshape(5, 7, channels)
-    assert np.array_equal(read, levels)
-    with Image.open(io.BytesIO(png)) as image:
-        image.load()  # checks every checksum
-        pixels = np.asarray(image)
-    if bits == 8 or channels == 1:
-        assert np.array_equal(pixels.reshape(5, 7, channels), levels)
-    with pytest.raises(ValueError, match="bits=12"):
-        png_bytes(levels / 2**bits, 12)
-
-
-def test_the_bound_is_drawn_term_by_term():
+def test_bound_is_drawn_over_the_papers_timesteps():
     bound = VariationalBound(4, 1, 3.5, 0.1, 0.5, [0, 9, 19], [2.0, 0.7, 0.3], [0.9, 0.1, 0.01], [0.01, 0.1, 0.9])
     figure = bound_by_timestep({"training": bound, "validation": bound})
     expected = (bound.terms, [2.0, 2.7, 3.0], bound.epsilon_mse, bound.x_0_mse)
@@ -134,7 +102,7 @@ def test_the_bound_is_drawn_term_by_term():
     assert [text.get_text() for text in figure.axes[0].get_legend().texts] == ["training", "validation"]
 
 
-def test_closest_pairs_stand_one_above_the_other():
+def test_closest_pairs_are_drawn_one_above_the_other():
     samples, training = np.random.default_rng(0).random((2, 3, 4, 4, 1))
     figure = closest_pairs(samples, training, [0.1, 0.25, 0.5])
     assert all(np.array_equal(a, b[..., 0]) for a, b in zip(shown(figure), [*samples, *training]))

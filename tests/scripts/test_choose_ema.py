@@ -1,4 +1,4 @@
-"""Choosing the average's length after training, as a person does it."""
+"""The script that chooses the length of the EMA after training."""
 
 import json
 import os
@@ -12,10 +12,20 @@ from ddpm_hf.scripts import train
 from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.training import artifacts
 from ddpm_hf.training.posthoc_ema import list_snapshots, rebuild
-from tests.scripts.test_train import TINY
+from tests.conftest import TINY_TRAINING, flags
 
-RUN = [*TINY, "--total_images", "320", "--warmup_steps", "1", "--checkpoint_every_steps", "20"]
+RUN = flags(
+    **TINY_TRAINING,
+    total_images=320,
+    warmup_steps=1,
+    checkpoint_every_steps=20,
+    keep_checkpoints=10,
+    log_every_steps=4,
+    sample_steps=4,
+    seed=3,
+)
 LENGTHS = ["0.05", "0.08", "0.2"]
 
 
@@ -25,7 +35,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run too short for its average's half-life, so that the average in its folder is far from the best."""
+    """A run shorter than its average's half-life, so that the average in its folder is far from the best."""
     folder = tmp_path_factory.mktemp("run") / "digits"
     averaged = ["--ema_halflife_images", "100000", "--no_ema_warmup", "--ema_snapshot_every_images", "32"]
     train.main([*RUN, *averaged, "--output_dir", str(folder)])
@@ -51,7 +61,7 @@ def sweep(folder, *options):
     )
 
 
-def test_the_best_length_is_written_with_its_figures_and_stays_when_asked_again(folder, capsys):
+def test_best_length_is_written_and_stays_in_a_second_sweep(folder, capsys):
     sweep(folder)
     printed = capsys.readouterr().out
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -60,7 +70,7 @@ def test_the_best_length_is_written_with_its_figures_and_stays_when_asked_again(
     assert list(values) == [0.05, 0.08, 0.2] and found["length"] == min(values, key=values.get)
     assert found["value"] == min(values.values()) < found["value_before"] and found["images_seen"] == 320
     assert all(f"{value:.6g}" in printed for value in [*values.values(), found["value_before"]])
-    # The run measured the same average at the same draws.
+    # The run measured the same average with the same noise.
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert found["value_before"] == pytest.approx(log[-1]["validation_loss_ema"], rel=1e-6)
 
@@ -68,7 +78,7 @@ def test_the_best_length_is_written_with_its_figures_and_stays_when_asked_again(
     expected = rebuild(list_snapshots(folder / "ema_snapshots"), found["length"]).state
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert diffusers.DDPMPipeline.from_pretrained(folder)(num_inference_steps=2).images
-    # Figures of the weights before are gone.
+    # The metrics of the old weights are dropped.
     assert metrics.keys() == {"training", "ema"} and metrics["training"]["steps"] == 20
     assert f"σ_rel = {found['length']:g}" in (folder / "README.md").read_text()
     assert np.asarray(Image.open(folder / "ema.png")).std() > 1 and not list(folder.glob(".ema*"))
@@ -81,7 +91,7 @@ def test_the_best_length_is_written_with_its_figures_and_stays_when_asked_again(
 
 
 @pytest.mark.parametrize("criterion", ["bits_per_dim", "fd"])
-def test_other_criteria_measure_without_writing(folder, tmp_path, capsys, criterion):
+def test_measure_only_writes_nothing_for_other_criteria(folder, tmp_path, capsys, criterion):
     before = files(folder)
     options = ["--criterion", criterion, "--measure_only", "--validation_images", "100", "--bound_stride", "50"]
     options += ["--num_samples", "60", "--steps", "5", "--cache_dir", str(tmp_path)]
@@ -94,21 +104,20 @@ def test_other_criteria_measure_without_writing(folder, tmp_path, capsys, criter
     assert files(folder) == before
 
 
-def test_a_sweep_that_fails_while_it_writes_leaves_the_folder_as_it_was(folder, monkeypatch):
+def test_sweep_that_fails_in_writing_leaves_the_folder_unchanged(folder, monkeypatch):
     before = files(folder)
 
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(ema_script, "write_metrics_and_card", full)
+    monkeypatch.setattr(artifacts, "write_metrics_and_card", full)
     with pytest.raises(OSError, match="No space"):
         sweep(folder)
     monkeypatch.undo()
-    kept = {name: data for name, data in files(folder).items() if ".ema.unfinished" not in str(name)}
-    assert kept == before
+    assert files(folder) == before
 
 
-def test_a_sweep_that_is_killed_while_it_moves_files_is_finished_by_the_next(folder):
+def test_next_sweep_completes_one_that_was_killed_moving_files(folder):
     old = files(folder)
     expected = dict(old)
     for name in old:
@@ -128,17 +137,17 @@ def test_a_sweep_that_is_killed_while_it_moves_files_is_finished_by_the_next(fol
         (["--lengths", "0.3"], r"length σ_rel must be a finite number in \(0, 0.28867\d*\], got 0.3"),
         (["--lengths", "0.05", "0.001"], "σ_rel = 0.001 is out of the range of these 10 snapshots"),
         (["--images_seen", "5"], "images_seen must be at least 32"),
-        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "0"], "steps must be an integer of at least 1"),
         (["--model", "./nowhere"], "nowhere holds no config.yaml"),
     ],
 )
-def test_what_cannot_be_measured_is_one_sentence(folder, options, message):
+def test_wrong_options_are_one_sentence_and_nothing_is_written(folder, options, message):
     before = files(folder)
     with pytest.raises(SystemExit, match=f"choose_ema.py: error: .*{message}"):
         sweep(folder, *options)
     assert files(folder) == before
 
 
-def test_a_run_without_snapshots_is_told_how_to_get_them(model):
+def test_run_without_snapshots_is_told_how_to_save_them(model):
     with pytest.raises(SystemExit, match="holds no snapshots .*--ema_snapshot_every_images"):
         sweep(model)

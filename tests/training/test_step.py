@@ -18,7 +18,7 @@ from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.step_randomness import draw_randomness
-from tests.scripts.test_train import TINY, assert_bit_identical, assert_same_run, checkpoint, launch, run
+from tests.training.helpers import TINY, assert_bit_identical, assert_same_run, checkpoint, launch, run
 
 # Few timesteps, so that importance sampling has ended its uniform phase after a few steps.
 SHORT = ["--num_train_timesteps", "8", "--beta_schedule", "squaredcos_cap_v2"]

@@ -1,0 +1,71 @@
+"""Measurements are spread over processes, and give the same result on any number of them."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm_hf.data.builtin import digits
+from ddpm_hf.evaluation import measures
+from ddpm_hf.evaluation.encoding import png_bytes, quantize
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("total", [7, 2])
+def test_shares_of_any_number_of_processes_are_in_order(world, total, monkeypatch):
+    shares = []
+    for rank in range(world):
+        state = SimpleNamespace(process_index=rank, num_processes=world)
+        monkeypatch.setattr(measures, "PartialState", lambda state=state: state)
+        shares.append(torch.tensor(measures.process_share(total), dtype=torch.float32)[:, None])
+    monkeypatch.setattr(measures, "gather_object", lambda mine: shares)  # as accelerate joins the lists
+    assert measures.gather_rows(shares[0])[:, 0].tolist() == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+class PixelBackbone:
+    """Pixels as features; counts its calls."""
+
+    def __init__(self, resize=None):
+        self.protocol, self.calls = {"backbone": "pixels", "resize": resize}, []
+
+    def __call__(self, batch):
+        self.calls.append(len(batch))
+        return batch.flatten(1).float()
+
+
+def test_real_features_are_computed_once_for_each_key(tmp_path):
+    config = {"num_class_embeds": None, "sample_size": 8, "in_channels": 1}
+    images = measures.model_images(digits()["test"].select(range(10)), config, {}, None, None)
+    backbone, source = PixelBackbone(), {"dataset": "digits", "dataset_config": None, "split": "test"}
+    options = {"batch_size": 4, "cache_dir": str(tmp_path)}
+    first = measures.real_features(backbone, images, source, **options)
+    assert torch.equal(first, images[range(10)]["images"].flatten(1).float()) and backbone.calls == [4, 4, 2]
+    again = measures.real_features(backbone, images, dict(reversed(source.items())), **options)
+    assert torch.equal(again, first) and len(backbone.calls) == 3
+    measures.real_features(backbone, images, source | {"split": "train"}, **options)
+    assert len(backbone.calls) == 6
+    other = PixelBackbone(resize="bicubic")
+    measures.real_features(other, images, source, **options)
+    assert len(other.calls) == 3 and len(list(tmp_path.iterdir())) == 3
+    assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_samples_are_read_from_png_files_of_both_depths(tmp_path, bits):
+    levels = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 1))
+    for i, image in enumerate(levels):
+        (tmp_path / f"{i}.png").write_bytes(png_bytes(quantize(image / 255, bits)))
+    samples = measures.read_samples(str(tmp_path), 2, (8, 6), 1)
+    assert samples.dtype == torch.uint8 and np.array_equal(samples.permute(0, 2, 3, 1), levels[:2])
+    with pytest.raises(ValueError, match="holds 3 images, num_samples is 4"):
+        measures.read_samples(str(tmp_path), 4, (8, 6), 1)
+
+
+def test_part_that_a_run_validated_on_is_split_off():
+    config = {"num_class_embeds": None, "sample_size": [8, 8], "in_channels": 1}
+    images = measures.model_images(digits()["train"].select(range(90)), config, {}, None, None)
+    assert measures.split_as_trained(images, {}) is None and len(images) == 90
+    validation = measures.split_as_trained(images, {"validation_fraction": 0.4})
+    assert len(images) + len(validation) == 90 and 20 < len(validation) < 52
