@@ -134,7 +134,8 @@ class MicroBatches:
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self._batches)
         if isinstance(batch, StreamError):
-            raise batch
+            # Not `batch` itself: its traceback would refer to this frame, and keep the workers alive.
+            raise StreamError(*batch.args)
         if isinstance(batch, StreamBatch):
             self._lane_states = batch.lane_states or self._lane_states
             return batch.tensors

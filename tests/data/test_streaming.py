@@ -1,11 +1,14 @@
 """A stream is shared among processes, shuffled and resumed exactly, without broken and validation images."""
 
+import gc
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
-from ddpm_hf.data.streaming import Reader, StreamedImages
+from ddpm_hf.data.streaming import Reader, StreamedImages, StreamError
 from tests.hub import HubServer
 
 EXAMPLES = 90
@@ -268,3 +271,18 @@ def test_broken_validation_images_of_a_stream_are_left_out(with_broken, caplog):
     assert len(images.split_validation(1.0)) == 29 and "17.png" in caplog.text
     with pytest.raises(ValueError, match="validation_fraction = 1e-09 selects no image of the stream"):
         images.split_validation(1e-9)
+
+
+def test_workers_end_after_an_error_without_garbage_collection(with_broken):
+    before = multiprocessing.active_children()
+
+    def run() -> None:
+        with suppress(StreamError):
+            keys(batches(stream(with_broken, label_column=None), num_workers=1))
+
+    gc.disable()
+    try:
+        run()
+        assert multiprocessing.active_children() == before
+    finally:
+        gc.enable()
