@@ -117,10 +117,8 @@ def _explain(error: BaseException, repo_id: str) -> tuple[type[OSError], str]:
     if isinstance(cause, errors.LocalEntryNotFoundError) or (
         cause is not error and isinstance(cause, errors.OfflineModeIsEnabled)
     ):
-        return (
-            ConnectionError,
-            f"the cache holds no complete copy of {repo_id}, and the network is disabled: {GO_ONLINE}",
-        )
+        sentence = f"the cache holds no complete copy of {repo_id}, and the network is disabled: {GO_ONLINE}"
+        return FileNotFoundError, sentence
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return ConnectionError, f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached on {host}: unset it."
     if isinstance(cause, errors.HfHubHTTPError):

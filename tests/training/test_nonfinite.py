@@ -7,7 +7,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
-from ddpm_hf.scripts import train
 
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.streaming import StreamedImages
@@ -15,6 +14,7 @@ from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.nonfinite import SkippedSteps, nan_if_nonfinite, step_if_finite
+from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.step import training_step
 from tests.conftest import TINY_TRAINING, flags
 
@@ -111,7 +111,7 @@ def test_an_overflowing_loss_scale_is_lowered_without_other_changes():
     model, optimizer = accelerator.prepare(unet, torch.optim.Adam(unet.parameters(), lr=1e-3, fused=True))
     # As Accelerator does with mixed_precision="fp16", which it does not accept on the CPU.
     accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer.optimizer)
-    images, _ = train.load_images(config, torch.device("cpu"))
+    images, _ = load_images(config, torch.device("cpu"))
     batches = GlobalBatches(len(images), config.batch_size, config.seed)
     skipped = SkippedSteps(accelerator, images, config.batch_size, config.seed, config.max_nonfinite_steps)
     ema, started = EMA(unet, 1000), [p.detach().clone() for p in unet.parameters()]
