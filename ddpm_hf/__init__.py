@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
     from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DDPMPipelineCustom", "DDPMSchedulerCustom", "GaussianDiffusion", "UNet2DModelCustom", "__version__"]
 _MODULES = {
     "DDPMPipelineCustom": "ddpm_hf.pipelines.ddpm",
