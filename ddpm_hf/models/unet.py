@@ -196,7 +196,8 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
         save_function: Callable | None = None,
         safe_serialization: bool = True,
         variant: str | None = None,
-        *args,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
         **kwargs,
     ) -> None:
         """`ModelMixin.save_pretrained`, in safetensors only (`safe_serialization=False` raises ValueError).
@@ -210,4 +211,5 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
         if is_main_process:
             suffix = f".{variant}" if variant else ""
             (Path(save_directory) / f"diffusion_pytorch_model.safetensors.index{suffix}.json").unlink(missing_ok=True)
-        super().save_pretrained(str(save_directory), is_main_process, save_function, True, variant, *args, **kwargs)
+        kwargs |= {"variant": variant, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
+        super().save_pretrained(str(save_directory), is_main_process, save_function, **kwargs)
