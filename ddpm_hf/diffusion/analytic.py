@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
 from ddpm_hf.diffusion.tables import working_dtype
@@ -11,10 +12,10 @@ from ddpm_hf.diffusion.tables import working_dtype
 @torch.no_grad()
 def estimate_analytic_moments(
     diffusion: GaussianDiffusion,
-    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    batches: Iterable[torch.Tensor],
+    model: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[Tensor],
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Estimate Γ_t = E‖ε_θ(x_t, t)‖²/d at every t of the chain (Analytic-DPM, eq. 8, in terms of ε).
 
     Args:

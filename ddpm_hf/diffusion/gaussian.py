@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice
 from ddpm_hf.diffusion.schedules import check_betas
 from ddpm_hf.diffusion.tables import TableLookup, chain_tables, working_dtype
 from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, check_timestep, to_index_device
 
-Clip = Callable[[torch.Tensor], torch.Tensor]
+Clip = Callable[[Tensor], Tensor]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # The tables of σ_t (0 at the last step) and of log σ_t². "_log" variants are the same variances: the names come from
@@ -50,17 +51,17 @@ class ReverseStep(NamedTuple):
     broadcasts against it and is 0 at the last step.
     """
 
-    mean: torch.Tensor
-    std: torch.Tensor | float
-    x_0: torch.Tensor
+    mean: Tensor
+    std: Tensor | float
+    x_0: Tensor
 
 
 class ReverseDistribution(NamedTuple):
     """p_θ(x_{t−1} | x_t) as a density. `log_variance` broadcasts against `mean`."""
 
-    mean: torch.Tensor
-    log_variance: torch.Tensor | float
-    x_0: torch.Tensor
+    mean: Tensor
+    log_variance: Tensor | float
+    x_0: Tensor
 
 
 class GaussianDiffusion:
@@ -85,21 +86,19 @@ class GaussianDiffusion:
 
     def __init__(
         self,
-        betas: torch.Tensor,
+        betas: Tensor,
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
-        timesteps: torch.Tensor | None = None,
-        analytic_moments: torch.Tensor | Sequence[float] | None = None,
+        timesteps: Tensor | None = None,
+        analytic_moments: Tensor | Sequence[float] | None = None,
         *,
-        alphas: torch.Tensor | None = None,
+        alphas: Tensor | None = None,
     ):
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
         if (variance_type == "analytic") != (analytic_moments is not None):
-            raise ValueError(
-                f"analytic_moments must be given exactly if variance_type is 'analytic': got {variance_type=} with "
-                f"analytic_moments {'missing' if analytic_moments is None else 'given'}."
-            )
+            given = "missing" if analytic_moments is None else "given"
+            raise ValueError(f"analytic_moments go with variance_type='analytic': {given} with {variance_type=}.")
         self.prediction_type, self.variance_type = prediction_type, variance_type
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
         if alphas is None:
@@ -111,17 +110,14 @@ class GaussianDiffusion:
         tables = chain_tables(betas, alphas, self.analytic_moments)
         tables["reverse_step"] = self._reverse_step_table(tables)
         self._set_tables(tables)
-        if variance_type == "analytic" and self.alphas_cumprod[-1] == 0:
-            raise ValueError(
-                "variance_type='analytic' cannot be used if ᾱ_T is 0 (zero terminal SNR): x_T has no information on x_0."
-            )
+        last = self.alphas_cumprod[-1]
+        if variance_type == "analytic" and last == 0:
+            raise ValueError("variance_type='analytic' needs ᾱ_T above 0, got 0 (zero terminal SNR).")
         if prediction_type == "epsilon" and not self.sqrt_recip_alphas_cumprod[-1] < torch.finfo(torch.float32).max:
-            raise ValueError(
-                f"prediction_type='epsilon' cannot be used if ᾱ_T is {self.alphas_cumprod[-1].item():g} (zero terminal "
-                "SNR): x_0 cannot be computed from x_T and the noise. Use 'v_prediction' or 'sample'."
-            )
+            advice = "use 'v_prediction' or 'sample'"
+            raise ValueError(f"prediction_type='epsilon' cannot have ᾱ_T = {last:g} (zero terminal SNR): {advice}.")
 
-    def _reverse_step_table(self, tables: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _reverse_step_table(self, tables: dict[str, Tensor]) -> Tensor:
         """The coefficients a, b, c, d and σ_t of a reverse step (eqs. 9 and 11), so that it needs a single lookup.
 
         x_0 = a·x_t + b·output and x_{t−1} = c·x_0 + d·x_t + σ_t·z. For a learned variance the last column is 0 at the
@@ -135,69 +131,57 @@ class GaussianDiffusion:
         means = (tables["posterior_mean_coef_x_0"], tables["posterior_mean_coef_x_t"])
         return torch.stack([a, b, *means, tables[std]], dim=1)
 
-    def _set_tables(self, tables: dict[str, torch.Tensor]) -> None:
+    def _set_tables(self, tables: dict[str, Tensor]) -> None:
         self.tables, self.lookup = tables, TableLookup(tables)
-
-    def __getattr__(self, name: str) -> torch.Tensor:
-        tables = self.__dict__.get("tables", {})
-        if name in tables:
-            return tables[name]
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        vars(self).update(tables)
 
     def __len__(self) -> int:
         return self.timesteps.shape[0]
 
-    def _check(self, x: torch.Tensor, y: torch.Tensor, t: Timestep) -> None:
+    def _check(self, x: Tensor, y: Tensor, t: Timestep) -> None:
         if x.shape != y.shape:
-            raise ValueError(
-                f"images, noise and predictions must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}."
-            )
+            raise ValueError(f"images and noise must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
         if not (x.is_floating_point() and y.is_floating_point()):
             raise ArgumentTypeError(f"images and noise must be floating point, got {x.dtype} and {y.dtype}.")
         check_timestep(t, len(self), x)
 
-    def _combine(self, a: str, x: torch.Tensor, sign: int, b: str, y: torch.Tensor, t: Timestep) -> torch.Tensor:
+    def _combine(self, a: str, x: Tensor, sign: int, b: str, y: Tensor, t: Timestep) -> Tensor:
         """a_t·x ± b_t·y for tables `a` and `b`, in at least float32."""
         self._check(x, y, t)
         x = x.to(working_dtype(x, y))
         y, t = y.to(x.dtype), to_index_device(t, x)
-        a_t, b_t = self.lookup(a, t, x), self.lookup(b, t, x)
-        if isinstance(b_t, float):
-            return torch.add(a_t * x, y, alpha=sign * b_t)
-        return torch.addcmul(a_t * x, b_t, y, value=sign)
+        return add_scaled_(self.lookup(a, t, x) * x, self.lookup(b, t, x), y, sign)
 
     # ------------------------------------------------------------------ forward process (eqs. 1 and 2)
 
-    def q_step(self, x_prev: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
+    def q_step(self, x_prev: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """x_t = √(1−β_t)·x_{t−1} + √β_t·z (eq. 1). Shapes: all as `x_prev`."""
         return self._combine("sqrt_alphas", x_prev, 1, "sqrt_betas", noise, t)
 
-    def q_mean_variance(self, x_0: torch.Tensor, t: Timestep) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def q_mean_variance(self, x_0: Tensor, t: Timestep) -> tuple[Tensor, Tensor | float]:
         """Mean √ᾱ_t·x_0 and variance 1−ᾱ_t of q(x_t | x_0) (eq. 2)."""
         check_timestep(t, len(self), x_0)
         x_0 = x_0.to(working_dtype(x_0))
         return self.lookup("sqrt_alphas_cumprod", t, x_0) * x_0, self.lookup("one_minus_alphas_cumprod", t, x_0)
 
-    def q_sample(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
+    def q_sample(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·z (eq. 2). Shapes: all as `x_0`; computed in at least float32."""
         return self._combine("sqrt_alphas_cumprod", x_0, 1, "sqrt_one_minus_alphas_cumprod", noise, t)
 
-    def velocity(self, x_0: torch.Tensor, t: Timestep, noise: torch.Tensor) -> torch.Tensor:
+    def velocity(self, x_0: Tensor, t: Timestep, noise: Tensor) -> Tensor:
         """v_t = √ᾱ_t·z − √(1−ᾱ_t)·x_0 (Salimans and Ho 2022, section 4)."""
         return self._combine("sqrt_alphas_cumprod", noise, -1, "sqrt_one_minus_alphas_cumprod", x_0, t)
 
     # ------------------------------------------------------------------ posterior (eqs. 7 and 8)
 
-    def q_posterior(
-        self, x_0: torch.Tensor, x_t: torch.Tensor, t: Timestep
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor | float]:
         """Mean μ̃_t and variance β̃_t of q(x_{t−1} | x_t, x_0) (eqs. 7 and 8)."""
         mean = self._combine("posterior_mean_coef_x_0", x_0, 1, "posterior_mean_coef_x_t", x_t, t)
         return mean, self.lookup("posterior_variance", t, mean)
 
     # ------------------------------------------------------------------ conversion of predictions (eq. 9)
 
-    def convert(self, value: torch.Tensor, x_t: torch.Tensor, t: Timestep, source: str, target: str) -> torch.Tensor:
+    def convert(self, value: Tensor, x_t: Tensor, t: Timestep, source: str, target: str) -> Tensor:
         """Convert a prediction at (x_t, t) from `source` to `target`, each a prediction type or "score".
 
         x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (eq. 2), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0, and the score ∇ log q(x_t) = −ε/√(1−ᾱ_t).
@@ -218,27 +202,25 @@ class GaussianDiffusion:
         a, sign, b = _CONVERSIONS[source, target]
         return self._combine(a, x_t, sign, b, value, t)
 
-    def predict_x_0(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
+    def predict_x_0(self, model_output: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """x_0 from the network's output, by `prediction_type`. Shapes: all as `x_t`."""
         return self.convert(model_output, x_t, t, self.prediction_type, "sample")
 
-    def predict_epsilon(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
+    def predict_epsilon(self, model_output: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """ε from the network's output, by `prediction_type`. Shapes: all as `x_t`."""
         return self.convert(model_output, x_t, t, self.prediction_type, "epsilon")
 
-    def predict_x_0_from_epsilon(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
+    def predict_x_0_from_epsilon(self, epsilon: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """x_0 = (x_t − √(1−ᾱ_t)·ε)/√ᾱ_t (eq. 9)."""
         return self.convert(epsilon, x_t, t, "epsilon", "sample")
 
-    def posterior_mean_from_epsilon(self, epsilon: torch.Tensor, x_t: torch.Tensor, t: Timestep) -> torch.Tensor:
+    def posterior_mean_from_epsilon(self, epsilon: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
         """μ = (x_t − β_t/√(1−ᾱ_t)·ε)/√α_t (eqs. 10 and 11): the mean of `q_posterior` at the x_0 of eq. 9."""
         return self._combine("epsilon_mean_coef_x_t", x_t, -1, "epsilon_mean_coef_epsilon", epsilon, t)
 
     # ------------------------------------------------------------------ reverse process (eqs. 3 and 11)
 
-    def p_mean_std(
-        self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None = None
-    ) -> ReverseStep:
+    def p_mean_std(self, model_output: Tensor, x_t: Tensor, t: Timestep, clip: Clip | None = None) -> ReverseStep:
         """p_θ(x_{t−1} | x_t) for sampling (eqs. 3 and 11), from the network's output at (x_t, t).
 
         Args:
@@ -254,7 +236,7 @@ class GaussianDiffusion:
         return ReverseStep(mean, std, x_0)
 
     def p_mean_variance(
-        self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None = None
+        self, model_output: Tensor, x_t: Tensor, t: Timestep, clip: Clip | None = None
     ) -> ReverseDistribution:
         """p_θ(x_{t−1} | x_t) as a density, for likelihoods (eqs. 3 and 11). Arguments as for `p_mean_std`.
 
@@ -268,29 +250,26 @@ class GaussianDiffusion:
             log_variance = self._learned_log_variance(variance_output, t)
         return ReverseDistribution(mean, log_variance, x_0)
 
-    def _p_mean(self, model_output: torch.Tensor, x_t: torch.Tensor, t: Timestep, clip: Clip | None) -> tuple:
+    def _p_mean(self, model_output: Tensor, x_t: Tensor, t: Timestep, clip: Clip | None) -> tuple:
         """Mean, σ_t (or whether to add noise, for a learned variance), x_0, and the channels of a learned variance."""
         channels = x_t.shape[1]
         learned = self.variance_type in LEARNED_VARIANCES
         expected = (x_t.shape[0], 2 * channels if learned else channels, *x_t.shape[2:])
         if model_output.shape != expected:
-            raise ValueError(
-                f"with variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)} the model's "
-                f"output must have {expected[1]} channels and the same batch and size, got shape {tuple(model_output.shape)}."
-            )
+            given = f"variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)}"
+            raise ValueError(f"{given} need a model's output of shape {expected}, got {tuple(model_output.shape)}.")
         prediction, variance_output = model_output[:, :channels], model_output[:, channels:]
         self._check(x_t, prediction, t)
         dtype = working_dtype(x_t, model_output)
         x_t, prediction, variance_output = x_t.to(dtype), prediction.to(dtype), variance_output.to(dtype)
-        row = self.lookup("reverse_step", to_index_device(t, x_t), x_t)
-        a, b, c, d, std = row if isinstance(row, list) else row.unbind()
+        a, b, c, d, std = self.lookup("reverse_step", to_index_device(t, x_t), x_t)
         x_0 = add_scaled_(a * x_t, b, prediction)
         if clip is not None:
             x_0 = clip(x_0)
         mean = add_scaled_(c * x_0, d, x_t)
         return mean, std, x_0, variance_output if learned else None
 
-    def _learned_log_variance(self, variance_output: torch.Tensor, t: Timestep) -> torch.Tensor:
+    def _learned_log_variance(self, variance_output: Tensor, t: Timestep) -> Tensor:
         """The log of the output, or v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
         if self.variance_type == "learned":
             return variance_output.log()
@@ -299,7 +278,7 @@ class GaussianDiffusion:
 
     # ------------------------------------------------------------------ sub-chains
 
-    def respace(self, timesteps: Sequence[int] | torch.Tensor) -> "GaussianDiffusion":
+    def respace(self, timesteps: Sequence[int] | Tensor) -> "GaussianDiffusion":
         """The sub-chain of `timesteps`: indices of this chain, in any order, without duplicates.
 
         Its β follow from the ratios of ᾱ: β' = 1 − ᾱ_t/ᾱ_s, computed as 1 − ∏(1−β) over the steps between. Every formula
@@ -316,7 +295,7 @@ class GaussianDiffusion:
         arguments = (self.prediction_type, self.variance_type, self.timesteps[kept], moments)
         return GaussianDiffusion(-torch.expm1(log_ratio), *arguments, alphas=log_ratio.exp())
 
-    def strided(self, timesteps: Sequence[int] | torch.Tensor) -> "GaussianDiffusion":
+    def strided(self, timesteps: Sequence[int] | Tensor) -> "GaussianDiffusion":
         """`respace` with the full chain's indices: the step at each of `timesteps` goes to the next lower one of them
         (to x_0 from the lowest). The steps at all other timesteps stay as they are."""
         chain = self.respace(timesteps)
@@ -326,16 +305,14 @@ class GaussianDiffusion:
         return strided
 
 
-def add_scaled_(x: torch.Tensor, factor: torch.Tensor | float, y: torch.Tensor) -> torch.Tensor:
-    """x + factor·y in place of x, which must be a temporary of the caller: its memory is in the cache."""
-    return x.add_(y, alpha=factor) if isinstance(factor, float) else x.addcmul_(factor, y)
+def add_scaled_(x: Tensor, factor: Tensor | float, y: Tensor, sign: int = 1) -> Tensor:
+    """x ± factor·y in place of x, which must be a temporary of the caller: its memory is in the cache."""
+    return x.add_(y, alpha=sign * factor) if isinstance(factor, float) else x.addcmul_(factor, y, value=sign)
 
 
-def _check_moments(moments: torch.Tensor | Sequence[float], T: int) -> torch.Tensor:
+def _check_moments(moments: Tensor | Sequence[float], T: int) -> Tensor:
     moments = torch.as_tensor(moments, dtype=torch.float64, device="cpu")
-    if moments.shape != (T,) or not bool((moments >= 0).all()) or not bool(moments.isfinite().all()):
-        raise ValueError(
-            f"analytic_moments must be {T} finite numbers of at least 0, one per timestep, got shape "
-            f"{tuple(moments.shape)} with values from {moments.min().item():g} to {moments.max().item():g}."
-        )
+    if moments.shape != (T,) or not bool(((moments >= 0) & moments.isfinite()).all()):
+        given = f"shape {tuple(moments.shape)}, values {moments.min():g} to {moments.max():g}"
+        raise ValueError(f"analytic_moments must be {T} finite numbers of at least 0, got {given}.")
     return moments

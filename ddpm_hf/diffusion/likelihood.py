@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.checks import check_int
 from ddpm_hf.diffusion.gaussian import Clip, GaussianDiffusion
 
-Model = Callable[..., torch.Tensor]
+Model = Callable[..., Tensor]
 LEVELS = 256  # of an 8-bit image
 
 
@@ -71,11 +72,11 @@ class BoundSums:
         self,
         diffusion: GaussianDiffusion,
         model: Model,
-        x_0: torch.Tensor,
+        x_0: Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        offsets: torch.Tensor | None = None,
+        offsets: Tensor | None = None,
         clip: Clip | None = None,
-        labels: torch.Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         """Add a batch of images.
 
@@ -109,11 +110,9 @@ class BoundSums:
         t, rows, measured = (torch.cat(part, -1).cpu() for part in zip(*parts))
         measured = measured.double()
         if not bool(measured.isfinite().all()):
-            bad = t[~measured.isfinite().all(0)].unique()
-            raise ValueError(
-                f"the model's output must be finite: the bound is not finite at {len(bad)} of {self.T} timesteps, the "
-                f"first of them {diffusion.timesteps[bad[0]].item()}."
-            )
+            bad = diffusion.timesteps[t[~measured.isfinite().all(0)].unique()]
+            where = f"at {len(bad)} of {self.T} timesteps, the first of them {bad[0]}"
+            raise ValueError(f"the model's output must be finite: the bound is not finite {where}.")
         prior = prior_bits(diffusion, x_0)
         weight = torch.where(t == 0, 1.0, float(self.stride))
         totals = prior.index_add(0, rows, measured[0] * weight)
@@ -125,15 +124,12 @@ class BoundSums:
         if len(diffusion) != self.T:
             raise ValueError(f"diffusion must have {self.T} steps, the T of these sums, got {len(diffusion)}.")
         if x_0.ndim != 4 or not len(x_0) or x_0.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"x_0 must be images (B, C, H, W) of float32 or float64, got {tuple(x_0.shape)} of {x_0.dtype}."
-            )
+            given = f"{tuple(x_0.shape)} of {x_0.dtype}"
+            raise ValueError(f"x_0 must be images (B, C, H, W) of float32 or float64, got {given}.")
         levels = x_0.cpu().double().add(1).mul((LEVELS - 1) / 2)
         if not bool(((levels - levels.round().clamp(0, LEVELS - 1)).abs() < 1e-3).all()):
-            raise ValueError(
-                "x_0 must be 8-bit images scaled to [-1, 1] (k/127.5 − 1), whose likelihood the decoder gives; got "
-                f"values from {x_0.min().item():g} to {x_0.max().item():g} that are not all of this form."
-            )
+            given = f"other values, from {x_0.min():g} to {x_0.max():g}"
+            raise ValueError(f"x_0 must be 8-bit images scaled to [-1, 1] (k/127.5 − 1), got {given}.")
         if isinstance(generator, Sequence) and len(generator) != len(x_0):
             raise ValueError(f"generator must be one, or {len(x_0)} (one per image), got {len(generator)}.")
         if offsets.shape != (len(x_0),) or offsets.min() < 0 or offsets.max() >= self.stride:
@@ -143,10 +139,8 @@ class BoundSums:
         """The averages. Raises ValueError with fewer than two images for an offset."""
         count, total, squares = self._by_offset
         if count.min() < 2:
-            raise ValueError(
-                f"a bound with stride {self.stride} needs 2 images for each of its {self.stride} offsets, at least "
-                f"{2 * self.stride} in all; got {int(count.sum())}, {int(count.min())} for one of them."
-            )
+            least, given = 2 * self.stride, f"{int(count.sum())}, {int(count.min())} for one offset"
+            raise ValueError(f"stride={self.stride} needs 2 images per offset, at least {least} in all; got {given}.")
         n = count.sum().item()
         prior = self._prior.item() / n
         terms, epsilon_mse, x_0_mse = self._by_t[1:] / self._by_t[0]
@@ -166,7 +160,7 @@ class BoundSums:
         )
 
 
-def _measure(diffusion, model, x_0, t, noise, clip, condition) -> torch.Tensor:
+def _measure(diffusion, model, x_0, t, noise, clip, condition) -> Tensor:
     """(3, B): the term in bits/dim and the squared errors of ε and x_0, at timesteps t (B,): all of them 0, or none."""
     like = x_0
     x_t = diffusion.q_sample(x_0, t, noise)
@@ -181,13 +175,8 @@ def _measure(diffusion, model, x_0, t, noise, clip, condition) -> torch.Tensor:
 
 
 def bound_terms(
-    diffusion: GaussianDiffusion,
-    output: torch.Tensor,
-    x_0: torch.Tensor,
-    x_t: torch.Tensor,
-    t: torch.Tensor,
-    clip: Clip | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    diffusion: GaussianDiffusion, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, clip: Clip | None = None
+) -> tuple[Tensor, Tensor]:
     """Each example's term of the variational bound at its t, in bits per dimension, differentiable (DDPM, eq. 5).
 
     At t > 0 this is KL(q(x_{t−1} | x_t, x_0) ‖ p_θ(x_{t−1} | x_t)). At t = 0 it is L_0 = −log p_θ(x_0 | x_1) of the
@@ -211,7 +200,7 @@ def bound_terms(
     return nats.flatten(1).mean(1) / math.log(2), predicted
 
 
-def prior_bits(diffusion: GaussianDiffusion, x_0: torch.Tensor) -> torch.Tensor:
+def prior_bits(diffusion: GaussianDiffusion, x_0: Tensor) -> Tensor:
     """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of images (B, C, H, W), in bits/dim: (B,), float64 on the CPU."""
     signal = diffusion.alphas_cumprod[-1].item()
     # The variance 1 − ᾱ is nearly 1: log1p keeps the digits of its logarithm.
@@ -221,21 +210,16 @@ def prior_bits(diffusion: GaussianDiffusion, x_0: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_kl(
-    mean_1: torch.Tensor,
-    log_variance_1: torch.Tensor | float,
-    mean_2: torch.Tensor,
-    log_variance_2: torch.Tensor | float,
-) -> torch.Tensor:
+    mean_1: Tensor, log_variance_1: Tensor | float, mean_2: Tensor, log_variance_2: Tensor | float
+) -> Tensor:
     """KL(N(mean_1, variance_1) ‖ N(mean_2, variance_2)) of each element, in nats; arguments broadcast."""
     difference = log_variance_1 - log_variance_2
-    expm1 = torch.expm1 if isinstance(difference, torch.Tensor) else math.expm1
-    exp = torch.exp if isinstance(log_variance_2, torch.Tensor) else math.exp
+    expm1 = torch.expm1 if isinstance(difference, Tensor) else math.expm1
+    exp = torch.exp if isinstance(log_variance_2, Tensor) else math.exp
     return (expm1(difference) - difference + (mean_1 - mean_2).square() * exp(-log_variance_2)) / 2
 
 
-def discretized_gaussian_log_likelihood(
-    x_0: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor
-) -> torch.Tensor:
+def discretized_gaussian_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """log P(x_0) of each pixel in nats: N(mean, variance) integrated over the pixel's 8-bit level (DDPM, eq. 13).
 
     The lowest and highest level extend to ∓∞. Shapes: all as `x_0`, or broadcasting against it; differentiable. Exact
@@ -254,7 +238,7 @@ def discretized_gaussian_log_likelihood(
     return log_high + one_minus
 
 
-def _noise(like: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> torch.Tensor:
+def _noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     """z ~ N(0, I) with the shape, dtype and device of `like`, drawn on the device of the generators."""
     if isinstance(generator, Sequence):
         draws = [torch.randn(like.shape[1:], generator=g, device=g.device, dtype=like.dtype) for g in generator]

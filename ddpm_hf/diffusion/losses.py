@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.checks import check_choice, check_float
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
@@ -17,13 +18,11 @@ class Loss(NamedTuple):
     """Losses of each example, (B,), at least float32: the one to minimize, and L_simple for comparing runs with
     different objectives."""
 
-    objective: torch.Tensor
-    simple: torch.Tensor
+    objective: Tensor
+    simple: Tensor
 
 
-def prediction_target(
-    diffusion: GaussianDiffusion, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
-) -> torch.Tensor:
+def prediction_target(diffusion: GaussianDiffusion, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """The target of the network's output at t, by `prediction_type`: ε, x_0 or v; shape of `x_0`, at least float32."""
     if diffusion.prediction_type == "v_prediction":
         return diffusion.velocity(x_0, t, noise)
@@ -66,11 +65,11 @@ class Objective:
         self,
         unet: torch.nn.Module,
         diffusion: GaussianDiffusion,
-        x_0: torch.Tensor,
-        t: torch.Tensor,
-        noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-        input_noise: torch.Tensor | None = None,
+        x_0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        class_labels: Tensor | None = None,
+        input_noise: Tensor | None = None,
     ) -> Loss:
         """The losses of a batch.
 
@@ -103,7 +102,7 @@ class Objective:
             objective = objective + self.hybrid_lambda * len(diffusion) * bound
         return Loss(objective, simple)
 
-    def weight(self, diffusion: GaussianDiffusion, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def weight(self, diffusion: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:
         """The weight of L_simple at t, (B,), with the dtype and device of `like` (B,).
 
         Each paper states it for one target. The others follow by converting the error, with SNR = ᾱ/(1−ᾱ):

@@ -9,26 +9,27 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int
 
 
-def _linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+def _linear(T: int, beta_start: float, beta_end: float) -> Tensor:
     """β_t from `beta_start` to `beta_end` in equal steps (DDPM, section 4)."""
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu")
 
 
-def _scaled_linear(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+def _scaled_linear(T: int, beta_start: float, beta_end: float) -> Tensor:
     """√β_t in equal steps ("quad" of the original DDPM code, "scaled_linear" of latent diffusion)."""
     return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64, device="cpu").square()
 
 
-def _sigmoid(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+def _sigmoid(T: int, beta_start: float, beta_end: float) -> Tensor:
     """β_t along a logistic curve over [-6, 6] (GeoDiff)."""
     return torch.linspace(-6, 6, T, dtype=torch.float64, device="cpu").sigmoid() * (beta_end - beta_start) + beta_start
 
 
-def _squaredcos_cap_v2(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+def _squaredcos_cap_v2(T: int, beta_start: float, beta_end: float) -> Tensor:
     """ᾱ(u) = cos²((u + 0.008)/1.008 · π/2), β capped at 0.999 (Improved DDPM, eq. 17). The range is not used.
 
     In angles from π/2, ᾱ = sin²: 1 − sin²b/sin²a = sin(a − b)·sin(a + b)/sin²a does not cancel, and a near 0 is exact.
@@ -39,7 +40,7 @@ def _squaredcos_cap_v2(T: int, beta_start: float, beta_end: float) -> torch.Tens
     return betas.clamp(max=0.999)
 
 
-def _laplace(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+def _laplace(T: int, beta_start: float, beta_end: float) -> Tensor:
     """diffusers' "laplace", β capped at 0.999. The range is not used.
 
     Its ᾱ(u) = √(s/(1+s)) with s = (2u + ε)^−½ up to u = ½ and s = (2(1−u) + ε)^½ after it, ε = 1e-6. With
@@ -58,12 +59,12 @@ def _laplace(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     return (complement / (1 + (1 - complement).sqrt())).clamp(max=0.999)
 
 
-def _const(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+def _const(T: int, beta_start: float, beta_end: float) -> Tensor:
     """β_t = `beta_end` (original DDPM code); `beta_start` is not used."""
     return torch.full((T,), beta_end, dtype=torch.float64, device="cpu")
 
 
-def _jsd(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
+def _jsd(T: int, beta_start: float, beta_end: float) -> Tensor:
     """β_t = 1/(T − t + 1), t from 1: 1/T, 1/(T−1), …, 1 (Sohl-Dickstein et al. 2015), so ᾱ_t = 1 − t/T.
 
     The range is not used. The last β is 1 (zero terminal SNR), so that epsilon prediction is not possible.
@@ -71,7 +72,7 @@ def _jsd(T: int, beta_start: float, beta_end: float) -> torch.Tensor:
     return 1 / torch.arange(T, 0, -1, dtype=torch.float64, device="cpu")
 
 
-def _warmup(T: int, beta_start: float, beta_end: float, fraction: float) -> torch.Tensor:
+def _warmup(T: int, beta_start: float, beta_end: float, fraction: float) -> Tensor:
     """β_t rises linearly over the first ⌊fraction·T⌋ steps, then stays at `beta_end` (original DDPM code)."""
     rising = int(T * fraction)
     return torch.cat([_linear(rising, beta_start, beta_end), _const(T - rising, beta_start, beta_end)])
@@ -99,9 +100,8 @@ def make_betas(
     num_train_timesteps: int = 1000,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
-    trained_betas: Sequence[float] | torch.Tensor | None = None,
-    rescale_betas_zero_snr: bool = False,
-) -> torch.Tensor:
+    trained_betas: Sequence[float] | Tensor | None = None,
+) -> Tensor:
     """The β of a schedule by name, or `trained_betas` as given, checked.
 
     Args:
@@ -109,7 +109,6 @@ def make_betas(
         num_train_timesteps: T, the number of entries.
         beta_start, beta_end: the range of β, each in (0, 1); some schedules do not use it.
         trained_betas: T numbers to use instead of a schedule.
-        rescale_betas_zero_snr: apply `rescale_zero_terminal_snr`.
 
     Returns a float64 tensor of shape (T,) with every entry in (0, 1); the last may be 1. Raises TypeError or ValueError
     that names the argument.
@@ -119,30 +118,23 @@ def make_betas(
         check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
         check_float("beta_start", beta_start, "(0, 1)")
         check_float("beta_end", beta_end, "(0, 1)")
-        betas = BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
-    else:
-        try:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64, device="cpu").clone()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentTypeError(f"trained_betas must be a sequence of numbers, got {trained_betas!r}.") from error
-        if betas.shape != (num_train_timesteps,):
-            raise ValueError(
-                f"trained_betas must have num_train_timesteps = {num_train_timesteps} entries, "
-                f"got shape {tuple(betas.shape)}."
-            )
-        check_betas(betas, "trained_betas")
-    return rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
+        return BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
+    try:
+        betas = torch.as_tensor(trained_betas, dtype=torch.float64, device="cpu").clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"trained_betas must be a sequence of numbers, got {trained_betas!r}.") from error
+    if betas.shape != (num_train_timesteps,):
+        raise ValueError(f"trained_betas must have {num_train_timesteps=} entries, got shape {tuple(betas.shape)}.")
+    check_betas(betas, "trained_betas")
+    return betas
 
 
-def check_betas(betas: torch.Tensor, name: str = "betas") -> None:
+def check_betas(betas: Tensor, name: str = "betas") -> None:
     """ValueError unless `betas` has shape (T,), T ≥ 1, every entry in (0, 1), and the last in (0, 1]."""
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"{name} must have shape (T,) with T of at least 1, got shape {tuple(betas.shape)}.")
     if not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
-        raise ValueError(
-            f"every entry of {name} must lie in (0, 1), and only the last may be 1: got values from "
-            f"{betas.min().item():g} to {betas.max().item():g}."
-        )
+        raise ValueError(f"{name} must lie in (0, 1), the last in (0, 1], got {betas.min():g} to {betas.max():g}.")
 
 
 def scale_betas_for_timesteps(
@@ -162,24 +154,22 @@ def scale_betas_for_timesteps(
     """
     check_int("num_train_timesteps", num_train_timesteps, 1)
     scale = 1000 / num_train_timesteps
-    if max(beta_start, beta_end) * scale >= 1:
+    if (largest := max(beta_start, beta_end)) * scale >= 1:
         raise ValueError(
-            f"num_train_timesteps={num_train_timesteps} is too small for beta_start={beta_start!r}, "
-            f"beta_end={beta_end!r} of T = 1000: β would reach {max(beta_start, beta_end) * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
+            f"num_train_timesteps={num_train_timesteps} must be above {1000 * largest:g} for a linear schedule to "
+            f"{largest}: β would reach {largest * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
         )
     return beta_start * scale, beta_end * scale
 
 
-def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     """Change β so that the chain ends in pure noise, ᾱ_T = 0 (Lin et al. 2023, algorithm 1).
 
     √ᾱ is shifted to 0 at T and then scaled so that √ᾱ_1 keeps its value. Shapes: (T,) to (T,), float64; the first β
     stays and the last becomes 1. Raises ValueError for T = 1.
     """
     if len(betas) == 1:
-        raise ValueError(
-            "rescale_betas_zero_snr needs at least 2 timesteps: with one, ᾱ_1 cannot both keep its value and be 0."
-        )
+        raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2, got 1.")
     root = torch.cumprod(1 - betas, 0).sqrt()
     # √ᾱ_t − √ᾱ_{t+1} as √ᾱ_t·β/(1 + √(1−β)), and √ᾱ_t − √ᾱ_T as a sum of those: no difference of nearly equal numbers.
     drop = root[:-1] * betas[1:] / (1 + (1 - betas[1:]).sqrt())

@@ -1,11 +1,12 @@
 """The tables that follow from a chain's β, and their values at a timestep."""
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.diffusion.timesteps import Timestep, to_index_device
 
 
-def working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def working_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of sample arithmetic: the widest of the tensors' own, and at least float32."""
     dtype = torch.float32
     for tensor in tensors:
@@ -20,10 +21,10 @@ class TableLookup:
         tables: float64 tensors on the CPU, whose first dimension is T.
     """
 
-    def __init__(self, tables: dict[str, torch.Tensor]):
+    def __init__(self, tables: dict[str, Tensor]):
         self._tables = tables
         self._floats: dict[str, list] = {}
-        self._rounded: dict[tuple[torch.device, torch.dtype], dict[str, torch.Tensor]] = {}
+        self._rounded: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         self.cache_tables(torch.device("cpu"))
 
     def cache_tables(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -31,7 +32,7 @@ class TableLookup:
         if (device, dtype) not in self._rounded:
             self._rounded[device, dtype] = {name: table.to(device, dtype) for name, table in self._tables.items()}
 
-    def __call__(self, name: str, t: Timestep, like: torch.Tensor) -> torch.Tensor | float | list[float]:
+    def __call__(self, name: str, t: Timestep, like: Tensor) -> Tensor | float | list[float]:
         """Table `name` at t, to broadcast against `like` (batch first).
 
         For a table (T,): a float for an int t, and a tensor (B, 1, 1, ...) for a tensor t. For a table (T, n): n of
@@ -53,8 +54,8 @@ class TableLookup:
 
 
 def chain_tables(
-    betas: torch.Tensor, alphas: torch.Tensor | None = None, analytic_moments: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
+    betas: Tensor, alphas: Tensor | None = None, analytic_moments: Tensor | None = None
+) -> dict[str, Tensor]:
     """Every table of the chain with these `betas`, float64 (T,), named as the attributes of `GaussianDiffusion`.
 
     Args:

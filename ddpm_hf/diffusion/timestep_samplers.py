@@ -6,6 +6,7 @@ A sampler draws for the whole global batch. With the same generator it returns t
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.checks import check_choice, check_int
 
@@ -26,7 +27,7 @@ class UniformTimesteps:
     def __init__(self, T: int, device: torch.device | str = "cpu"):
         self.T = check_int("T", T, 1)
 
-    def __call__(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw timesteps (B,), int64, with their weights 1/(T·p_t), (B,), float32, on the device of the generator.
 
         The weighted mean loss has the same expectation as over uniform timesteps.
@@ -34,17 +35,17 @@ class UniformTimesteps:
         t = self.timesteps(batch_size, generator)
         return t, torch.ones(batch_size, device=t.device)
 
-    def timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    def timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         return torch.randint(self.T, (batch_size,), generator=generator, device=generator.device)
 
-    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+    def update(self, t: Tensor, losses: Tensor) -> None:
         """Update the state after a step: timesteps (B,) and unweighted losses (B,) of the global batch, in order."""
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The state, to resume from by `load_state_dict`."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a state. Raises ValueError if it belongs to another sampler or another T."""
         mine = {name: tuple(value.shape) for name, value in self.state_dict().items()}
         theirs = {name: tuple(value.shape) for name, value in state.items()}
@@ -59,7 +60,7 @@ class StratifiedTimesteps(UniformTimesteps):
     models (Kingma et al. 2021, appendix I.1) with discrete timesteps.
     """
 
-    def timesteps(self, batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    def timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
         offset = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64)
         position = torch.arange(batch_size, device=generator.device, dtype=torch.float64) / batch_size
         return (((position + offset) % 1) * self.T).long().clamp(max=self.T - 1)
@@ -83,7 +84,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         self._losses = torch.zeros(T + 1, self.HISTORY, dtype=torch.float64, device=device)
         self._counts = torch.zeros(T + 1, dtype=torch.int64, device=device)
 
-    def probabilities(self) -> torch.Tensor:
+    def probabilities(self) -> Tensor:
         """p_t, (T,), float64."""
         root = self._losses[:-1].square().mean(1).sqrt()
         p = (1 - self.UNIFORM_SHARE) * root / root.sum() + self.UNIFORM_SHARE / self.T
@@ -91,7 +92,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         known = (self._counts[:-1].min() >= self.HISTORY) & (root.sum() > 0)
         return torch.where(known, p, 1 / self.T)
 
-    def __call__(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         p = self.probabilities().to(generator.device)
         cumulative = p.cumsum(0)
         position = torch.rand(batch_size, generator=generator, device=generator.device, dtype=torch.float64)
@@ -99,7 +100,7 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         return t, (1 / (self.T * p[t])).float()
 
     @torch.no_grad()
-    def update(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+    def update(self, t: Tensor, losses: Tensor) -> None:
         t, losses = t.to(self._counts.device), losses.to(self._losses)
         t = torch.where(losses.isfinite(), t, self.T)
         # Each row is a ring buffer. If t occurs several times in the batch, `place` numbers the occurrences: the position
@@ -113,10 +114,10 @@ class LossSecondMomentTimesteps(UniformTimesteps):
         self._losses[row, column] = losses[order]
         self._counts += number
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {"losses": self._losses[:-1].clone(), "counts": self._counts[:-1].clone()}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
         self._losses[:-1].copy_(state["losses"])
         self._counts[:-1].copy_(state["counts"])

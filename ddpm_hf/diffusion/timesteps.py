@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ddpm_hf.checks import ArgumentTypeError
 
-Timestep = int | torch.Tensor
+Timestep = int | Tensor
 
 
-def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Tensor:
+def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> Tensor:
     """n of the timesteps 0..T−1 with the spacing of diffusers (Lin et al. 2023, table 2): int64 (n,), descending.
 
     "linspace" includes both ends, "leading" counts up from `offset` in steps of T // n, "trailing" counts down from
@@ -24,20 +25,18 @@ def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> torch.Ten
         return (T + i * ((T - T / n) - T)).round().to(torch.int64) - 1
     timesteps = torch.arange(n - 1, -1, -1, device="cpu") * (T // n) + offset
     if timesteps[0] >= T:
-        raise ValueError(
-            f"steps_offset={offset} with {n} leading steps reaches timestep {int(timesteps[0])}; "
-            f"the model's last is {T - 1}."
-        )
+        reached = f"steps_offset={offset} with {n} leading steps reaches timestep {int(timesteps[0])}"
+        raise ValueError(f"{reached}: it must be at most T - 1 = {T - 1}.")
     return timesteps
 
 
-def to_index_device(t: Timestep, like: torch.Tensor) -> Timestep:
+def to_index_device(t: Timestep, like: Tensor) -> Timestep:
     """t in a form that indexes tables on the device of `like` without a synchronization.
 
     A single number on the host becomes an int, which is fastest (outside a compiled graph). Other tensors are moved to
     the device of `like`.
     """
-    if not isinstance(t, torch.Tensor):
+    if not isinstance(t, Tensor):
         return t
     is_integer = not t.is_floating_point() and t.dtype != torch.bool
     if t.ndim == 0 and t.device.type == "cpu" and is_integer and not torch.compiler.is_compiling():
@@ -45,10 +44,10 @@ def to_index_device(t: Timestep, like: torch.Tensor) -> Timestep:
     return t if t.device == like.device else t.to(like.device)
 
 
-def as_timesteps(timesteps: Sequence[int] | torch.Tensor) -> torch.Tensor:
+def as_timesteps(timesteps: Sequence[int] | Tensor) -> Tensor:
     """`timesteps` as an int64 tensor on the CPU. Raises ValueError unless they are a non-empty list of integers."""
     try:
-        chosen = timesteps if isinstance(timesteps, torch.Tensor) else torch.tensor(list(timesteps), device="cpu")
+        chosen = timesteps if isinstance(timesteps, Tensor) else torch.tensor(list(timesteps), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0)
     if chosen.ndim != 1 or not chosen.numel() or chosen.is_floating_point() or chosen.dtype == torch.bool:
@@ -56,18 +55,16 @@ def as_timesteps(timesteps: Sequence[int] | torch.Tensor) -> torch.Tensor:
     return chosen.to(device="cpu", dtype=torch.int64)
 
 
-def check_timestep(t: Timestep, T: int, like: torch.Tensor) -> None:
+def check_timestep(t: Timestep, T: int, like: Tensor) -> None:
     """Raise TypeError or ValueError if t is not a timestep, or timesteps (B,) for `like`, of a chain of length T.
 
     Values on a device or inside a compiled graph are not checked: reading them would stall the device or break the graph.
     """
-    if isinstance(t, torch.Tensor):
+    if isinstance(t, Tensor):
         if t.is_floating_point() or t.dtype == torch.bool:
             raise ArgumentTypeError(f"timesteps must be integers, got a tensor of {t.dtype}.")
         if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, like.shape[0])):
-            raise ValueError(
-                f"timesteps must be one number or one per sample ({like.shape[0]}), got shape {tuple(t.shape)}."
-            )
+            raise ValueError(f"timesteps must be one, or one per sample ({like.shape[0]}), got shape {tuple(t.shape)}.")
         if torch.compiler.is_compiling() or t.device.type != "cpu" or t.numel() == 0:
             return
         low, high = t.min().item(), t.max().item()

@@ -38,9 +38,7 @@ def check_arguments(config: FrozenDict) -> None:
         for block_type in config[name]:
             check_choice(f"each of {name}", _without_prefix(block_type), known)
         if len(config[name]) != len(channels):
-            raise ValueError(
-                f"{name} must have one entry per entry of block_out_channels {channels}, got {tuple(config[name])}."
-            )
+            raise ValueError(f"{name} must be as long as block_out_channels {channels}, got {tuple(config[name])}.")
     for name, choices in CHOICES.items():
         check_choice(name, config[name], choices)
     if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
@@ -48,11 +46,9 @@ def check_arguments(config: FrozenDict) -> None:
     groups = check_int("norm_num_groups", config.norm_num_groups, 1)
     if any(c % groups for c in channels):
         raise ValueError(f"norm_num_groups must divide each of block_out_channels {channels}, got {groups}.")
-    if config.attn_norm_num_groups and channels[-1] % config.attn_norm_num_groups:
-        raise ValueError(
-            f"attn_norm_num_groups must divide the {channels[-1]} channels of the middle block, "
-            f"got {config.attn_norm_num_groups}."
-        )
+    mid_groups = config.attn_norm_num_groups
+    if mid_groups and channels[-1] % mid_groups:
+        raise ValueError(f"attn_norm_num_groups must divide {channels[-1]}, the middle's channels, got {mid_groups}.")
 
 
 def _without_prefix(block_type: str) -> str:
@@ -108,11 +104,11 @@ def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn
         has_attention, resample = DOWN_BLOCK_TYPES[_without_prefix(block_type)]
         resnets = [resnet(c_in if j == 0 else c, c) for j in range(layers)]
         attentions = [attention(c) for _ in resnets] if has_attention else []
-        sampler = None
+        samplers = []
         if i < last:
             as_resnet = (resample or config.downsample_type) == "resnet"
-            sampler = resnet(c, c, resample="down") if as_resnet else Downsample(c, config.downsample_padding)
-        down.append(DownStage(resnets, attentions, sampler))
+            samplers = [resnet(c, c, resample="down") if as_resnet else Downsample(c, config.downsample_padding)]
+        down.append(DownStage(resnets, attentions, samplers))
         skip_channels += [c] * (layers + (i < last))
         c_in = c
     if config.mid_block_type is not None:
@@ -124,10 +120,10 @@ def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn
         has_attention, resample = UP_BLOCK_TYPES[_without_prefix(block_type)]
         resnets = [resnet((c_in if j == 0 else c) + skip_channels.pop(), c) for j in range(layers + 1)]
         attentions = [attention(c) for _ in resnets] if has_attention else []
-        sampler = None
+        samplers = []
         if i < last:
             as_resnet = (resample or config.upsample_type) == "resnet"
-            sampler = resnet(c, c, resample="up") if as_resnet else Upsample(c)
-        up.append(UpStage(resnets, attentions, sampler))
+            samplers = [resnet(c, c, resample="up") if as_resnet else Upsample(c)]
+        up.append(UpStage(resnets, attentions, samplers))
         c_in = c
     return down, middle, up

@@ -146,10 +146,8 @@ class SelfAttentionProcessor:
         B, C, H, W = x.shape
         h = x if attn.group_norm is None else attn.group_norm(x)
         h = h.permute(0, 2, 3, 1).reshape(B, H * W, C)
-        parts = (
-            attn.to_qkv(h).chunk(3, dim=-1) if attn.fused_projections else (attn.to_q(h), attn.to_k(h), attn.to_v(h))
-        )
-        q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in parts)
+        qkv = attn.to_qkv(h).chunk(3, dim=-1) if attn.fused_projections else (attn.to_q(h), attn.to_k(h), attn.to_v(h))
+        q, k, v = (part.unflatten(-1, (attn.heads, -1)) for part in qkv)
         h = dispatch_attention_fn(q, k, v, backend=self._attention_backend).flatten(2)
         h = x + attn.to_out[0](h).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return h if attn.rescale_output_factor == 1.0 else h / attn.rescale_output_factor
@@ -187,10 +185,8 @@ class Stage(nn.Module):
 
     def __init__(self, resnets: list[ResnetBlock], attentions: list[AttentionBlock]):
         super().__init__()
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
+        self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
-        self.has_attention = bool(attentions)
         self.gradient_checkpointing = False
 
     def resnet(self, i: int, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
@@ -200,23 +196,23 @@ class Stage(nn.Module):
         return self.resnets[i](x, temb)
 
     def attention(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        return self.attentions[i](x) if self.has_attention else x
+        return self.attentions[i](x) if self.attentions else x
 
 
 class DownStage(Stage):
     """Layers, then downsampling. Returns the result and every intermediate image, for the skip connections."""
 
-    def __init__(self, resnets: list, attentions: list, downsampler: nn.Module | None):
+    def __init__(self, resnets: list, attentions: list, downsamplers: list):
         super().__init__(resnets, attentions)
-        self.downsamplers = nn.ModuleList([downsampler]) if downsampler is not None else None
+        self.downsamplers = nn.ModuleList(downsamplers)
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
             x = self.attention(i, self.resnet(i, x, temb))
             skips.append(x)
-        if self.downsamplers is not None:
-            x = self.downsamplers[0](x, temb)
+        for downsampler in self.downsamplers:
+            x = downsampler(x, temb)
             skips.append(x)
         return x, skips
 
@@ -231,12 +227,12 @@ class MidStage(Stage):
 class UpStage(Stage):
     """Layers, each with its input concatenated with a skip connection, then upsampling."""
 
-    def __init__(self, resnets: list, attentions: list, upsampler: nn.Module | None):
+    def __init__(self, resnets: list, attentions: list, upsamplers: list):
         super().__init__(resnets, attentions)
-        self.upsamplers = nn.ModuleList([upsampler]) if upsampler is not None else None
+        self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(self, x: torch.Tensor, skips: list[torch.Tensor], temb: torch.Tensor) -> torch.Tensor:
         for i, skip in enumerate(skips):
             x = torch.cat([x, skip], dim=1)
             x = self.attention(i, self.resnet(i, x, temb))
-        return x if self.upsamplers is None else self.upsamplers[0](x, temb)
+        return self.upsamplers[0](x, temb) if self.upsamplers else x

@@ -156,36 +156,28 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
     def _check_inputs(self, sample: torch.Tensor, t: torch.Tensor, class_labels: torch.Tensor | None) -> None:
         """ValueError for inputs of a wrong shape, or with values out of range where these can be read: on the CPU and
         outside a compiled graph."""
-        multiple, channels = self.size_multiple, self.config.in_channels
+        multiple, channels, labels = self.size_multiple, self.config.in_channels, class_labels
         if sample.ndim != 4 or sample.shape[1] != channels:
             raise ValueError(f"sample must have shape (B, {channels}, H, W), got {tuple(sample.shape)}.")
-        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
-            raise ValueError(
-                f"height and width must be multiples of {multiple} for a U-Net of {len(self.down_blocks)} levels, "
-                f"got {sample.shape[-2]}×{sample.shape[-1]}."
+        B, _, H, W = sample.shape
+        if H % multiple or W % multiple:
+            raise ValueError(f"height and width of sample must be multiples of {multiple}, got {H}×{W}.")
+        if len(t) not in (1, B):
+            raise ValueError(f"timestep must be one number, or {B} (one per image), got {len(t)}.")
+        if (labels is None) != (self.class_embedding is None):
+            expected = (
+                "given: this model is class-conditional" if labels is None else "None: this model is unconditional"
             )
-        lengths = (1, sample.shape[0])
-        if t.shape[0] not in lengths:
-            raise ValueError(f"timestep must be one number, or {lengths[1]} (one per image), got {t.shape[0]}.")
-        if (class_labels is None) != (self.class_embedding is None):
-            if class_labels is None:
-                raise ValueError("class_labels must be given: this model is class-conditional.")
-            raise ValueError("class_labels must be None: this model is unconditional (num_class_embeds is None).")
-        if class_labels is not None and (class_labels.ndim == 0 or class_labels.shape[0] not in lengths):
-            raise ValueError(
-                f"class_labels must hold {lengths[1]} labels, one per image, got shape {tuple(class_labels.shape)}."
-            )
-        for name, index, table in (
-            ("timestep", t, self.time_proj),
-            ("class_labels", class_labels, self.class_embedding),
-        ):
+            raise ValueError(f"class_labels must be {expected}.")
+        if labels is not None and (labels.ndim == 0 or len(labels) not in (1, B)):
+            raise ValueError(f"class_labels must hold {B} labels, one per image, got shape {tuple(labels.shape)}.")
+        for name, index, table in (("timestep", t, self.time_proj), ("class_labels", labels, self.class_embedding)):
             if not isinstance(table, nn.Embedding):
                 continue
             if index.is_floating_point() or index.ndim != 1:
                 raise ValueError(f"{name} must be (B,) integers, got {index.dtype} of shape {tuple(index.shape)}.")
-            if index.device.type != "cpu" or torch.compiler.is_compiling():
-                continue
-            if ((index < 0) | (index >= table.num_embeddings)).any():
+            is_readable = index.device.type == "cpu" and not torch.compiler.is_compiling()
+            if is_readable and ((index < 0) | (index >= table.num_embeddings)).any():
                 raise ValueError(f"{name} must lie in 0..{table.num_embeddings - 1}, got {index.tolist()}.")
 
     @classmethod
@@ -215,9 +207,7 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
         """
         refuse_pickle(safe_serialization)
         if any(getattr(module, "fused_projections", False) for module in self.modules()):
-            raise ValueError(
-                "fused projections cannot be saved: call unfuse_qkv_projections() before save_pretrained()."
-            )
+            raise ValueError("fused projections cannot be saved: call unfuse_qkv_projections() first.")
         if is_main_process:
             suffix = f".{variant}" if variant else ""
             (Path(save_directory) / f"diffusion_pytorch_model.safetensors.index{suffix}.json").unlink(missing_ok=True)

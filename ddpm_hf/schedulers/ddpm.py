@@ -95,12 +95,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         beta_schedule = beta_schedule.removesuffix(ANALYTIC_MARK) if isinstance(beta_schedule, str) else beta_schedule
         trained_betas = analytic_trained_betas if trained_betas is None else trained_betas
         betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas)
-        self.diffusion = GaussianDiffusion(
-            rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas,
-            prediction_type,
-            variance_type,
-            analytic_moments=analytic_moments,
-        )
+        rescaled = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
+        self.diffusion = GaussianDiffusion(rescaled, prediction_type, variance_type, analytic_moments=analytic_moments)
         self._register_schedule(beta_schedule, betas.tolist(), is_named=trained_betas is None)
         self.betas = self.diffusion.betas.float()
         self.alphas = self.diffusion.alphas.float()
@@ -143,14 +139,9 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
 
     def _warn_unless_noise(self, t: int, advice: str) -> None:
         if (left := self.diffusion.alphas_cumprod[t].item()) > MAX_TERMINAL_ALPHA_CUMPROD:
-            logger.warning(
-                "Sampling starts from pure noise at timestep %d, but %.0f %% of an image's amplitude is left there "
-                "(ᾱ = %.3g): samples will be worse. %s",
-                t,
-                100 * left**0.5,
-                left,
-                advice,
-            )
+            amplitude = f"{100 * left**0.5:.0f} % of an image's amplitude is left there (ᾱ = {left:.3g})"
+            start = f"Sampling starts from pure noise at timestep {t}, but {amplitude}: samples will be worse."
+            logger.warning("%s %s", start, advice)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -173,10 +164,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         """
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                "set_timesteps needs exactly one of num_inference_steps and timesteps, got "
-                f"num_inference_steps={num_inference_steps!r}, timesteps={timesteps!r}."
-            )
+            given = f"{num_inference_steps=}, {timesteps=}"
+            raise ValueError(f"exactly one of num_inference_steps and timesteps must be given, got {given}.")
         if timesteps is not None:
             chosen = as_timesteps(timesteps)
             if (chosen.diff() >= 0).any():
@@ -185,9 +174,8 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
             steps, spacing = check_int("num_inference_steps", num_inference_steps, 1, T), self.config.timestep_spacing
             chosen = spaced_timesteps(T, steps, spacing, self.config.steps_offset)
             if chosen[0] < T - 1 and self.diffusion.alphas_cumprod[-1] <= MAX_TERMINAL_ALPHA_CUMPROD:
-                self._warn_unless_noise(
-                    int(chosen[0]), f"Use timestep_spacing='trailing' for {num_inference_steps} steps, not {spacing!r}."
-                )
+                advice = f"Use timestep_spacing='trailing' for {steps} steps, not {spacing!r}."
+                self._warn_unless_noise(int(chosen[0]), advice)
         chain = self.diffusion.strided(chosen)
         self.num_inference_steps = len(chosen)
         self.custom_timesteps = timesteps is not None
@@ -237,17 +225,13 @@ class DDPMSchedulerCustom(SavesAsStock, SchedulerMixin, ConfigMixin):
         Returns `DDPMSchedulerOutput(prev_sample, pred_original_sample)` in the dtype of `sample`, or a tuple of the two.
         Raises ValueError or TypeError that names the argument.
         """
-        if isinstance(generator, (list, tuple)):
-            if len(generator) != sample.shape[0]:
-                raise ValueError(
-                    f"generator must be one per sample: got {len(generator)} for a batch of {sample.shape[0]}."
-                )
+        if isinstance(generator, (list, tuple)) and len(generator) != len(sample):
+            raise ValueError(f"generator must be one per sample, got {len(generator)} for a batch of {len(sample)}.")
+        if isinstance(generator, tuple):
             generator = list(generator)
         if variance_noise is not None and (generator is not None or variance_noise.shape != sample.shape):
-            raise ValueError(
-                f"variance_noise must have the sample's shape {tuple(sample.shape)} and excludes a generator, got "
-                f"shape {tuple(variance_noise.shape)}{' and a generator' if generator is not None else ''}."
-            )
+            given = f"shape {tuple(variance_noise.shape)}, {generator=}"
+            raise ValueError(f"variance_noise must have shape {tuple(sample.shape)}, with no generator, got {given}.")
         timestep = to_index_device(timestep, sample)
         mean, std, x_0 = self._chain.p_mean_std(model_output, sample, timestep, self._clip)
         if not (isinstance(std, float) and std == 0.0):

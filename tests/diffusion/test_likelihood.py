@@ -13,7 +13,7 @@ from torch.distributions import Normal, kl_divergence
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion
 from ddpm_hf.diffusion.likelihood import BoundSums, discretized_gaussian_log_likelihood, gaussian_kl, prior_bits
-from ddpm_hf.diffusion.schedules import make_betas
+from ddpm_hf.diffusion.schedules import make_betas, rescale_zero_terminal_snr
 from tests.diffusion.helpers import gaussian_denoiser, gaussian_moments, random_images, variational_bound
 
 LOG_2 = math.log(2)
@@ -325,7 +325,7 @@ def test_bound_of_a_diffusers_network_on_scheduler_chains(unet_config, scheduler
 
 
 def test_prior_term_is_0_for_zero_terminal_snr():
-    betas = make_betas("linear", 20, rescale_betas_zero_snr=True)
+    betas = rescale_zero_terminal_snr(make_betas("linear", 20))
     chain = GaussianDiffusion(betas, "v_prediction")
     assert prior_bits(chain, pictures(3, 1, 4, 4)).abs().max() == 0
     assert variational_bound(chain, lambda x, t: x, [pictures(2, 1, 4, 4)]).bits_per_dim > 0

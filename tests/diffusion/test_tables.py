@@ -8,7 +8,7 @@ import torch
 from mpmath import mpf
 
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
-from ddpm_hf.diffusion.schedules import make_betas
+from ddpm_hf.diffusion.schedules import make_betas, rescale_zero_terminal_snr
 from ddpm_hf.diffusion.tables import TableLookup, working_dtype
 from tests.diffusion.exact import DEFINITIONS, ZERO_SNR, exact_betas, exact_cumprod, relative_error
 
@@ -23,7 +23,8 @@ def fifty_digits():
 
 @functools.cache
 def chain(name, T):
-    betas = make_betas(name.removesuffix("+zero_snr"), T, rescale_betas_zero_snr=name.endswith("+zero_snr"))
+    betas = make_betas(name.removesuffix("+zero_snr"), T)
+    betas = rescale_zero_terminal_snr(betas) if name.endswith("+zero_snr") else betas
     # v-prediction is possible for every chain, including zero terminal SNR.
     return GaussianDiffusion(betas, "v_prediction")
 

@@ -18,16 +18,16 @@ def config(unet_config):
 
 def test_up_path_takes_one_skip_per_layer_of_the_down_path(config):
     down, middle, up = build_stages(config(layers_per_block=2))
-    skips = 1 + sum(len(stage.resnets) + (stage.downsamplers is not None) for stage in down)
+    skips = 1 + sum(len(stage.resnets) + len(stage.downsamplers) for stage in down)
     assert sum(len(stage.resnets) for stage in up) == skips
-    assert [stage.downsamplers is None for stage in down] == [False, True]
-    assert [stage.upsamplers is None for stage in up] == [False, True]
+    assert [len(stage.downsamplers) for stage in down] == [1, 0]
+    assert [len(stage.upsamplers) for stage in up] == [1, 0]
     assert len(middle.resnets) == 2
 
 
 def test_middle_is_optional(config):
     assert build_stages(config(mid_block_type=None))[1] is None
-    assert not build_stages(config(add_attention=False))[1].has_attention
+    assert not build_stages(config(add_attention=False))[1].attentions
 
 
 @pytest.mark.parametrize(

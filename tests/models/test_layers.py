@@ -105,5 +105,5 @@ def test_attention_with_more_channels_a_head_than_there_are_is_refused():
 
 def test_down_stage_returns_every_image_for_the_skips():
     resnets = [ResnetBlock(4, 4, 8, **BLOCK, scale_shift=False) for _ in range(2)]
-    x, skips = DownStage(resnets, [], Downsample(4, 1))(torch.randn(1, 4, 8, 8), torch.randn(1, 8))
+    x, skips = DownStage(resnets, [], [Downsample(4, 1)])(torch.randn(1, 4, 8, 8), torch.randn(1, 8))
     assert [tuple(s.shape[2:]) for s in skips] == [(8, 8), (8, 8), (4, 4)] and skips[-1] is x
