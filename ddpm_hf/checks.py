@@ -48,9 +48,5 @@ def check_float(name: str, value: Any, interval: str = "(-inf, inf)") -> float:
 
 def check_choice(name: str, value: Any, choices: Collection) -> None:
     """Raises ValueError if `value` is not one of `choices`."""
-    try:
-        is_known = value in choices
-    except TypeError:  # an unhashable value, looked up in a dict or set
-        is_known = False
-    if not is_known:
+    if value not in list(choices):  # a list: the value may be unhashable
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")

@@ -2,15 +2,11 @@
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: lock_folder does nothing
-    fcntl = None
+from filelock import FileLock, Timeout
 
 UNFINISHED = ".unfinished"  # suffix of incomplete files and folders, whose names also start with a dot
 
@@ -77,26 +73,12 @@ def lock_folder(folder: Path, wait_seconds: float = 60.0) -> Iterator[None]:
     Raises ValueError if another run still holds the lock after `wait_seconds`: a killed run takes a moment to end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        if fcntl is None:
-            yield
-            return
-        deadline = time.monotonic() + wait_seconds
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ValueError(
-                        f"another run is writing to {folder}: end it first, or use another folder."
-                    ) from None
-                time.sleep(0.2)
-        try:
-            yield
-        finally:
-            # Explicitly: worker processes may have inherited the open file.
-            fcntl.flock(file, fcntl.LOCK_UN)
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=wait_seconds, poll_interval=0.2)
+    except Timeout:
+        raise ValueError(f"another run is writing to {folder}: end it first, or use another folder.") from None
+    with lock:
+        yield
 
 
 def sync(path: Path) -> None:

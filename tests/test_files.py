@@ -175,7 +175,6 @@ def test_staging_is_empty_and_deleted_even_after_an_error(tmp_path):
 # ------------------------------------------------------------------ locks
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="needs fcntl")
 def test_a_locked_folder_refuses_a_second_run_in_time(tmp_path):
     folder = tmp_path / "run"
     with lock_folder(folder):
@@ -187,7 +186,6 @@ def test_a_locked_folder_refuses_a_second_run_in_time(tmp_path):
         pass
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="needs fcntl")
 def test_a_lock_ends_with_an_error_in_its_block(tmp_path):
     with pytest.raises(RuntimeError, match="stop"), lock_folder(tmp_path):
         raise RuntimeError("stop")

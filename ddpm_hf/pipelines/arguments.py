@@ -6,7 +6,6 @@ Every function raises ValueError or TypeError that names the argument, its value
 import copy
 import inspect
 from collections.abc import Sequence
-from types import NoneType
 from typing import NamedTuple
 
 import torch
@@ -59,27 +58,22 @@ def prepare_inputs(
 
 
 def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> Denoiser:
-    """The network with `class_labels`, `guidance_scale` and `null_class`; the scheduler must fit the network."""
-    check_scheduler(pipe.unet, pipe.scheduler, pipe._trained_T)
+    """The network with `class_labels`, `guidance_scale` and `null_class`.
+
+    The scheduler must have the T that the network was trained with, and a variance type that fits its output.
+    """
+    name, config, net = type(pipe.scheduler).__name__, pipe.scheduler.config, pipe.unet.config
+    T = net.get("num_train_timesteps") or pipe._trained_T
+    if config.num_train_timesteps != T:
+        raise ValueError(
+            f"{name} has num_train_timesteps={config.num_train_timesteps}, but the model was trained on {T}: "
+            f"make it from the model's own, {name}.from_config(pipe.scheduler.config)."
+        )
+    variance = config.get("variance_type")
+    channels = net.in_channels * (2 if variance in LEARNED_VARIANCES else 1)
+    if net.out_channels != channels:
+        raise ValueError(f"variance_type={variance!r} needs {channels} output channels, got {net.out_channels}.")
     return Denoiser(pipe.unet, batch_size, pipe._execution_device, **condition)
-
-
-def check_scheduler(unet, scheduler: SchedulerMixin, trained_T: int | None) -> None:
-    """The scheduler must have the T that the network was trained with, and a variance type that fits its output."""
-    T = unet.config.get("num_train_timesteps") or trained_T
-    if T is not None and scheduler.config.num_train_timesteps != T:
-        raise ValueError(
-            f"the scheduler ({type(scheduler).__name__}) has num_train_timesteps="
-            f"{scheduler.config.num_train_timesteps}, but the model was trained on {T}: make it from the model's own, "
-            f"{type(scheduler).__name__}.from_config(pipe.scheduler.config), or build a new pipeline for another model."
-        )
-    variance_type = scheduler.config.get("variance_type")
-    expected = unet.config.in_channels * (2 if variance_type in LEARNED_VARIANCES else 1)
-    if unet.config.out_channels != expected:
-        raise ValueError(
-            f"variance_type={variance_type!r} needs a U-Net with {expected} output channels, "
-            f"this one has {unet.config.out_channels}."
-        )
 
 
 def check_output_type(output_type: str, channels: int) -> None:
@@ -110,14 +104,13 @@ def check_batch(
         return len(generators), generators
     if seed is not None:
         return batch_size, image_generators(seed, range(first_index, first_index + batch_size))
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != batch_size:
-            raise ValueError(f"generator must be one, or {batch_size} (one per image), got {len(generator)}.")
-        generator = list(generator)
-    for each in generator if isinstance(generator, list) else [generator]:
-        if not isinstance(each, (torch.Generator, NoneType)):
+    is_list = isinstance(generator, (list, tuple))
+    if is_list and len(generator) != batch_size:
+        raise ValueError(f"generator must be one, or {batch_size} (one per image), got {len(generator)}.")
+    for each in generator if is_list else [generator]:
+        if not isinstance(each, torch.Generator | None):
             raise TypeError(f"generator must be a torch.Generator or a list of them, got {each!r}.")
-    return batch_size, generator
+    return batch_size, list(generator) if is_list else generator
 
 
 def check_shape(unet, batch_size: int, latents: torch.Tensor | None) -> tuple[int, ...]:
@@ -137,12 +130,9 @@ def check_shape(unet, batch_size: int, latents: torch.Tensor | None) -> tuple[in
 
 def check_size(name: str, unet, shape: Sequence[int]) -> None:
     """Height and width must be divisible by 2 once for each downsampling of the network."""
-    multiple = 2 ** (len(unet.config.block_out_channels) - 1)
-    if len(shape) != 4 or shape[-1] % multiple or shape[-2] % multiple or 0 in shape:
-        raise ValueError(
-            f"{name} must have a height and a width that are multiples of {multiple} for this U-Net of "
-            f"{len(unet.config.block_out_channels)} levels, got {'×'.join(map(str, shape[-2:]))}."
-        )
+    multiple, size = 2 ** (len(unet.config.block_out_channels) - 1), tuple(shape[-2:])
+    if len(shape) != 4 or 0 in shape or any(length % multiple for length in size):
+        raise ValueError(f"{name} must have a height and width that are multiples of {multiple}, got {size}.")
 
 
 def prepare_scheduler(
@@ -163,17 +153,13 @@ def prepare_scheduler(
     steps = check_int("num_inference_steps", steps, 1, T, note="the model's own T")
     scheduler.set_timesteps(steps, device=device)
     if (torch.as_tensor(scheduler.timesteps) < 0).any():
-        raise ValueError(
-            f"num_inference_steps={steps} makes {name} with timestep_spacing={scheduler.config.timestep_spacing!r} "
-            "visit timestep -1, by its rounding: give one step more or less."
-        )
+        # diffusers' timestep spacings may round to it.
+        raise ValueError(f"num_inference_steps={steps} makes {name} visit timestep -1: give one step more or less.")
     # At T steps diffusers' multistep solvers round two timesteps to one and divide by zero there: all is NaN.
     # (A step of order 2 may stay where it is, and so may the very last step.)
     sigmas = getattr(scheduler, "sigmas", None)
     if scheduler.order == 1 and sigmas is not None and (torch.as_tensor(sigmas)[:-1].diff() == 0).any():
-        raise ValueError(
-            f"num_inference_steps={steps} makes {name} visit a noise level twice: give fewer steps (the model has {T})."
-        )
+        raise ValueError(f"num_inference_steps={steps} makes {name} visit a noise level twice: give fewer steps.")
     return scheduler
 
 
@@ -184,10 +170,7 @@ def prepare_step_options(scheduler: SchedulerMixin, generator, eta: float | None
     if eta is not None:
         options["eta"] = check_float("eta", eta, "[0, inf)")
         if "eta" not in parameters:
-            raise ValueError(
-                f"eta={eta!r} is for schedulers whose step takes it, such as DDIMScheduler; "
-                f"{type(scheduler).__name__} does not."
-            )
+            raise ValueError(f"eta={eta!r} needs a scheduler such as DDIMScheduler, not {type(scheduler).__name__}.")
     return options
 
 
@@ -228,9 +211,7 @@ def check_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     mask = mask.reshape(1, 1, *mask.shape) if mask.ndim == 2 else mask
     B, C, *size = images.shape
     if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, C) or [*mask.shape[2:]] != size:
-        raise ValueError(
-            f"mask must have shape (H, W) or (B, C, H, W) of images {tuple(images.shape)}, got {tuple(mask.shape)}."
-        )
+        raise ValueError(f"mask must have shape {tuple(size)} or {tuple(images.shape)}, got {tuple(mask.shape)}.")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask must hold only 0 (known pixel) and 1 (pixel to fill in).")
     return mask == 1

@@ -7,18 +7,13 @@ from pathlib import Path
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 
+from ddpm_hf.checks import check_choice
 from ddpm_hf.files import staging_folder
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
 from ddpm_hf.models.unet import UNet2DModelCustom
 from ddpm_hf.pipelines import loading
 from ddpm_hf.pipelines.arguments import Generators, SamplingInputs, check_output_type, draw_noise, prepare_inputs
-from ddpm_hf.pipelines.denoising import (
-    DenoisingIterator,
-    DenoisingStep,
-    StepFunctions,
-    compile_step_functions,
-    denoising_loop,
-)
+from ddpm_hf.pipelines.denoising import DenoisingIterator, DenoisingStep, StepFunctions, denoising_loop
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
 
@@ -88,10 +83,8 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         Raises ValueError or TypeError, before the first step, for arguments that do not fit the model.
         """
         check_output_type(output_type, self.unet.config.in_channels)
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
-            )
+        for name in callback_on_step_end_tensor_inputs:
+            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
         steps = self.denoise(batch_size, generator, num_inference_steps, **options)
         with self.progress_bar(total=len(steps)) as bar:
             for i, step in enumerate(steps):
@@ -120,14 +113,10 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         return DenoisingIterator(self._denoise(inputs), len(inputs.scheduler.timesteps))
 
     def _denoise(self, inputs: SamplingInputs) -> Iterator[DenoisingStep]:
-        x = inputs.latents
-        x = (
-            draw_noise(self, inputs.shape, inputs.generator)
-            if x is None
-            else x.to(self._execution_device, torch.float32)
-        )
+        x = draw_noise(self, inputs.shape, inputs.generator) if inputs.latents is None else inputs.latents
+        x = x.to(self._execution_device, torch.float32) * inputs.scheduler.init_noise_sigma
         try:
-            yield from denoising_loop(inputs, x * inputs.scheduler.init_noise_sigma, self._step_functions)
+            yield from denoising_loop(inputs, x, self._step_functions)
         finally:
             self.maybe_free_model_hooks()
 
@@ -146,7 +135,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         With a scheduler of diffusers, network and guidance are compiled. Images stay the same up to rounding.
         `options` are those of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
-        self._step_functions = compile_step_functions({"fullgraph": True, "dynamic": False, **options})
+        self._step_functions = StepFunctions.compiled(**{"fullgraph": True, "dynamic": False, **options})
 
     # ------------------------------------------------------------------ conversion from and to diffusers
 
@@ -156,17 +145,14 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         This package's scheduler becomes a `DDPMScheduler`; other schedulers are kept. Raises NotImplementedError for
         what diffusers cannot express (analytic variance).
         """
-        return DDPMPipeline(
-            loading.convert_unet(self.unet, UNet2DModel), loading.convert_scheduler(self.scheduler, DDPMScheduler)
-        )
+        unet = loading.convert_unet(self.unet, UNet2DModel)
+        return DDPMPipeline(unet, loading.convert_scheduler(self.scheduler, DDPMScheduler))
 
     @classmethod
     def from_diffusers(cls, stock: DiffusionPipeline) -> "DDPMPipelineCustom":
         """The counterpart of `to_diffusers`, for any pipeline with a `unet` and a `scheduler`: same weights, no copy."""
-        return cls(
-            loading.convert_unet(stock.unet, UNet2DModelCustom),
-            loading.convert_scheduler(stock.scheduler, DDPMSchedulerCustom),
-        )
+        unet = loading.convert_unet(stock.unet, UNet2DModelCustom)
+        return cls(unet, loading.convert_scheduler(stock.scheduler, DDPMSchedulerCustom))
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -218,16 +204,15 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         name = str(pretrained_model_name_or_path)
         folder = Path(name)
         download_options = {option: kwargs.pop(option) for option in loading.DOWNLOAD_OPTIONS if option in kwargs}
+        if unet is not None and kwargs:
+            raise TypeError(f"{sorted(kwargs)} are options for loading the U-Net, but unet was given.")
         if not folder.is_dir():
             folder = loading.download_pipeline(name, allow_pickle=not kwargs.get("use_safetensors"), **download_options)
-        scheduler = loading.load_scheduler(folder, name) if scheduler is None else scheduler
-        trained_T = None
+        pipe = cls(
+            scheduler=loading.load_scheduler(folder, name) if scheduler is None else scheduler,
+            unet=loading.load_unet(folder, name, **kwargs) if unet is None else unet,
+        )
         if unet is None:
-            unet = loading.load_unet(folder, name, **kwargs)
-            trained_T = loading.saved_num_train_timesteps(folder)
-        elif kwargs:
-            raise TypeError(f"{sorted(kwargs)} are options for loading the U-Net, but unet was given.")
-        pipe = cls(unet=unet, scheduler=scheduler)
-        pipe._trained_T = trained_T or pipe._trained_T
+            pipe._trained_T = loading.saved_num_train_timesteps(folder) or pipe._trained_T
         pipe.register_to_config(_name_or_path=name)
         return pipe

@@ -55,8 +55,8 @@ def eval_mode(module: torch.nn.Module) -> Iterator[None]:
 
 def reverse_step(denoiser: Denoiser, scheduler: DDPMSchedulerCustom, t: torch.Tensor, x, noise):
     """Network and scheduler in one function of tensors. The caller draws the noise, since `torch.compile` cannot
-    trace generators."""
-    return scheduler.step(denoiser(x, t), t, x, variance_noise=noise)
+    trace generators. Returns x_{t−1} and the predicted x_0."""
+    return scheduler.step(denoiser(x, t), t, x, variance_noise=noise, return_dict=False)
 
 
 @dataclass
@@ -67,11 +67,10 @@ class StepFunctions:
     predict: Callable = Denoiser.__call__
     reverse_step: Callable | None = None
 
-
-def compile_step_functions(options: dict) -> StepFunctions:
-    """Both functions compiled; `options` are those of `torch.compile`."""
-    functions = (Denoiser.__call__, reverse_step)
-    return StepFunctions(*(_clone_outputs(torch.compile(function, **options)) for function in functions))
+    @classmethod
+    def compiled(cls, **options) -> "StepFunctions":
+        """Both functions compiled; `options` are those of `torch.compile`."""
+        return cls(*(_clone_outputs(torch.compile(f, **options)) for f in (Denoiser.__call__, reverse_step)))
 
 
 def denoising_loop(inputs: SamplingInputs, x: torch.Tensor, functions: StepFunctions) -> Iterator[DenoisingStep]:
@@ -89,11 +88,12 @@ def denoising_loop(inputs: SamplingInputs, x: torch.Tensor, functions: StepFunct
                 # The last step draws no noise, so that a generator ends in the same state as in eager mode.
                 is_last = i == len(timesteps) - 1
                 noise = torch.zeros_like(x) if is_last else randn_tensor(x.shape, generator, x.device, x.dtype)
-                result = functions.reverse_step(denoiser, scheduler, t_model, x, noise)
+                x, x_0 = functions.reverse_step(denoiser, scheduler, t_model, x, noise)
             else:
                 output = functions.predict(denoiser, scheduler.scale_model_input(x, t), t_model)
                 result = scheduler.step(output, t, x, **inputs.step_options)
-        step = DenoisingStep(t, result.prev_sample, getattr(result, "pred_original_sample", None))
+                x, x_0 = result.prev_sample, getattr(result, "pred_original_sample", None)
+        step = DenoisingStep(t, x, x_0)
         yield step
         x = step.x
 
@@ -104,10 +104,6 @@ def _clone_outputs(function: Callable) -> Callable:
     def call(*arguments):
         torch.compiler.cudagraph_mark_step_begin()
         result = function(*arguments)
-        if isinstance(result, torch.Tensor):
-            return result.clone() if result.is_cuda else result
-        if result.prev_sample.is_cuda:
-            result = type(result)(result.prev_sample.clone(), result.pred_original_sample.clone())
-        return result
+        return result.clone() if isinstance(result, torch.Tensor) else tuple(output.clone() for output in result)
 
     return call

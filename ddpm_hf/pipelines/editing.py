@@ -109,9 +109,8 @@ def inpaint(
     jump_length, jump_n_sample = check_int("jump_length", jump_length, 1), check_int("jump_n_sample", jump_n_sample, 1)
     _, generator = arguments.check_batch(len(images), generator, seed=seed)
     denoiser = arguments.prepare_denoiser(pipe, len(images), **condition)
-    scheduler = copy.deepcopy(as_ddpm(pipe.scheduler))
-    timesteps = arguments.timesteps_from(pipe, len(scheduler) - 1, num_inference_steps)
-    scheduler.set_timesteps(timesteps=timesteps, device=pipe._execution_device)
+    timesteps = arguments.timesteps_from(pipe, pipe.scheduler.config.num_train_timesteps - 1, num_inference_steps)
+    scheduler = arguments.prepare_scheduler(as_ddpm(pipe.scheduler), None, timesteps, pipe._execution_device)
     strided = scheduler.diffusion.strided(timesteps)
 
     x = arguments.draw_noise(pipe, images.shape, generator)
@@ -161,21 +160,16 @@ def _sample_from(
     *,
     generator: Generators = None,
     seed: int | None = None,
-    output_type: str = "pil",
-    **condition,
+    **options,
 ):
     """Sample from x_t = √ᾱ_t·y + √(1 − ᾱ_t − ᾱ_t·σ²)·z, where the images y hold noise of standard deviation σ."""
-    arguments.check_output_type(output_type, images.shape[1])
     _, generator = arguments.check_batch(len(images), generator, seed=seed)
     timesteps = arguments.timesteps_from(pipe, t, num_inference_steps)
     ancestral = copy.copy(pipe)
     ancestral.scheduler = as_ddpm(pipe.scheduler)
     diffusion = ancestral.scheduler.diffusion
-    signal, total_std = (
-        diffusion.tables[name][t].item() for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-    )
+    signal, total_std = diffusion.sqrt_alphas_cumprod[t].item(), diffusion.sqrt_one_minus_alphas_cumprod[t].item()
     noise = arguments.draw_noise(pipe, images.shape, generator)
     missing_std = math.sqrt(max(total_std**2 - (signal * image_std) ** 2, 0.0))
     x_t = torch.add(signal * images.to(noise), noise, alpha=missing_std)
-    options = {"timesteps": timesteps, "latents": x_t, "output_type": output_type, **condition}
-    return ancestral(len(images), generator, **options)[0]
+    return ancestral(len(images), generator, timesteps=timesteps, latents=x_t, **options)[0]

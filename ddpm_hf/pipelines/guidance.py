@@ -66,19 +66,16 @@ class Denoiser:
     ):
         labels = _check_labels(unet, batch_size, class_labels)
         guidance_scale = check_float("guidance_scale", guidance_scale)
-        if null_class is None and guidance_scale != 1:
+        self.is_guided = guidance_scale != 1
+        if null_class is None and self.is_guided:
             null_class = null_class_of(unet)
-            if labels is None or null_class is None:
-                reason = "is unconditional" if labels is None else "names none in its configuration (give null_class)"
-                raise ValueError(
-                    f"guidance_scale={guidance_scale:g} needs a model with a null class (trained with label dropout), "
-                    f"and this one {reason}. 1 is sampling without guidance."
-                )
+            if null_class is None:
+                problem = "the model is unconditional" if labels is None else "give null_class"
+                raise ValueError(f"guidance_scale={guidance_scale:g} needs a null class: {problem}.")
         if null_class is not None:
             null_class = _check_null_class(unet, null_class)
         self.unet, self.guidance_scale = unet, guidance_scale
         self.dtype = unet.dtype  # read once: diffusers goes through all modules to find it
-        self.is_guided = labels is not None and guidance_scale != 1
         if self.is_guided:
             labels = torch.cat([labels, torch.full_like(labels, null_class)])
         self.class_labels = labels if labels is None else labels.to(device)
@@ -111,9 +108,7 @@ def _check_labels(unet, batch_size: int, class_labels: Labels) -> torch.Tensor |
         raise TypeError(f"class_labels must be an integer or {batch_size} of them, got {class_labels!r}.") from error
     labels = labels.expand(batch_size) if labels.ndim == 0 else labels
     if labels.shape[0] != batch_size or (kind != "identity" and labels.ndim != 1):
-        raise ValueError(
-            f"class_labels must be one label, or {batch_size} (one per image), got shape {tuple(labels.shape)}."
-        )
+        raise ValueError(f"class_labels must be one, or {batch_size} (one per image), got shape {tuple(labels.shape)}.")
     if kind is None:
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"class_labels must be integers, got {labels.dtype}.")

@@ -42,9 +42,7 @@ def encode(
     bar_t, rest_t = 1.0, 0.0  # √ᾱ and √(1−ᾱ) of the image itself
     with eval_mode(pipe.unet):
         for s in timesteps[::-1]:
-            bar_s, rest_s = (
-                diffusion.tables[n][s].item() for n in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-            )
+            bar_s, rest_s = diffusion.sqrt_alphas_cumprod[s].item(), diffusion.sqrt_one_minus_alphas_cumprod[s].item()
             x_s = x
             for _ in range(iterations):
                 _, epsilon = _x_0_and_epsilon(denoiser, diffusion, x_s, s)

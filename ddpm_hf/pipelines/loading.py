@@ -70,10 +70,8 @@ def load_unet(folder: Path, source: str, **kwargs) -> UNet2DModelCustom:
 
 def saved_num_train_timesteps(folder: Path) -> int | None:
     """The T that a saved model was trained with, according to its scheduler's file; None without one."""
-    for file in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
-        if file.is_file():
-            return json.loads(file.read_text()).get("num_train_timesteps")
-    return None
+    files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    return next((json.loads(f.read_text()).get("num_train_timesteps") for f in files if f.is_file()), None)
 
 
 def convert_unet(unet, cls: type[UNet2DModel] | type[UNet2DModelCustom]) -> UNet2DModel | UNet2DModelCustom:
@@ -86,9 +84,7 @@ def convert_unet(unet, cls: type[UNet2DModel] | type[UNet2DModelCustom]) -> UNet
     return converted.train(unet.training)
 
 
-def convert_scheduler(
-    scheduler: SchedulerMixin, cls: type[DDPMScheduler] | type[DDPMSchedulerCustom]
-) -> SchedulerMixin:
+def convert_scheduler(scheduler: SchedulerMixin, cls: type[SchedulerMixin]) -> SchedulerMixin:
     """A DDPM scheduler as an instance of `cls`; schedulers of other classes are returned unchanged."""
     if type(scheduler) is cls or not isinstance(scheduler, (DDPMScheduler, DDPMSchedulerCustom)):
         return scheduler
