@@ -13,7 +13,6 @@ from PIL import Image, ImageColor, ImageOps
 from ddpm_hf.checks import check_choice, check_int
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-CROPS = ("center", "pad")
 DEEP = 257  # 65535 / 255: an 8-bit value times this is the same brightness in 16 bits
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
@@ -53,7 +52,7 @@ class ImageFormat:
 def check_crop_and_background(crop: str, background: str) -> str:
     """The crop in its standard spelling. Raises ValueError for an unknown crop or color."""
     crop = "center" if crop == "centre" else crop  # as older runs wrote it to config.yaml
-    check_choice("crop", crop, CROPS)
+    check_choice("crop", crop, ("center", "pad"))
     try:
         ImageColor.getrgb(background)
     except (ValueError, AttributeError, TypeError) as error:
@@ -83,11 +82,6 @@ def decode_image(data: bytes, form: ImageFormat) -> torch.Tensor:
         pixels = _decode_deep(image, form) if image.mode.startswith("I") else _decode(image, form)
     # Transposed by NumPy: threads of torch may hang in a forked process.
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def decode_entry(entry: dict, form: ImageFormat) -> torch.Tensor:
-    """`decode_image` of `read_entry`."""
-    return decode_image(read_entry(entry), form)
 
 
 def reads_at_8_bits(data: bytes) -> bool:
