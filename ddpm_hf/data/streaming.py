@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import datasets
@@ -64,11 +64,11 @@ class StreamedImages(ImageColumns):
         split = (self.dataset.info.splits or {}).get(str(self.dataset.split))
         return split.num_examples if split is not None else None
 
-    def split_validation(self, fraction: float, limit: int = VALIDATION_LIMIT) -> Images:
+    def split_validation(self, fraction: float) -> Images:
         """Leave the share `fraction` of the images, chosen by `validation_hash`, out of training. Returns the first of them,
-        at most `limit`, which are read now. Raises ValueError if there are none."""
+        at most `VALIDATION_LIMIT`, which are read now. Raises ValueError if there are none."""
         self.validation_fraction = fraction
-        rows = list(islice(filter(self.is_validation, self.dataset), limit))
+        rows = list(islice(filter(self.is_validation, self.dataset), VALIDATION_LIMIT))
         if not rows:
             raise ValueError(f"validation_fraction = {fraction!r} selects no image of the stream.")
         rows = datasets.Dataset.from_list(rows, features=self.dataset.features)
@@ -90,10 +90,8 @@ class StreamedImages(ImageColumns):
             return False
         return validation_hash(entry["bytes"]) < self.validation_fraction
 
-    def lanes(
-        self, batch_size: int, seed: int, rank: int, num_processes: int, state: dict | None = None
-    ) -> list["Lane"]:
-        """The lanes of a process, at the start or at `state` (see `MicroBatches.gather_state`).
+    def lanes(self, batch_size: int, seed: int, rank: int, num_processes: int, state: dict | None) -> list["Lane"]:
+        """The lanes of a process, at the start (None) or at a `state` (see `MicroBatches.gather_state`).
 
         Raises StreamError if the processes or the batch cannot share the lanes evenly, or `state` has another number of
         lanes.
@@ -204,19 +202,19 @@ class Block:
     """Up to `size` consecutive rows of one epoch, read as far as asked. `start`: the position of the first."""
 
     def __init__(self, reader: "Reader", size: int):
-        self.reader, self.size = reader, size
-        self.rows, self.start, self.is_complete = [], None, False
+        self.rows, self.start = [], None
+        self._unread = self._read(reader, size)
 
     def read(self, count: int) -> None:
         """Read `count` more rows, or as many as are left of the block."""
-        while count and not self.is_complete:
-            if not self.rows:  # also after the end of an epoch, which completed the block before
-                self.start = self.reader.position()
-            row = next(self.reader.rows)
-            if row is not None:
-                self.rows.append(row)
-                count -= 1
-            self.is_complete = len(self.rows) == self.size or (row is None and bool(self.rows))
+        self.rows.extend(islice(self._unread, count))
+
+    def _read(self, reader: "Reader", size: int) -> Iterator[dict]:
+        self.start, row = reader.position(), next(reader.rows)
+        if row is None:  # the end of the epoch, which completed the block before
+            self.start, row = reader.position(), next(reader.rows)
+        yield row
+        yield from takewhile(lambda row: row is not None, islice(reader.rows, size - 1))
 
 
 class Reader:
