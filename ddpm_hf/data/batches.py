@@ -36,10 +36,6 @@ class GlobalBatches:
             found += len(parts[-1])
         return torch.cat(parts)
 
-    def __call__(self, step: int) -> list[int]:
-        """`indices` as a list."""
-        return self.indices(step).tolist()
-
     def micro_batches(self, steps: range, positions: range, num_parts: int) -> Iterator[torch.Tensor]:
         """The indices at some positions of each step (see `process_positions`), in `num_parts` equal parts."""
         for step in steps:

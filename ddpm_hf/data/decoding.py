@@ -92,8 +92,7 @@ def reads_at_8_bits(data: bytes) -> bool:
 def _decode(image: Image.Image, form: ImageFormat) -> np.ndarray:
     mode = PILLOW_MODES[form.channels]
     if form.channels != 4 and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, form.background), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, form.background), image.convert("RGBA"))
     fill = (0, 0, 0, 0) if form.channels == 4 else ImageColor.getcolor(form.background, mode)
     return np.array(_resize(image.convert(mode), form, fill)).reshape(*form.size, form.channels)
 

@@ -76,8 +76,7 @@ def open_dataset(
 
 def dataset_files(folder: str) -> list[Path]:
     """The image files in a folder, sorted by name. Raises ValueError if there are none."""
-    extensions = Image.registered_extensions()
-    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in extensions)
+    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in Image.registered_extensions())
     if not files:
         raise _no_image(folder)
     return files

@@ -8,10 +8,10 @@ from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.training.config import TrainingConfig
 
+RunImages = tuple[Images | StreamedImages, Images | None]
 
-def load_images(
-    config: TrainingConfig, device: torch.device | str = "cpu"
-) -> tuple[Images | StreamedImages, Images | None]:
+
+def load_images(config: TrainingConfig, device: torch.device | str = "cpu") -> RunImages:
     """The images of `open_images`, decoded into the memory of `device` if they fit in `memory_limit_bytes`."""
     images, validation = open_images(config)
     for part in (images, validation):
@@ -20,7 +20,7 @@ def load_images(
     return images, validation
 
 
-def open_images(config: TrainingConfig) -> tuple[Images | StreamedImages, Images | None]:
+def open_images(config: TrainingConfig) -> RunImages:
     """The training images and, with a `validation_fraction`, the validation images.
 
     Raises ValueError that names the broken images, unless `skip_broken_images` leaves them out.

@@ -36,8 +36,7 @@ def load_validation_images(
     images = images.subset(order[: config.validation_images].tolist())
     if validation is None:
         leave_out_broken(images, config.skip_broken_images, "validation images")
-    if not images.in_memory:
-        images.keep_in_memory(device)
+    images.keep_in_memory(device)
     return images
 
 
