@@ -36,10 +36,6 @@ class GlobalBatches:
             found += len(parts[-1])
         return torch.cat(parts)
 
-    def __call__(self, step: int) -> list[int]:
-        """`indices` as a list."""
-        return self.indices(step).tolist()
-
     def micro_batches(self, steps: range, positions: range, num_parts: int) -> Iterator[torch.Tensor]:
         """The indices at some positions of each step (see `process_positions`), in `num_parts` equal parts."""
         for step in steps:
@@ -114,17 +110,16 @@ class MicroBatches:
                 self._batches = (images[part] for part in parts)
                 return
             dataset, sampler = images, (part.tolist() for part in parts)
-        self._batches = iter(
-            torch.utils.data.DataLoader(
-                dataset,
-                sampler=sampler,
-                batch_size=None,
-                num_workers=num_workers,
-                prefetch_factor=4 if num_workers else None,
-                pin_memory=torch.device(device).type == "cuda",
-                worker_init_fn=_ignore_signals,
-            )
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            pin_memory=torch.device(device).type == "cuda",
+            worker_init_fn=_ignore_signals,
         )
+        self._batches = iter(loader)
         if num_workers:
             atexit.register(_shut_down, weakref.ref(self._batches))
 

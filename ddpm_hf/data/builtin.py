@@ -44,9 +44,8 @@ def photos() -> datasets.DatasetDict:
         labels = np.arange(num_patches) % 2
         rows = random.randint(0, height - PHOTO_PATCH + 1, num_patches)
         columns = random.randint(left, right - PHOTO_PATCH + 1, num_patches)
-        patches = (
-            pictures[label][y : y + PHOTO_PATCH, x : x + PHOTO_PATCH] for label, y, x in zip(labels, rows, columns)
-        )
+        corners = zip(labels, rows, columns)
+        patches = (pictures[label][y : y + PHOTO_PATCH, x : x + PHOTO_PATCH] for label, y, x in corners)
         return _dataset(patches, labels, datasets.ClassLabel(names=["china", "flower"]))
 
     return datasets.DatasetDict(train=split(4096, 0, TEST_COLUMN), test=split(512, TEST_COLUMN, width))
@@ -54,9 +53,8 @@ def photos() -> datasets.DatasetDict:
 
 def _dataset(images: Iterable[np.ndarray], labels: np.ndarray, classes: datasets.ClassLabel) -> datasets.Dataset:
     columns = {"image": [Image.fromarray(image) for image in images], "label": labels.tolist()}
-    return datasets.Dataset.from_dict(
-        columns, features=datasets.Features({"image": datasets.Image(), "label": classes})
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": classes})
+    return datasets.Dataset.from_dict(columns, features=features)
 
 
 @dataclass(frozen=True)

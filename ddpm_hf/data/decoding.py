@@ -13,7 +13,6 @@ from PIL import Image, ImageColor, ImageOps
 from ddpm_hf.checks import check_choice, check_int
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-CROPS = ("center", "pad")
 DEEP = 257  # 65535 / 255: an 8-bit value times this is the same brightness in 16 bits
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
@@ -53,7 +52,7 @@ class ImageFormat:
 def check_crop_and_background(crop: str, background: str) -> str:
     """The crop in its standard spelling. Raises ValueError for an unknown crop or color."""
     crop = "center" if crop == "centre" else crop  # as older runs wrote it to config.yaml
-    check_choice("crop", crop, CROPS)
+    check_choice("crop", crop, ("center", "pad"))
     try:
         ImageColor.getrgb(background)
     except (ValueError, AttributeError, TypeError) as error:
@@ -85,11 +84,6 @@ def decode_image(data: bytes, form: ImageFormat) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def decode_entry(entry: dict, form: ImageFormat) -> torch.Tensor:
-    """`decode_image` of `read_entry`."""
-    return decode_image(read_entry(entry), form)
-
-
 def reads_at_8_bits(data: bytes) -> bool:
     """Whether the file is a 16-bit PNG with color or alpha, which Pillow reads at 8 bits."""
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[24] == 16 and data[25] != 0
@@ -98,8 +92,7 @@ def reads_at_8_bits(data: bytes) -> bool:
 def _decode(image: Image.Image, form: ImageFormat) -> np.ndarray:
     mode = PILLOW_MODES[form.channels]
     if form.channels != 4 and image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, form.background), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, form.background), image.convert("RGBA"))
     fill = (0, 0, 0, 0) if form.channels == 4 else ImageColor.getcolor(form.background, mode)
     return np.array(_resize(image.convert(mode), form, fill)).reshape(*form.size, form.channels)
 

@@ -38,7 +38,9 @@ def open_dataset(
         ValueError: for a folder without images, an unknown data set or revision, and a revision of local data.
     """
     folder = Path(name)
-    is_on_hub = False
+    is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if revision is not None and (is_path or name in BUILTIN):
+        raise ValueError(f"dataset_revision {revision!r} is for data sets on the Hub, and {name!r} is local.")
     if name in BUILTIN:
         if folder.is_dir():
             raise ValueError(f"dataset {name!r} is built in and is a folder too: write './{name}' for the folder.")
@@ -53,36 +55,28 @@ def open_dataset(
             found = datasets.load_dataset(str(folder.resolve()), config_name, streaming=streaming)
         else:
             raise _no_image(name)
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(
-            f"dataset {name!r} is neither 'digits' nor 'photos', nor a folder, nor the name of a data set on the Hub."
-        )
+    elif is_path:
+        raise ValueError(f"dataset {name!r} is neither 'digits' nor 'photos', nor a folder, nor a name on the Hub.")
     else:
-        is_on_hub = True
         try:
             found = datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise ValueError(f"dataset {name!r}, dataset_revision {revision!r}: {error}") from error
-    if revision is not None and not is_on_hub:
-        raise ValueError(f"dataset_revision {revision!r} is for data sets on the Hub, and {name!r} is local.")
-    if not isinstance(found, dict):
-        # A single split: it cannot be both the training and the validation images.
+    if not isinstance(found, dict):  # a single split, which cannot be both the training and the validation images
         found = {"train": found}
     if split not in found:
         raise NoSuchSplit(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")
     found = found[split]
-    if isinstance(found, datasets.Dataset):
-        if len(found) == 0:
-            raise ValueError(f"split {split!r} of the data set {name!r} is empty.")
-        if streaming:
-            found = found.to_iterable_dataset(min(STREAM_SHARDS, len(found)))
-    return found
+    if isinstance(found, datasets.IterableDataset):
+        return found
+    if len(found) == 0:
+        raise ValueError(f"split {split!r} of the data set {name!r} is empty.")
+    return found.to_iterable_dataset(min(STREAM_SHARDS, len(found))) if streaming else found
 
 
 def dataset_files(folder: str) -> list[Path]:
     """The image files in a folder, sorted by name. Raises ValueError if there are none."""
-    extensions = Image.registered_extensions()
-    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in extensions)
+    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in Image.registered_extensions())
     if not files:
         raise _no_image(folder)
     return files
@@ -98,9 +92,7 @@ def find_column(dataset: datasets.Dataset | datasets.IterableDataset, kind, name
     if name is None and len(fitting) == 1:
         return fitting[0]
     if name not in fitting:
-        raise ValueError(
-            f"{argument} must be one of {fitting}, got {name!r}; the columns are {list(dataset.features)}."
-        )
+        raise ValueError(f"{argument} must be one of {fitting}, got {name!r}; all columns: {list(dataset.features)}.")
     return name
 
 

@@ -4,20 +4,13 @@ import copy
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
 import torch
 
-from ddpm_hf.data.decoding import (
-    UNREADABLE,
-    ImageFormat,
-    decode_entry,
-    decode_image,
-    match_depth,
-    read_entry,
-    reads_at_8_bits,
-)
+from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, match_depth, read_entry, reads_at_8_bits
 from ddpm_hf.data.finding import find_column
 
 logger = logging.getLogger("train")
@@ -34,12 +27,13 @@ def validation_hash(data: bytes) -> float:
     return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48
 
 
+@dataclass(eq=False)
 class ImageColumns:
     """A data set with a column of images, undecoded, and optionally a column of labels.
 
     Args:
         dataset: with a column of images.
-        form: the size and channels that images are converted to.
+        format: the size and channels that images are converted to.
         image_column: None for the only column of images.
         label_column: None for no labels.
 
@@ -47,22 +41,29 @@ class ImageColumns:
         ValueError: for a column that does not exist or has another type.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset | datasets.IterableDataset,
-        form: ImageFormat,
-        image_column: str | None = None,
-        label_column: str | None = None,
-    ):
-        self.format, self.size, self.channels = form, form.size, form.channels
-        self.image_column = find_column(dataset, datasets.Image, image_column, "image_column")
-        self.label_column, self.columns = label_column, [self.image_column]
-        if label_column is not None:
-            self.columns.append(
-                find_column(dataset, (datasets.ClassLabel, datasets.Value), label_column, "label_column")
-            )
+    dataset: datasets.Dataset | datasets.IterableDataset
+    format: ImageFormat
+    image_column: str | None = None
+    label_column: str | None = None
+
+    def __post_init__(self):
+        self.size, self.channels = self.format.size, self.format.channels
+        self.image_column = find_column(self.dataset, datasets.Image, self.image_column, "image_column")
+        if self.label_column is not None:
+            find_column(self.dataset, (datasets.ClassLabel, datasets.Value), self.label_column, "label_column")
         # Undecoded, so that an error about a broken image can name its path.
-        self.dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        self.dataset = self.dataset.cast_column(self.image_column, datasets.Image(decode=False))
+
+    def decode(self, entry: dict) -> torch.Tensor:
+        """The image (C, H, W) of an entry of the column of images."""
+        return decode_image(read_entry(entry), self.format)
+
+    def to_batch(self, images: Sequence[torch.Tensor], labels: Sequence[int] | None) -> dict[str, torch.Tensor]:
+        """A dict of "images" (B, C, H, W) and, with a label column, "labels" (B,)."""
+        batch = {"images": torch.stack(match_depth(images))}
+        if self.label_column is not None:
+            batch["labels"] = torch.tensor(labels)
+        return batch
 
     @property
     def class_names(self) -> list[str] | None:
@@ -74,34 +75,24 @@ class ImageColumns:
         """Raises ValueError unless `num_classes` is the number of class names, if there are any."""
         names = self.class_names
         if names is not None and len(names) != num_classes:
-            raise ValueError(
-                f"num_classes must be {len(names)}, the classes of the column {self.label_column!r} "
-                f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), got {num_classes}."
-            )
+            classes = f"the classes of the column {self.label_column!r} ({_abbreviate(names)})"
+            raise ValueError(f"num_classes must be {len(names)}, {classes}, got {num_classes}.")
 
 
+@dataclass(eq=False)
 class Images(ImageColumns, torch.utils.data.Dataset):
     """Images as uint8 tensors, or uint16 if a gray image has 16 bits.
 
     `images[[3, 5]]` is a dict of "images" (2, C, H, W) and, with a label column, "labels" (2,).
 
     Args:
-        dataset, form, image_column, label_column: see `ImageColumns`.
+        dataset, format, image_column, label_column: see `ImageColumns`.
         num_workers: processes that check the images (`broken`); 0 and 1: this process.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.Dataset,
-        form: ImageFormat,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        num_workers: int = 0,
-    ):
-        super().__init__(dataset, form, image_column, label_column)
-        self.num_workers = num_workers
-        self._memory: dict[str, torch.Tensor] | None = None
-        self._checks: dict[str, np.ndarray] | None = None
+    num_workers: int = 0
+    _memory: dict[str, torch.Tensor] | None = field(default=None, init=False)
+    _checks: dict[str, np.ndarray] | None = field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -110,11 +101,8 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         if self.in_memory:
             return {name: values[indices] for name, values in self._memory.items()}
         rows = self.dataset[list(indices)]
-        images = [decode_entry(entry, self.format) for entry in rows[self.image_column]]
-        batch = {"images": torch.stack(match_depth(images))}
-        if self.label_column is not None:
-            batch["labels"] = torch.tensor(rows[self.label_column])
-        return batch
+        images = [self.decode(entry) for entry in rows[self.image_column]]
+        return self.to_batch(images, rows.get(self.label_column))
 
     def keep_in_memory(self, device: torch.device | str = "cpu") -> None:
         """Decode all images, `num_bytes` in total, into the memory of a device. A batch is then an index on that device."""
@@ -190,31 +178,29 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         super().check_labels(num_classes)
         labels = np.asarray(self.dataset[self.label_column][:])
         if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
-            found = sorted(set(labels.tolist()), key=str)
-            raise ValueError(
-                f"the labels in the column {self.label_column!r} must be integers in 0..num_classes−1 = {num_classes - 1}, "
-                f"got {found[:5]}{f' ... {found[-1]}' if len(found) > 5 else ''}."
-            )
+            accepted = f"integers in 0..num_classes−1 = {num_classes - 1}"
+            found = _abbreviate(sorted(map(repr, set(labels.tolist()))))
+            raise ValueError(f"the labels in the column {self.label_column!r} must be {accepted}, got {found}.")
+
+
+def _abbreviate(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 10 else [*names[:9], "...", names[-1]])
 
 
 def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> None:
     """Remove the images that cannot be decoded, and log which. Raises ValueError, naming them, if that is not allowed
     or no image is left."""
-    if len(reduced := np.flatnonzero(images._check()["reduced"])):
-        logger.warning(
-            "%d color images have 16 bits and are read at 8 bits, as Pillow does; the first is %s.",
-            len(reduced),
-            images.describe(int(reduced[0])),
-        )
-    if not (broken := images.broken()):
+    reduced, broken = np.flatnonzero(images._check()["reduced"]), images.broken()
+    if len(reduced):
+        message = "%d color images have 16 bits and are read at 8 bits, as Pillow does; the first is %s."
+        logger.warning(message, len(reduced), images.describe(int(reduced[0])))
+    if not broken:
         return
     names = "\n".join(f"  {images.describe(i)}" for i in broken[:20])
     more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
     if not is_allowed or len(broken) == len(images):
-        raise ValueError(
-            f"{len(broken)} of {len(images)} {what} cannot be read:\n{names}{more}\n"
-            "Repair or remove them, or leave them out with --skip_broken_images."
-        )
+        advice = "Repair or remove them, or leave them out with --skip_broken_images."
+        raise ValueError(f"{len(broken)} of {len(images)} {what} cannot be read:\n{names}{more}\n{advice}")
     logger.warning("Leaving out %d %s that cannot be read:\n%s%s", len(broken), what, names, more)
     images._keep(np.flatnonzero(~images._check()["broken"]))
 

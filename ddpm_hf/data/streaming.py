@@ -13,15 +13,15 @@ different lengths finish their epochs at different times.
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import datasets
 import torch
 
 from ddpm_hf.checks import check_int
-from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_entry, match_depth, read_entry
+from ddpm_hf.data.decoding import UNREADABLE, read_entry
 from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, validation_hash
 from ddpm_hf.seeds import make_generator
 
@@ -33,33 +33,30 @@ class StreamError(ValueError):
     """An error that ends a run on a stream: lanes that cannot be shared evenly, no image to train on, or a broken one."""
 
 
+@dataclass(eq=False)
 class StreamedImages(ImageColumns):
     """The images of a stream, converted to one format.
 
     Args:
         dataset: a stream with a column of images.
-        form, image_column, label_column: see `ImageColumns`.
+        format, image_column, label_column: see `ImageColumns`.
         shuffle_buffer: images in a block, over all lanes. The files of up to twice as many are in memory.
         num_lanes: see the module. None: one per process, so that the order depends on the number of processes.
         skip_broken: skip broken images, with a warning. Otherwise a broken image ends the run.
     """
 
-    def __init__(
-        self,
-        dataset: datasets.IterableDataset,
-        form: ImageFormat,
-        image_column: str | None = None,
-        label_column: str | None = None,
-        shuffle_buffer: int = 4096,
-        num_lanes: int | None = None,
-        skip_broken: bool = False,
-    ):
-        if dataset.features is None:
-            dataset = dataset.cast(datasets.Dataset.from_list(list(dataset.take(5))).features)
-        super().__init__(dataset, form, image_column, label_column)
-        self.dataset = self.dataset.select_columns(self.columns)
-        self.shuffle_buffer = check_int("shuffle_buffer", shuffle_buffer, 1)
-        self.num_lanes, self.skip_broken, self.validation_fraction = num_lanes, skip_broken, 0.0
+    shuffle_buffer: int = 4096
+    num_lanes: int | None = None
+    skip_broken: bool = False
+    validation_fraction: float = field(default=0.0, init=False)
+
+    def __post_init__(self):
+        check_int("shuffle_buffer", self.shuffle_buffer, 1)
+        if self.dataset.features is None:
+            self.dataset = self.dataset.cast(datasets.Dataset.from_list(list(self.dataset.take(5))).features)
+        super().__post_init__()
+        columns = (self.image_column, self.label_column)
+        self.dataset = self.dataset.select_columns([column for column in columns if column is not None])
 
     @property
     def num_examples(self) -> int | None:
@@ -67,11 +64,11 @@ class StreamedImages(ImageColumns):
         split = (self.dataset.info.splits or {}).get(str(self.dataset.split))
         return split.num_examples if split is not None else None
 
-    def split_validation(self, fraction: float, limit: int = VALIDATION_LIMIT) -> Images:
+    def split_validation(self, fraction: float) -> Images:
         """Leave the share `fraction` of the images, chosen by `validation_hash`, out of training. Returns the first of them,
-        at most `limit`, which are read now. Raises ValueError if there are none."""
+        at most `VALIDATION_LIMIT`, which are read now. Raises ValueError if there are none."""
         self.validation_fraction = fraction
-        rows = list(islice(filter(self.is_validation, self.dataset), limit))
+        rows = list(islice(filter(self.is_validation, self.dataset), VALIDATION_LIMIT))
         if not rows:
             raise ValueError(f"validation_fraction = {fraction!r} selects no image of the stream.")
         rows = datasets.Dataset.from_list(rows, features=self.dataset.features)
@@ -80,17 +77,21 @@ class StreamedImages(ImageColumns):
         return images
 
     def is_validation(self, row: dict) -> bool:
-        """Whether the image is left out of training. If its file had to be read for that, the row keeps the bytes."""
+        """Whether the image is left out of training. If its file had to be read for that, the row keeps the bytes.
+
+        A file that cannot be read is not left out: decoding it reports the error.
+        """
         if not self.validation_fraction:
             return False
         entry = row[self.image_column]
-        entry["bytes"] = read_entry(entry)
+        try:
+            entry["bytes"] = read_entry(entry)
+        except UNREADABLE:
+            return False
         return validation_hash(entry["bytes"]) < self.validation_fraction
 
-    def lanes(
-        self, batch_size: int, seed: int, rank: int, num_processes: int, state: dict | None = None
-    ) -> list["Lane"]:
-        """The lanes of a process, at the start or at `state` (see `MicroBatches.gather_state`).
+    def lanes(self, batch_size: int, seed: int, rank: int, num_processes: int, state: dict | None) -> list["Lane"]:
+        """The lanes of a process, at the start (None) or at a `state` (see `MicroBatches.gather_state`).
 
         Raises StreamError if the processes or the batch cannot share the lanes evenly, or `state` has another number of
         lanes.
@@ -99,11 +100,10 @@ class StreamedImages(ImageColumns):
         num_lanes = self.num_lanes or len(states) or num_processes
         if states and len(states) != num_lanes:
             raise StreamError(f"stream_lanes = {num_lanes}, but the run to resume has {len(states)}.")
-        if num_lanes % num_processes or batch_size % num_lanes:
-            raise StreamError(
-                f"stream_lanes = {num_lanes} must be a multiple of the {num_processes} processes and divide the batch of "
-                f"{batch_size} images."
-            )
+        if num_lanes % num_processes:
+            raise StreamError(f"stream_lanes = {num_lanes} must be a multiple of the {num_processes} processes.")
+        if batch_size % num_lanes:
+            raise StreamError(f"stream_lanes = {num_lanes} must divide the batch of {batch_size} images.")
         share = num_lanes // num_processes
         states = states or [{"start": None, "block": 0, "given": 0}] * num_lanes
         return [Lane(self, i, num_lanes, seed, states[i]) for i in range(rank * share, (rank + 1) * share)]
@@ -142,36 +142,32 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                     yield StreamError(str(error))
                     return
                 for end in range(size, self.batch_size + 1, size):
-                    images, rows = zip(*pairs[end - size : end])
-                    tensors = {"images": torch.stack(match_depth(images))}
-                    if self.images.label_column is not None:
-                        tensors["labels"] = torch.tensor([row[self.images.label_column] for row in rows])
                     states = [lane.state for lane in self.lanes] if end == self.batch_size else None
-                    yield StreamBatch(tensors, states)
+                    yield StreamBatch(self.images.to_batch(*zip(*pairs[end - size : end])), states)
 
-    def _take(self, lane: Iterator[dict], pool: ThreadPoolExecutor) -> list[tuple[torch.Tensor, dict]]:
-        """The next images of a lane, decoded, with their rows."""
+    def _take(self, lane: Iterator[dict], pool: ThreadPoolExecutor) -> list[tuple[torch.Tensor, int | None]]:
+        """The next images of a lane, decoded, with their labels."""
         pairs, count, column = [], self.batch_size // len(self.lanes), self.images.image_column
         while len(pairs) < count:
             rows = [next(lane) for _ in range(count - len(pairs))]
-            decoded = [pool.submit(decode_entry, row[column], self.images.format) for row in rows]
+            decoded = [pool.submit(self.images.decode, row[column]) for row in rows]
             for image, row in zip(decoded, rows):
                 try:
-                    pairs.append((image.result(), row))
+                    pairs.append((image.result(), row.get(self.images.label_column)))
                 except UNREADABLE as error:
-                    name = row[column]["path"] or "an image without a name"
+                    problem = (
+                        f"an image of the stream cannot be read: {row[column]['path'] or 'without a name'} ({error})"
+                    )
                     if not self.images.skip_broken:
-                        raise StreamError(
-                            f"an image of the stream cannot be read: {name} ({error}). Repair or remove it, or leave such "
-                            "images out with --skip_broken_images."
-                        ) from error
-                    logger.warning("Leaving out an image that cannot be read: %s (%s)", name, error)
+                        advice = "Repair or remove it, or leave such images out with --skip_broken_images."
+                        raise StreamError(f"{problem}. {advice}") from error
+                    logger.warning("Left out: %s", problem)
         return pairs
 
 
 @dataclass
 class Lane:
-    """The rows of one lane, endless and shuffled: a block is yielded in random order while the next one is read, one row
+    """The rows of lane number `index`, endless and shuffled: a block is yielded in random order while the next one is read, one row
     for each that is yielded.
 
     `state` is JSON-serializable: where the current block starts, its number, and how many of its rows were yielded. Resuming
@@ -179,19 +175,19 @@ class Lane:
     """
 
     images: StreamedImages
-    lane: int
+    index: int
     num_lanes: int
     seed: int
     state: dict
 
     def __iter__(self) -> Iterator[dict]:
-        reader = Reader(self.images, self.lane, self.num_lanes, self.seed, self.state["start"])
+        reader = Reader(self)
         number, skip = self.state["block"], self.state["given"]
         size = max(1, self.images.shuffle_buffer // self.num_lanes)
         block = Block(reader, size)
         while True:
             block.read(size)
-            generator = make_generator("cpu", self.seed, f"blocks of lane {self.lane}", number)
+            generator = make_generator("cpu", self.seed, f"blocks of lane {self.index}", number)
             order = torch.randperm(len(block.rows), generator=generator).tolist()
             following = Block(reader, size)
             following.read(skip)
@@ -206,32 +202,28 @@ class Block:
     """Up to `size` consecutive rows of one epoch, read as far as asked. `start`: the position of the first."""
 
     def __init__(self, reader: "Reader", size: int):
-        self.reader, self.size = reader, size
-        self.rows, self.start, self.is_complete = [], None, False
+        self.rows, self.start = [], None
+        self._unread = self._read(reader, size)
 
     def read(self, count: int) -> None:
         """Read `count` more rows, or as many as are left of the block."""
-        while count and not self.is_complete:
-            if not self.rows:  # also after the end of an epoch, which completed the block before
-                self.start = self.reader.position()
-            row = next(self.reader.rows)
-            if row is not None:
-                self.rows.append(row)
-                count -= 1
-            self.is_complete = len(self.rows) == self.size or (row is None and bool(self.rows))
+        self.rows.extend(islice(self._unread, count))
+
+    def _read(self, reader: "Reader", size: int) -> Iterator[dict]:
+        self.start, row = reader.position(), next(reader.rows)
+        if row is None:  # the end of the epoch, which completed the block before
+            self.start, row = reader.position(), next(reader.rows)
+        yield row
+        yield from takewhile(lambda row: row is not None, islice(reader.rows, size - 1))
 
 
 class Reader:
-    """`rows`: the rows of a lane in the order of their shards, epoch after epoch, from `position` on, with None after each
-    epoch."""
+    """`rows`: the rows of a lane in the order of their shards, epoch after epoch, from the start of its current block on,
+    with None after each epoch."""
 
-    def __init__(self, images: StreamedImages, lane: int, num_lanes: int, seed: int, position: dict | None):
-        self.images, self.lane, self.seed = images, lane, seed
-        shards = images.dataset.num_shards
-        has_own_shards = shards >= num_lanes
-        self.shards = range(lane, shards, num_lanes) if has_own_shards else range(shards)
-        self.every, self.offset = (1, 0) if has_own_shards else (num_lanes, lane)
-        self.at = dict(position or {"epoch": 0, "shard": 0, "row": 0, "stream": None})
+    def __init__(self, lane: Lane):
+        self.lane = lane
+        self.at = dict(lane.state["start"] or {"epoch": 0, "shard": 0, "row": 0, "stream": None})
         self._stream, self.rows = None, self._read()
 
     def position(self) -> dict:
@@ -239,28 +231,26 @@ class Reader:
         return {**self.at, "stream": self._stream.state_dict() if self._stream is not None else self.at["stream"]}
 
     def _read(self) -> Iterator[dict | None]:
-        dataset = self.images.dataset
+        images, index, num_lanes = self.lane.images, self.lane.index, self.lane.num_lanes
+        all_shards = range(images.dataset.num_shards)
+        has_own_shards = len(all_shards) >= num_lanes
+        shards = all_shards[index::num_lanes] if has_own_shards else all_shards
         found = self.at["shard"] + self.at["row"] > 0
         while True:
-            generator = make_generator("cpu", self.seed, f"shards of lane {self.lane}", self.at["epoch"])
-            order = torch.randperm(len(self.shards), generator=generator).tolist()
+            generator = make_generator("cpu", self.lane.seed, f"shards of lane {index}", self.at["epoch"])
+            order = torch.randperm(len(shards), generator=generator).tolist()
             for shard in order[self.at["shard"] :]:
-                self._stream = dataset.shard(dataset.num_shards, self.shards[shard])
+                self._stream = images.dataset.shard(len(all_shards), shards[shard])
                 if self.at["stream"] is not None:
                     self._stream.load_state_dict(self.at["stream"])
                 for row in self._stream:
+                    is_own = has_own_shards or self.at["row"] % num_lanes == index
                     self.at["row"] += 1
-                    if (self.at["row"] - 1) % self.every == self.offset and self._is_for_training(row):
+                    if is_own and not images.is_validation(row):
                         found = True
                         yield row
                 self._stream, self.at = None, self.at | {"shard": self.at["shard"] + 1, "row": 0, "stream": None}
             if not found:
-                raise StreamError(f"lane {self.lane} of the stream has no image to train on: use fewer lanes.")
+                raise StreamError(f"lane {index} of the stream has no image to train on: use fewer lanes.")
             self.at, found = {"epoch": self.at["epoch"] + 1, "shard": 0, "row": 0, "stream": None}, False
             yield None
-
-    def _is_for_training(self, row: dict) -> bool:
-        try:
-            return not self.images.is_validation(row)
-        except UNREADABLE:
-            return True  # the error is reported where the image is decoded

@@ -104,6 +104,6 @@ class SkippedSteps:
     def _names(self, step: int, positions: list[int]) -> list[str]:
         if isinstance(self.images, StreamedImages):
             return [f"image {i} of the batch" for i in positions]
-        batch = GlobalBatches(len(self.images), self.batch_size, self.seed)(step)
+        batch = GlobalBatches(len(self.images), self.batch_size, self.seed).indices(step).tolist()
         paths = [(batch[i], self.images.describe(batch[i])) for i in positions]
         return [f"image {i}" + ("" if path.startswith("number ") else f" ({path})") for i, path in paths]

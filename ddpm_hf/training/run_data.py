@@ -8,10 +8,10 @@ from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.training.config import TrainingConfig
 
+RunImages = tuple[Images | StreamedImages, Images | None]
 
-def load_images(
-    config: TrainingConfig, device: torch.device | str = "cpu"
-) -> tuple[Images | StreamedImages, Images | None]:
+
+def load_images(config: TrainingConfig, device: torch.device | str = "cpu") -> RunImages:
     """The images of `open_images`, decoded into the memory of `device` if they fit in `memory_limit_bytes`."""
     images, validation = open_images(config)
     for part in (images, validation):
@@ -20,30 +20,27 @@ def load_images(
     return images, validation
 
 
-def open_images(config: TrainingConfig) -> tuple[Images | StreamedImages, Images | None]:
+def open_images(config: TrainingConfig) -> RunImages:
     """The training images and, with a `validation_fraction`, the validation images.
 
     Raises ValueError that names the broken images, unless `skip_broken_images` leaves them out.
     """
-    if config.streaming:
-        source = _source(config, config.split, streaming=True)
-        images = StreamedImages(*source, config.shuffle_buffer, config.stream_lanes, config.skip_broken_images)
-    else:
-        images = open_split(config, config.split)
+    images = open_split(config, config.split, config.streaming)
+    if isinstance(images, Images):
         leave_out_broken(images, config.skip_broken_images)
-    if config.label_column is not None:
-        images.check_labels(config.num_classes)
     fraction = config.validation_fraction
     return images, images.split_validation(fraction) if fraction else None
 
 
-def open_split(config: TrainingConfig, split: str) -> Images:
-    """The images of a split, not checked yet. Raises NoSuchSplit if there is no such split."""
-    return Images(*_source(config, split), num_workers=config.num_workers)
-
-
-def _source(config: TrainingConfig, split: str, streaming: bool = False) -> tuple:
-    """The arguments that `Images` and `StreamedImages` share."""
+def open_split(config: TrainingConfig, split: str, streaming: bool = False) -> Images | StreamedImages:
+    """The images of a split; their labels are checked, the images not yet. Raises NoSuchSplit if there is no such split."""
     dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision, streaming)
     form = ImageFormat(config.resolution, config.channels, config.crop, config.background)
-    return dataset, form, config.image_column, config.label_column
+    source = (dataset, form, config.image_column, config.label_column)
+    if streaming:
+        images = StreamedImages(*source, config.shuffle_buffer, config.stream_lanes, config.skip_broken_images)
+    else:
+        images = Images(*source, num_workers=config.num_workers)
+    if config.label_column is not None:
+        images.check_labels(config.num_classes)
+    return images

@@ -11,6 +11,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
@@ -32,7 +33,7 @@ def staged_steps(output_dir: Path) -> list[Path]:
     return sorted((output_dir / UNPUBLISHED).glob("step-*"))
 
 
-def publish_step(step_folder: Path, repo_id: str, private: bool, retries: Retries) -> Published:
+def publish_step(step_folder: Path, repo_id: str, private: bool, retries: Retries = DEFAULT_RETRIES) -> Published:
     """Upload a staged pipeline as one commit with the tag `step-<step>`, then delete the folder."""
     step = int(step_folder.name.removeprefix("step-"))
     done = publish(step_folder, repo_id, private=private, commit_message=MESSAGE.format(step), retries=retries)
@@ -61,33 +62,28 @@ def stage_step(output_dir: Path, step: int, unet: UNet2DModelCustom, scheduler: 
     return folder
 
 
+@dataclass(eq=False)
 class Uploader:
     """Uploads the EMA weights of checkpoints, and the finished model, to a Hub repository.
 
     Call `create_repository` before training, `start` once the output directory is locked, `upload_checkpoint` after each
     checkpoint, and `finish` at the end. Without a `repo_id`, all of them do nothing.
+
+    Args:
+        output_dir: the folder of the run, whose README.md, figures and weights `finish` uploads.
+        repo_id: "user/name"; None to upload nothing.
+        private: create a private repository.
+        every_steps: upload the checkpoints of steps divisible by this.
+        keep: staged pipelines to keep on disk while the Hub cannot be reached.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        repo_id: str | None,
-        private: bool = False,
-        every_steps: int = 1,
-        keep: int = 2,
-        retries: Retries = DEFAULT_RETRIES,
-    ):
-        """
-        Args:
-            output_dir: the folder of the run, whose README.md, figures and weights `finish` uploads.
-            repo_id: "user/name"; None to upload nothing.
-            private: create a private repository.
-            every_steps: upload the checkpoints of steps divisible by this.
-            keep: staged pipelines to keep on disk while the Hub cannot be reached.
-            retries: how often and after which wait a failed request is made again.
-        """
-        self.output_dir, self.repo_id, self.private = output_dir, repo_id, private
-        self.every_steps, self.keep, self.retries = every_steps, keep, retries
+    output_dir: Path
+    repo_id: str | None
+    private: bool = False
+    every_steps: int = 1
+    keep: int = 2
+
+    def __post_init__(self):
         self._steps: queue.Queue[Path | None] = queue.Queue()
         # A daemon, so that a training that ends with an error does not wait for it. Staged steps stay on disk.
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
@@ -98,7 +94,7 @@ class Uploader:
             return
         disable_progress_bars()  # they would be drawn over the training's
         try:
-            self.repo_id = ensure_repository(self.repo_id, self.private, retries=self.retries)
+            self.repo_id = ensure_repository(self.repo_id, self.private)
         except (OSError, HTTPError, RuntimeError) as error:
             raise ValueError(explain_error(error, self.repo_id)) from error
 
@@ -144,7 +140,7 @@ class Uploader:
     def _try(self, upload: Callable[..., Published], folder: Path, name: str) -> bool:
         """Whether an upload succeeded. Errors are logged: none of them may end the training."""
         try:
-            done = upload(folder, self.repo_id, private=self.private, retries=self.retries)
+            done = upload(folder, self.repo_id, private=self.private)
         except Exception as error:
             reason, run = explain_error(error, self.repo_id), self.output_dir
             command = f"ddpm-publish {run} --repo_id {self.repo_id}"

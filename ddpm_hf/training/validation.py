@@ -36,8 +36,7 @@ def load_validation_images(
     images = images.subset(order[: config.validation_images].tolist())
     if validation is None:
         leave_out_broken(images, config.skip_broken_images, "validation images")
-    if not images.in_memory:
-        images.keep_in_memory(device)
+    images.keep_in_memory(device)
     return images
 
 
@@ -46,14 +45,11 @@ def _validation_split(config: TrainingConfig) -> Images | None:
     if config.validation_split is None and config.streaming:
         return None
     try:
-        images = open_split(config, config.validation_split or "test")
+        return open_split(config, config.validation_split or "test")
     except NoSuchSplit:
         if config.validation_split is not None:
             raise
         return None
-    if config.label_column is not None:
-        images.check_labels(config.num_classes)
-    return images
 
 
 class ValidationLoss:

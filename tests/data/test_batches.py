@@ -11,17 +11,17 @@ from ddpm_hf.data.images import Images
 
 def test_every_epoch_has_every_image_once_in_a_new_order():
     batches = GlobalBatches(num_examples=30, batch_size=12, seed=3)
-    stream = [index for step in range(10) for index in batches(step)]
+    stream = [index for step in range(10) for index in batches.indices(step).tolist()]
     epochs = [stream[i : i + 30] for i in range(0, 120, 30)]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_a_step_has_the_same_images_in_any_order_of_steps():
-    straight = [GlobalBatches(7, 20, seed=0)(step) for step in range(6)]
+    straight = [GlobalBatches(7, 20, seed=0).indices(step).tolist() for step in range(6)]
     batches = GlobalBatches(7, 20, seed=0)
-    assert [batches(step) for step in (5, 0, 3)] == [straight[5], straight[0], straight[3]]
-    assert GlobalBatches(7, 20, seed=1)(0) != straight[0]
+    assert [batches.indices(step).tolist() for step in (5, 0, 3)] == [straight[5], straight[0], straight[3]]
+    assert GlobalBatches(7, 20, seed=1).indices(0).tolist() != straight[0]
 
 
 @pytest.mark.parametrize(("num_processes", "micro_batches"), [(1, 1), (1, 3), (2, 1), (2, 3), (4, 1)])
@@ -31,7 +31,7 @@ def test_processes_and_micro_batches_split_the_global_batch_in_order(num_process
     shares = [[part.tolist() for part in batches.micro_batches(range(2, 5), own, micro_batches)] for own in positions]
     for i, step in enumerate(range(2, 5)):
         parts = [part for share in shares for part in share[i * micro_batches : (i + 1) * micro_batches]]
-        assert sum(parts, []) == batches(step)
+        assert sum(parts, []) == batches.indices(step).tolist()
 
 
 def test_positions_of_all_processes_cover_the_batch():

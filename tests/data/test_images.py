@@ -152,7 +152,7 @@ def test_labels_are_checked_against_the_number_of_classes():
     images = Images(plain, ImageFormat((8, 8), 1), label_column="label")
     images.check_labels(11)
     assert images.class_names is None
-    with pytest.raises(ValueError, match=r"must be integers in 0..num_classes−1 = 4, got \[0, 1, 2, 3, 4\] ... 9"):
+    with pytest.raises(ValueError, match=r"must be integers in 0..num_classes−1 = 4, got 0, 1, 2, .* 9"):
         images.check_labels(5)
 
 

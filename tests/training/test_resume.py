@@ -200,7 +200,7 @@ def test_a_nonfinite_step_is_skipped_by_every_process_and_reported(trainer, tmp_
 
     config = parse_config(TINY)
     position = rank * 8 + 2
-    index = GlobalBatches(NUM_IMAGES, 16, config.seed)(5)[position]
+    index = GlobalBatches(NUM_IMAGES, 16, config.seed).indices(5)[position].item()
     t = draw_randomness(config, 5, range(16), torch.device("cpu")).t[position]
     assert output.count("was skipped") == 1
     assert (

@@ -83,7 +83,7 @@ def test_the_log_has_the_mean_losses_by_quartile_of_t(logged, tmp_path):
     batches = GlobalBatches(len(images), config.batch_size, config.seed)
     t, losses, norms = [], [], []
     for step in range(3):
-        batch = images[batches(step)]
+        batch = images[batches.indices(step)]
         report = training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch])
         t, losses, norms = t + report.t.tolist(), losses + report.losses.tolist(), norms + [report.grad_norm.item()]
     (row,) = [row for row in read_log(folder / "log.jsonl") if row["step"] == 3]
