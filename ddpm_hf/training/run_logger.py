@@ -9,12 +9,13 @@ import dataclasses
 import io
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.data.images import Images
@@ -36,6 +37,7 @@ LOG, SNAPSHOTS, SAMPLES = "log.jsonl", "ema_snapshots", "samples"
 GRID = 25  # sample images in a picture
 
 
+@dataclass
 class RunLogger:
     """Call `after_step` after every step, on every process, and store `state()` in the checkpoints.
 
@@ -43,30 +45,28 @@ class RunLogger:
         averages: "ema", and "power_ema" if snapshots are saved.
         validation: images for the validation loss, or None.
         first_step: step at which this part of the run begins; files that an earlier part wrote after it are removed.
-        state: `state()` from the checkpoint that the run resumes from; None at the start.
+        restored: `state()` from the checkpoint that the run resumes from; None at the start.
         train_examples: for the summary; None for a stream, whose length is unknown.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        unet: UNet2DModelCustom,
-        scheduler: DDPMSchedulerCustom,
-        averages: Mapping[str, EMA | PowerEMA],
-        validation: Images | None,
-        first_step: int,
-        state: dict | None,
-        train_examples: int | None,
-    ):
-        self.config, self.accelerator, self.unet, self.scheduler = config, accelerator, unet, scheduler
-        self.averages, self.folder = averages, Path(config.output_dir)
-        self.images_at_a_time = config.images_at_a_time(accelerator.num_processes)
-        self.validation_loss = validation and ValidationLoss(
-            validation, scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
+    config: TrainingConfig
+    accelerator: Accelerator
+    unet: UNet2DModelCustom
+    scheduler: DDPMSchedulerCustom
+    averages: Mapping[str, EMA | PowerEMA]
+    validation: Images | None
+    first_step: int
+    restored: dict | None
+    train_examples: int | None
+
+    def __post_init__(self):
+        config, accelerator, first_step = self.config, self.accelerator, self.first_step
+        self.folder, self.images_at_a_time = Path(config.output_dir), config.images_at_a_time(accelerator.num_processes)
+        self.validation_loss = self.validation and ValidationLoss(
+            self.validation, self.scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
         )
         self.is_writer = accelerator.is_main_process and not config.dry_run
-        self._statistics = StepStatistics(config.num_train_timesteps, accelerator, state)
+        self._statistics = StepStatistics(config.num_train_timesteps, accelerator, self.restored)
         self._speed = SpeedReport(first_step, config.num_steps, config.batch_size, accelerator.device)
         if self.is_writer:
             self._remove_after(first_step)
@@ -76,18 +76,12 @@ class RunLogger:
             options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
             settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
             accelerator.init_trackers("logs", config=settings, init_kwargs=options)
-        counts = (train_examples, len(validation or ()))
-        accelerator.print(describe_run(config, accelerator, unet, averages, *counts, first_step))
-        self._bar = tqdm(
-            total=config.num_steps * config.batch_size,
-            initial=first_step * config.batch_size,
-            unit="img",
-            unit_scale=True,
-            desc="Training",
-            disable=not accelerator.is_local_main_process,
-        )
+        examples = (self.train_examples, len(self.validation or ()))
+        accelerator.print(describe_run(config, accelerator, self.unet.num_parameters(), examples, first_step))
+        done, total = first_step * config.batch_size, config.num_steps * config.batch_size
+        self._bar = tqdm(desc="Training", initial=done, total=total, unit="img", unit_scale=True)
         self._shown = {}
-        self._started = time.monotonic() - (state["seconds"] if state is not None else 0)
+        self._started = time.monotonic() - (self.restored or {"seconds": 0})["seconds"]
         self._restart_clock()
 
     @property
