@@ -28,9 +28,8 @@ MayChange = Annotated[T, "may change when a run is resumed"]
 
 def _option(default: Any, help: str) -> Any:
     """A field of TrainingConfig with its help text."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class TrainingConfig:
     beta_schedule: str = _option("linear", "schedule of the variances β")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "what the network predicts")
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
-        "fixed_small", "variance of the reverse steps; learned_range: predicted by the network and trained with L_vlb"
+        "fixed_small", "of the reverse steps"
     )
 
     # Objective (ddpm_hf.diffusion.losses and timestep_samplers)
@@ -279,10 +278,8 @@ class TrainingConfig:
         mine = dataclasses.asdict(self)
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
-            raise ValueError(
-                f"{where} was saved with a different configuration:\n{table}\n"
-                "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."
-            )
+            use = "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."
+            raise ValueError(f"{where} was saved with a different configuration:\n{table}\n{use}")
 
     def to_yaml(self) -> str:
         """The configuration as a YAML file that `--config` accepts."""

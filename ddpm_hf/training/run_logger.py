@@ -71,7 +71,7 @@ class RunLogger:
         if self.is_writer:
             self._remove_after(first_step)
             atomic_file(self.folder / "config.yaml", config.to_yaml())
-        self._log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
+        self.log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
         if not config.dry_run:
             options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
             settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
@@ -85,11 +85,6 @@ class RunLogger:
         self._restart_clock()
 
     @property
-    def rows(self) -> list[dict]:
-        """The rows of the log."""
-        return self._log.rows
-
-    @property
     def seconds(self) -> float:
         """Duration of the run in seconds, including the parts before it was resumed."""
         return time.monotonic() - self._started
@@ -100,7 +95,7 @@ class RunLogger:
 
     def after_step(self, done: int, report: StepReport) -> None:
         """Log the step after which `done` steps are complete. Every process must call this."""
-        config, is_last = self.config, done == self.config.num_steps
+        config, is_last, images = self.config, done == self.config.num_steps, done * self.config.batch_size
         self._statistics.add(report)
         self._clock_steps += 1
         self._bar.update(config.batch_size)
@@ -115,17 +110,16 @@ class RunLogger:
                 row["validation_loss_ema"] = self.validation_loss(self.unet)
             self._restart_clock()
         if row:
-            self._write({"step": done, "images": done * config.batch_size, "seconds": round(self.seconds, 3)} | row)
+            self._write({"step": done, "images": images, "seconds": round(self.seconds, 3)} | row)
         if config.sample_every_steps and done % config.sample_every_steps == 0:
             self._write_samples(done)
             self._restart_clock()
-        if (every := config.ema_snapshot_every_images) and (
-            is_last or done * config.batch_size // every > (done - 1) * config.batch_size // every
-        ):
+        every = config.ema_snapshot_every_images
+        if every and (is_last or images % every < config.batch_size):  # the step passed a multiple of the interval
             tensors = full_on_cpu(self.averages["power_ema"].state_dict(), keep=self.is_writer)
             if self.is_writer:
                 with warn_if_not_written(f"The EMA snapshot of step {done}"):
-                    save_snapshot(self.folder / SNAPSHOTS, done * config.batch_size, tensors)
+                    save_snapshot(self.folder / SNAPSHOTS, images, tensors)
 
     def state(self) -> dict:
         """What a checkpoint stores to resume the log (JSON-able). Every process must call this."""
@@ -134,7 +128,7 @@ class RunLogger:
     def final_losses(self) -> dict[str, float]:
         """The last value of each loss in the log, under its name in metrics.json."""
         names = ("loss", "validation_loss", "validation_loss_ema")
-        return {f"final_{n}": found[-1] for n in names if (found := [row[n] for row in self.rows if row.get(n)])}
+        return {f"final_{n}": found[-1] for n in names if (found := [row[n] for row in self.log.rows if row.get(n)])}
 
     def close(self) -> None:
         """End the progress bar."""
@@ -153,7 +147,7 @@ class RunLogger:
         self._clock_started, self._clock_steps = time.monotonic(), 0
 
     def _write(self, row: dict) -> None:
-        self._log.append(row)
+        self.log.append(row)
         if not self.is_writer:
             return
         quartiles = enumerate(row.get("loss_by_t_quartile", ()), start=1)
