@@ -3,11 +3,10 @@
 Nothing here imports torch at module level, so that `--help` answers quickly.
 """
 
-import dataclasses
 import importlib.resources
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -156,10 +155,10 @@ class TrainingConfig:
             from torch.compiler import list_backends
 
             check_choice("compile", self.compile, list_backends(None))
-        if self.push_to_hub and self.hub_model_id is None:
-            raise ValueError("push_to_hub needs hub_model_id, the model's name on the Hub: user/name.")
         if self.hub_model_id is not None:
             validate_repo_id(self.hub_model_id)
+        elif self.push_to_hub:
+            raise ValueError("push_to_hub needs hub_model_id, the model's name on the Hub: user/name.")
 
     def _check_size(self) -> None:
         size = list(self.resolution) * (2 if len(self.resolution) == 1 else 1)
@@ -275,7 +274,7 @@ class TrainingConfig:
         free -= {"micro_batch_size"} if self.dropout else set()
         if saved.get("crop") == "centre":
             saved = saved | {"crop": "center"}
-        mine = dataclasses.asdict(self)
+        mine = asdict(self)
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
             use = "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."
@@ -283,7 +282,7 @@ class TrainingConfig:
 
     def to_yaml(self) -> str:
         """The configuration as a YAML file that `--config` accepts."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
 MINIMUM = dict.fromkeys(("ema_snapshot_every_images", "validate_every_steps", "sample_every_steps", "num_workers"), 0)

@@ -1,10 +1,9 @@
 """Saving checkpoints of a run, also when the disk is full, and resuming from them."""
 
-import dataclasses
 import errno
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -69,7 +68,7 @@ def save(
     if accelerator.is_main_process:
         scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
         try:
-            _save_or_make_room(root, step, tensors, {**state, **scaler, "config": dataclasses.asdict(config)})
+            _save_or_make_room(root, step, tensors, {**state, **scaler, "config": asdict(config)})
             checkpoints.prune_checkpoints(root, config.keep_checkpoints)
         except OSError as error:
             folder, kept = None, checkpoints.list_checkpoints(root)

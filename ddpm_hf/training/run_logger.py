@@ -5,11 +5,10 @@ sampling. Values are of the global batch, and are read from the device every `lo
 cannot be written, for example because the disk is full, a warning is logged and training continues.
 """
 
-import dataclasses
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ class RunLogger:
         self.log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
         if not config.dry_run:
             options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
-            settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
+            settings = {k: str(v) for k, v in asdict(config).items()}
             accelerator.init_trackers("logs", config=settings, init_kwargs=options)
         examples = (self.train_examples, len(self.validation or ()))
         accelerator.print(describe_run(config, accelerator, self.unet.num_parameters(), examples, first_step))
