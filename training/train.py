@@ -284,7 +284,7 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
         if run.images.class_names is not None:
             mark_class_names(unet, run.images.class_names)
     unet.load_state_dict(averaged)
-    write_artifacts(config, unet, run.scheduler, run_logger.rows, training)
+    write_artifacts(config, unet, run.scheduler, run_logger.log.rows, training)
     run.uploader.finish()
 
 

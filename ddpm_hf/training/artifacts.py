@@ -40,14 +40,11 @@ def write_artifacts(
         training = training | {"class_names": names}
     write_metrics_and_card(output_dir, config.to_yaml(), {"training": training} | quality)
 
-    # Evaluation needs images that were not trained on.
-    evaluate = f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}\n"
-    print(
-        f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/\n"
-        f"  sample:    python training/sample.py --model {output_dir} --num_images 64\n"
-        f"{evaluate if config.dataset in BUILTIN or training['validation_examples'] else ''}"
-        f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>"
-    )
+    print(f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/")
+    print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64")
+    if config.dataset in BUILTIN or training["validation_examples"]:  # images that were not trained on
+        print(f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}")
+    print(f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>")
 
 
 def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> tuple[dict[str, bytes], dict]:
@@ -56,11 +53,10 @@ def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> t
     pipe.set_progress_bar_config(desc="Sampling", unit="step")
     indices = range(max(GRID, config.quality_samples))
     samples = sample_images(pipe, indices, config.sample_steps, config.seed, batch_size)
-    figures = {
-        "samples.png": image_grid(samples[:GRID]),
-        "denoising.png": denoising_figure(pipe, config.sample_steps, config.seed),
+    pictures = {
+        "samples.png": figure_bytes(image_grid(samples[:GRID])),
+        "denoising.png": figure_bytes(denoising_figure(pipe, config.sample_steps, config.seed)),
     }
-    pictures = {name: figure_bytes(figure) for name, figure in figures.items()}
     judge = judge_of(config.dataset)
     if judge is None or not config.quality_samples:
         return pictures, {}
@@ -77,8 +73,8 @@ def loss_figure(log: Sequence[dict]) -> Figure:
     """Training and validation losses from the rows of a log."""
 
     def column(name: str) -> tuple[list[int], list[float]]:
-        points = [(row["images"], row[name]) for row in log if row.get(name) is not None]
-        return tuple(map(list, zip(*points))) if points else ([], [])
+        rows = [row for row in log if row.get(name) is not None]
+        return [row["images"] for row in rows], [row[name] for row in rows]
 
     names = {"validation images": "validation_loss", "validation images, averaged weights": "validation_loss_ema"}
     validation = {label: points for label, name in names.items() if (points := column(name))[0]}

@@ -3,11 +3,10 @@
 Nothing here imports torch at module level, so that `--help` answers quickly.
 """
 
-import dataclasses
 import importlib.resources
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -28,9 +27,8 @@ MayChange = Annotated[T, "may change when a run is resumed"]
 
 def _option(default: Any, help: str) -> Any:
     """A field of TrainingConfig with its help text."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**given, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,8 @@ class TrainingConfig:
 
     # Network (the names of UNet2DModel)
     block_out_channels: list[int] = _option([128, 256, 256, 256], "channels of each level")
-    down_block_types: list[str] = _option(
-        ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "blocks on the way down"
-    )
-    up_block_types: list[str] = _option(
-        ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], "blocks on the way up"
-    )
+    down_block_types: list[str] = _option(["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "by level")
+    up_block_types: list[str] = _option(["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], "last level first")
     layers_per_block: int = _option(2, "residual layers per block")
     attention_head_dim: int | None = _option(None, "channels per attention head; None: a single head")
     norm_num_groups: int = _option(32, "groups of each group normalization")
@@ -82,13 +76,11 @@ class TrainingConfig:
     beta_schedule: str = _option("linear", "schedule of the variances β")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "what the network predicts")
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
-        "fixed_small", "variance of the reverse steps; learned_range: predicted by the network and trained with L_vlb"
+        "fixed_small", "of the reverse steps"
     )
 
     # Objective (ddpm_hf.diffusion.losses and timestep_samplers)
-    loss_weighting: Literal["simple", "min_snr", "p2", "vlb"] = _option(
-        "simple", "weight of L_simple over the timesteps; vlb: the variational bound itself"
-    )
+    loss_weighting: Literal["simple", "min_snr", "p2", "vlb"] = _option("simple", "weights of L_simple; vlb: the bound")
     min_snr_gamma: float = _option(5.0, "γ of min_snr")
     p2_k: float = _option(1.0, "k of p2")
     p2_gamma: float = _option(1.0, "γ of p2")
@@ -149,35 +141,34 @@ class TrainingConfig:
     def _check_values(self) -> None:
         """Check the range of each option by itself."""
         for name, hint in get_type_hints(type(self)).items():
+            value, accepted = getattr(self, name), get_args(hint)
             if get_origin(hint) is Literal:
-                check_choice(name, getattr(self, name), get_args(hint))
-        for name, minimum in MINIMUM.items():
-            check_int(name, getattr(self, name), minimum)
-        for name, interval in INTERVALS.items():
-            check_float(name, getattr(self, name), interval)
+                check_choice(name, value, accepted)
+            elif value is None and type(None) in accepted:
+                continue
+            elif name in MINIMUM:
+                check_int(name, value, MINIMUM[name])
+            elif name in INTERVALS:
+                check_float(name, value, INTERVALS[name])
         check_int("sample_steps", self.sample_steps, 1, self.num_train_timesteps)
-        if self.stream_lanes is not None:
-            check_int("stream_lanes", self.stream_lanes, 1)
         if self.compile is not None:
             from torch.compiler import list_backends
 
             check_choice("compile", self.compile, list_backends(None))
-        if self.push_to_hub and self.hub_model_id is None:
-            raise ValueError("push_to_hub needs hub_model_id, the model's name on the Hub: user/name.")
         if self.hub_model_id is not None:
             validate_repo_id(self.hub_model_id)
+        elif self.push_to_hub:
+            raise ValueError("push_to_hub needs hub_model_id, the model's name on the Hub: user/name.")
 
     def _check_size(self) -> None:
         size = list(self.resolution) * (2 if len(self.resolution) == 1 else 1)
         object.__setattr__(self, "resolution", size)
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"resolution must be one number or height and width, got {self.resolution!r}.")
-        multiple = 2 ** (len(self.block_out_channels) - 1)
-        if any(length % multiple for length in size):
-            raise ValueError(
-                f"resolution {size[0]}×{size[1]} cannot be halved {len(self.block_out_channels) - 1} times, as block_out_channels "
-                f"requires: use multiples of {multiple}, or fewer levels."
-            )
+        (height, width), halvings = size, len(self.block_out_channels) - 1
+        if height % 2**halvings or width % 2**halvings:
+            needed = f"use multiples of {2**halvings}, or fewer block_out_channels"
+            raise ValueError(f"resolution {height}×{width} cannot be halved {halvings} times: {needed}.")
         if self.total_images < self.batch_size:
             raise ValueError(f"total_images = {self.total_images} is less than one batch of {self.batch_size}.")
         if self.stream_lanes is not None and self.batch_size % self.stream_lanes:
@@ -189,10 +180,9 @@ class TrainingConfig:
         check_crop_and_background(self.crop, self.background)
         if not self.dataset:
             raise ValueError(
-                "dataset must be given, as the preset has none: --dataset with 'digits', 'photos', a folder of images, or "
-                "the name of a data set on the Hub."
+                "dataset must be given: --dataset with 'digits', 'photos', a folder, or a name on the Hub."
             )
-        if self.validation_split is not None and self.validation_split == self.split:
+        if self.validation_split == self.split:
             raise ValueError(f"validation_split must be another split than split, which is {self.split!r}.")
         if self.validation_split is not None and self.validation_fraction:
             raise ValueError("validation_split and validation_fraction exclude each other.")
@@ -201,40 +191,32 @@ class TrainingConfig:
         """ValueError for an objective that does not exist, and for a value that would be ignored."""
         self.objective  # noqa: B018  its own checks
         learned, bound = self.variance_type == "learned_range", self.loss_weighting == "vlb"
-        conditional, p2 = self.label_column is not None, (self.loss_weighting == "p2", "loss_weighting='p2'")
-        uses = {
-            "min_snr_gamma": (self.loss_weighting == "min_snr", "loss_weighting='min_snr'"),
-            "p2_k": p2,
-            "p2_gamma": p2,
-            "hybrid_lambda": (learned and not bound, "variance_type='learned_range' without loss_weighting='vlb'"),
-            "num_classes": (conditional, "label_column"),
-            "label_dropout": (conditional, "label_column"),
-        }
-        for name, (is_used, by) in uses.items():
-            if not is_used and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name} = {getattr(self, name)} is for {by} only: leave it out.")
+        conditional = self.label_column is not None
+        uses = [
+            ("loss_weighting='min_snr'", self.loss_weighting == "min_snr", ["min_snr_gamma"]),
+            ("loss_weighting='p2'", self.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
+            ("variance_type='learned_range' without loss_weighting='vlb'", learned and not bound, ["hybrid_lambda"]),
+            ("label_column", conditional, ["num_classes", "label_dropout"]),
+        ]
+        for user, is_given, names in uses:
+            for name in names:
+                if not is_given and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} = {getattr(self, name)} is for {user} only: leave it out.")
         if conditional:
             check_int("num_classes", self.num_classes, 1, note=f"the number of classes in {self.label_column!r}")
         if (bound and self.input_perturbation) or ((bound or learned) and self.offset_noise):
             name = "offset_noise" if self.offset_noise else "input_perturbation"
             with_what = "loss_weighting='vlb'" if bound else "variance_type='learned_range'"
             raise ValueError(
-                f"{name} = {getattr(self, name)} changes the chain that the variational bound belongs to: it does not work "
-                f"with {with_what}."
+                f"{name} = {getattr(self, name)} changes the chain of the bound: use it without {with_what}."
             )
 
     def _resolve_ema(self) -> None:
         """Check that either a half-life or a decay is given; the default is a half-life of 1,000,000 images."""
         halflife, decay = self.ema_halflife_images, self.ema_decay
-        if halflife is not None:
-            check_int("ema_halflife_images", halflife, 0, note="0 to use ema_decay")
-        if decay is not None:
-            check_float("ema_decay", decay, "(0, 1)")
         if halflife and decay is not None:
-            raise ValueError(
-                f"ema_halflife_images = {halflife} and ema_decay = {decay} exclude each other; "
-                "--ema_halflife_images 0 removes a preset's half-life."
-            )
+            both = f"ema_halflife_images = {halflife} and ema_decay = {decay}"
+            raise ValueError(f"{both} exclude each other; --ema_halflife_images 0 removes a preset's half-life.")
         if halflife == 0 and decay is None:
             raise ValueError("ema_halflife_images = 0 needs an ema_decay.")
         object.__setattr__(self, "ema_halflife_images", (halflife or 1_000_000) if decay is None else None)
@@ -272,10 +254,8 @@ class TrainingConfig:
         share, rest = divmod(self.batch_size, num_processes)
         micro = min(self.micro_batch_size or share, share)
         if rest or share % micro:
-            raise ValueError(
-                f"batch_size = {self.batch_size} must be a multiple of {num_processes} processes × micro_batch_size = "
-                f"{self.micro_batch_size}."
-            )
+            divisor = f"{num_processes} processes × micro_batch_size = {self.micro_batch_size}"
+            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of {divisor}.")
         return share // micro
 
     def images_at_a_time(self, num_processes: int) -> int:
@@ -294,25 +274,24 @@ class TrainingConfig:
         free -= {"micro_batch_size"} if self.dropout else set()
         if saved.get("crop") == "centre":
             saved = saved | {"crop": "center"}
-        mine = dataclasses.asdict(self)
+        mine = asdict(self)
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
-            raise ValueError(
-                f"{where} was saved with a different configuration:\n{table}\n"
-                "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."
-            )
+            use = "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."
+            raise ValueError(f"{where} was saved with a different configuration:\n{table}\n{use}")
 
     def to_yaml(self) -> str:
         """The configuration as a YAML file that `--config` accepts."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
 MINIMUM = dict.fromkeys(("ema_snapshot_every_images", "validate_every_steps", "sample_every_steps", "num_workers"), 0)
+MINIMUM["ema_halflife_images"] = 0
 MINIMUM |= dict.fromkeys(("total_images", "batch_size", "checkpoint_every_steps", "keep_checkpoints"), 1)
 MINIMUM |= dict.fromkeys(("log_every_steps", "max_nonfinite_steps", "push_every_checkpoints"), 1)
-MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer"), 1)
+MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes"), 1)
 INTERVALS = dict.fromkeys(("validation_fraction", "label_dropout"), "[0, 1)")
-INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise"), "[0, inf)")
+INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise"), "[0, inf)") | {"ema_decay": "(0, 1)"}
 
 
 def presets() -> list[str]:
@@ -339,9 +318,8 @@ def load_preset(name: str) -> dict:
     if not file.is_file():
         raise ValueError(f"--config {name!r} is neither a preset ({', '.join(presets())}) nor a YAML file.")
     options = yaml.safe_load(file.read_text()) or {}
-    known = {option.name for option in dataclasses.fields(TrainingConfig)}
-    if not isinstance(options, dict) or (unknown := set(options) - known):
-        raise ValueError(
-            f"{file}: {sorted(unknown) if isinstance(options, dict) else options!r} is no option of a run."
-        )
+    if not isinstance(options, dict):
+        raise ValueError(f"{file}: {options!r} is no option of a run.")
+    if unknown := sorted(options.keys() - TrainingConfig.__dataclass_fields__.keys()):
+        raise ValueError(f"{file}: {unknown} is no option of a run.")
     return options

@@ -21,10 +21,9 @@ def read_log(file: Path) -> list[dict]:
         try:
             row = json.loads(line)
             row["step"] + row["images"]
+            rows.append(row)
         except (ValueError, KeyError, TypeError):
             logger.warning("%s: line %d is incomplete; skipped.", file, number)
-            continue
-        rows.append(row)
     return rows
 
 

@@ -32,11 +32,8 @@ def prepare_process() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     # accelerate 1.15 sets MASTER_PORT if it was asked for more than one process or machine.
     if "MASTER_PORT" in os.environ and not any(name in os.environ for name in RANKS):
-        print(
-            "Only one process was started: on a machine without a GPU, `accelerate launch` ignores the number of processes "
-            f"and machines. For N processes use `torchrun --nproc_per_node N {sys.argv[0]} ...`.",
-            file=sys.stderr,
-        )
+        use = f"For N processes without a GPU use `torchrun --nproc_per_node N {sys.argv[0]} ...`"
+        print(f"Only one process was started. {use}, not `accelerate launch`.", file=sys.stderr)
 
 
 def fail(script: str, message: object) -> NoReturn:

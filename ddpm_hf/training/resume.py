@@ -1,10 +1,9 @@
 """Saving checkpoints of a run, also when the disk is full, and resuming from them."""
 
-import dataclasses
 import errno
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,13 +23,10 @@ logger = logging.getLogger("train")
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether FSDP2 shards the weights. Raises ValueError for other kinds of sharding."""
     kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"{kind.value} is not supported: use --use_fsdp --fsdp_version 2 to shard the weights.")
-    if kind != DistributedType.FSDP:
-        return False
-    if not accelerator.is_fsdp2:
-        raise ValueError("--use_fsdp needs --fsdp_version 2.")
-    return True
+    is_fsdp_1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    if is_fsdp_1 or kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"{kind.value} is not supported, except for FSDP 2: use --use_fsdp --fsdp_version 2.")
+    return kind == DistributedType.FSDP
 
 
 @dataclass
@@ -44,11 +40,8 @@ class TrainingState:
 
     def tensors(self, keep: bool) -> dict[str, dict[str, torch.Tensor]]:
         """Whole tensors on the CPU by file of a checkpoint, empty unless `keep`. Every process must call this."""
-        groups = {
-            "model": self.model.state_dict(),
-            **{name: average.state_dict() for name, average in self.averages.items()},
-            "optimizer": checkpoints.optimizer_tensors(self.optimizer, self.model),
-        }
+        groups = {name: part.state_dict() for name, part in {"model": self.model, **self.averages}.items()}
+        groups["optimizer"] = checkpoints.optimizer_tensors(self.optimizer, self.model)
         tensors = {name: full_on_cpu(group, keep) for name, group in groups.items()}
         sampler = self.timestep_sampler.state_dict()
         return tensors | ({"timestep_sampler": sampler} if sampler else {})
@@ -75,14 +68,12 @@ def save(
     if accelerator.is_main_process:
         scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
         try:
-            _save_or_make_room(root, step, tensors, {**state, **scaler, "config": dataclasses.asdict(config)})
+            _save_or_make_room(root, step, tensors, {**state, **scaler, "config": asdict(config)})
             checkpoints.prune_checkpoints(root, config.keep_checkpoints)
         except OSError as error:
             folder, kept = None, checkpoints.list_checkpoints(root)
             last = f"that of step {checkpoints.read_state(kept[-1])['step']}" if kept else "none"
-            logger.warning(
-                "The checkpoint of step %d could not be written (%s); the last one is %s.", step, error, last
-            )
+            logger.warning(f"The checkpoint of step {step} could not be written ({error}); the last one is {last}.")
     accelerator.wait_for_everyone()
     return folder
 
@@ -136,7 +127,5 @@ def warn_of_changes(dropout: float, images_at_a_time: int, state: dict) -> None:
     if changed := [f"{name} {then.get(name)} → {now[name]}" for name in now if then.get(name) != now[name]]:
         logger.warning("The checkpoint was made with other versions: %s.", ", ".join(changed))
     if dropout and (before := state["images_at_a_time"]) != images_at_a_time:
-        logger.warning(
-            f"Dropout masks are now drawn for {images_at_a_time} images at a time, before for {before}: to continue the same "
-            f"run, give --micro_batch_size {before}."
-        )
+        use = f"to continue the same run, use --micro_batch_size {before}"
+        logger.warning(f"Dropout masks are now drawn for {images_at_a_time} images, before for {before}: {use}.")

@@ -5,16 +5,16 @@ sampling. Values are of the global batch, and are read from the device every `lo
 cannot be written, for example because the disk is full, a warning is logged and training continues.
 """
 
-import dataclasses
 import io
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.data.images import Images
@@ -36,6 +36,7 @@ LOG, SNAPSHOTS, SAMPLES = "log.jsonl", "ema_snapshots", "samples"
 GRID = 25  # sample images in a picture
 
 
+@dataclass
 class RunLogger:
     """Call `after_step` after every step, on every process, and store `state()` in the checkpoints.
 
@@ -43,57 +44,44 @@ class RunLogger:
         averages: "ema", and "power_ema" if snapshots are saved.
         validation: images for the validation loss, or None.
         first_step: step at which this part of the run begins; files that an earlier part wrote after it are removed.
-        state: `state()` from the checkpoint that the run resumes from; None at the start.
+        restored: `state()` from the checkpoint that the run resumes from; None at the start.
         train_examples: for the summary; None for a stream, whose length is unknown.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        accelerator: Accelerator,
-        unet: UNet2DModelCustom,
-        scheduler: DDPMSchedulerCustom,
-        averages: Mapping[str, EMA | PowerEMA],
-        validation: Images | None,
-        first_step: int,
-        state: dict | None,
-        train_examples: int | None,
-    ):
-        self.config, self.accelerator, self.unet, self.scheduler = config, accelerator, unet, scheduler
-        self.averages, self.folder = averages, Path(config.output_dir)
-        self.images_at_a_time = config.images_at_a_time(accelerator.num_processes)
-        self.validation_loss = validation and ValidationLoss(
-            validation, scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
+    config: TrainingConfig
+    accelerator: Accelerator
+    unet: UNet2DModelCustom
+    scheduler: DDPMSchedulerCustom
+    averages: Mapping[str, EMA | PowerEMA]
+    validation: Images | None
+    first_step: int
+    restored: dict | None
+    train_examples: int | None
+
+    def __post_init__(self):
+        config, accelerator, first_step = self.config, self.accelerator, self.first_step
+        self.folder, self.images_at_a_time = Path(config.output_dir), config.images_at_a_time(accelerator.num_processes)
+        self.validation_loss = self.validation and ValidationLoss(
+            self.validation, self.scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
         )
         self.is_writer = accelerator.is_main_process and not config.dry_run
-        self._statistics = StepStatistics(config.num_train_timesteps, accelerator, state)
+        self._statistics = StepStatistics(config.num_train_timesteps, accelerator, self.restored)
         self._speed = SpeedReport(first_step, config.num_steps, config.batch_size, accelerator.device)
         if self.is_writer:
             self._remove_after(first_step)
             atomic_file(self.folder / "config.yaml", config.to_yaml())
-        self._log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
+        self.log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
         if not config.dry_run:
             options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
-            settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
+            settings = {k: str(v) for k, v in asdict(config).items()}
             accelerator.init_trackers("logs", config=settings, init_kwargs=options)
-        counts = (train_examples, len(validation or ()))
-        accelerator.print(describe_run(config, accelerator, unet, averages, *counts, first_step))
-        self._bar = tqdm(
-            total=config.num_steps * config.batch_size,
-            initial=first_step * config.batch_size,
-            unit="img",
-            unit_scale=True,
-            desc="Training",
-            disable=not accelerator.is_local_main_process,
-        )
+        examples = (self.train_examples, len(self.validation or ()))
+        accelerator.print(describe_run(config, accelerator, self.unet.num_parameters(), examples, first_step))
+        done, total = first_step * config.batch_size, config.num_steps * config.batch_size
+        self._bar = tqdm(desc="Training", initial=done, total=total, unit="img", unit_scale=True)
         self._shown = {}
-        self._started = time.monotonic() - (state["seconds"] if state is not None else 0)
+        self._started = time.monotonic() - (self.restored or {"seconds": 0})["seconds"]
         self._restart_clock()
-
-    @property
-    def rows(self) -> list[dict]:
-        """The rows of the log."""
-        return self._log.rows
 
     @property
     def seconds(self) -> float:
@@ -106,7 +94,7 @@ class RunLogger:
 
     def after_step(self, done: int, report: StepReport) -> None:
         """Log the step after which `done` steps are complete. Every process must call this."""
-        config, is_last = self.config, done == self.config.num_steps
+        config, is_last, images = self.config, done == self.config.num_steps, done * self.config.batch_size
         self._statistics.add(report)
         self._clock_steps += 1
         self._bar.update(config.batch_size)
@@ -121,17 +109,16 @@ class RunLogger:
                 row["validation_loss_ema"] = self.validation_loss(self.unet)
             self._restart_clock()
         if row:
-            self._write({"step": done, "images": done * config.batch_size, "seconds": round(self.seconds, 3)} | row)
+            self._write({"step": done, "images": images, "seconds": round(self.seconds, 3)} | row)
         if config.sample_every_steps and done % config.sample_every_steps == 0:
             self._write_samples(done)
             self._restart_clock()
-        if (every := config.ema_snapshot_every_images) and (
-            is_last or done * config.batch_size // every > (done - 1) * config.batch_size // every
-        ):
+        every = config.ema_snapshot_every_images
+        if every and (is_last or images % every < config.batch_size):  # the step passed a multiple of the interval
             tensors = full_on_cpu(self.averages["power_ema"].state_dict(), keep=self.is_writer)
             if self.is_writer:
                 with warn_if_not_written(f"The EMA snapshot of step {done}"):
-                    save_snapshot(self.folder / SNAPSHOTS, done * config.batch_size, tensors)
+                    save_snapshot(self.folder / SNAPSHOTS, images, tensors)
 
     def state(self) -> dict:
         """What a checkpoint stores to resume the log (JSON-able). Every process must call this."""
@@ -140,7 +127,7 @@ class RunLogger:
     def final_losses(self) -> dict[str, float]:
         """The last value of each loss in the log, under its name in metrics.json."""
         names = ("loss", "validation_loss", "validation_loss_ema")
-        return {f"final_{n}": found[-1] for n in names if (found := [row[n] for row in self.rows if row.get(n)])}
+        return {f"final_{n}": found[-1] for n in names if (found := [row[n] for row in self.log.rows if row.get(n)])}
 
     def close(self) -> None:
         """End the progress bar."""
@@ -159,7 +146,7 @@ class RunLogger:
         self._clock_started, self._clock_steps = time.monotonic(), 0
 
     def _write(self, row: dict) -> None:
-        self._log.append(row)
+        self.log.append(row)
         if not self.is_writer:
             return
         quartiles = enumerate(row.get("loss_by_t_quartile", ()), start=1)

@@ -1,33 +1,30 @@
 """What is printed about a run at its start: size, memory and length, then its speed and the time left."""
 
-import math
 import time
-from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.ema import EMA
-from ddpm_hf.training.posthoc_ema import PowerEMA
+from ddpm_hf.training.posthoc_ema import SIGMAS
 
 TIMED_STEPS = 5  # after the first one, which compiles and allocates
 
 
 def describe_run(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    unet: torch.nn.Module,
-    averages: Mapping[str, EMA | PowerEMA],
-    train_examples: int | None,
-    validation_examples: int,
-    first_step: int,
+    config: TrainingConfig, accelerator: Accelerator, parameters: int, examples: tuple[int | None, int], first_step: int
 ) -> str:
-    """Lines to print before the first step; `train_examples` is None for a stream."""
-    parameters = sum(p.numel() for p in unet.parameters())
-    size = sum(p.numel() * p.element_size() for p in unet.parameters())
-    copies = 1 + len(averages["power_ema"].gammas) if "power_ema" in averages else 1
-    memory = {"parameters": size, "gradients": size, "Adam": 2 * size, "averages": 4 * parameters * copies}
+    """Lines to print before the first step.
+
+    Args:
+        parameters: number of parameters of the network, which are float32.
+        examples: number of training images (None for a stream) and of validation images.
+    """
+    train_examples, validation_examples = examples
+    averages = 1 + len(SIGMAS) * (config.ema_snapshot_every_images > 0)
+    copies = {"parameters": 1, "gradients": 1, "Adam": 2, "averages": averages}
+    memory = [f"{name} {tqdm.format_sizeof(4 * parameters * n, 'B')}" for name, n in copies.items()]
     shape = "×".join(str(n) for n in (*config.resolution, config.channels))
     data = "a stream of images" if train_examples is None else f"{train_examples:,} images"
     files = {
@@ -41,15 +38,13 @@ def describe_run(
     processes = accelerator.num_processes
     precision = "" if config.mixed_precision == "no" else f", {config.mixed_precision}"
     resumed = f", from step {first_step:,}" if first_step else ""
-    return "\n".join(
-        [
-            f"Data        {data} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images",
-            f"Network     {parameters:,} parameters on {processes} process{'es' * (processes > 1)} "
-            f"({accelerator.device.type}{precision})",
-            f"Memory      {', '.join(f'{k} {_bytes(v)}' for k, v in memory.items())}; plus activations",
-            f"Length      {config.num_steps:,} steps of {config.batch_size:,} images{resumed}",
-            f"Written to  {config.output_dir}/: {', '.join(written)}; the model at the end",
-        ]
+    hardware = f"{processes} process{'es' * (processes > 1)} ({accelerator.device.type}{precision})"
+    return (
+        f"Data        {data} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n"
+        f"Network     {parameters:,} parameters on {hardware}\n"
+        f"Memory      {', '.join(memory)}; plus activations\n"
+        f"Length      {config.num_steps:,} steps of {config.batch_size:,} images{resumed}\n"
+        f"Written to  {config.output_dir}/: {', '.join(written)}; the model at the end"
     )
 
 
@@ -79,17 +74,6 @@ class SpeedReport:
         rate = steps * self.batch_size / (now - self._started)
         module, peak = getattr(torch, self.device.type, None), ""
         if hasattr(module, "max_memory_allocated"):
-            peak = f", {_bytes(module.max_memory_allocated())} peak memory"
-        left = _duration((self.num_steps - done) * self.batch_size / rate)
+            peak = f", {tqdm.format_sizeof(module.max_memory_allocated(), 'B')} peak memory"
+        left = tqdm.format_interval((self.num_steps - done) * self.batch_size / rate)
         return f"Speed       {rate:,.1f} images/s over {steps} steps{peak}; about {left} to go"
-
-
-def _bytes(number: float) -> str:
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(int(math.log10(max(number, 1)) / 3), len(units) - 1)
-    return f"{number / 1000**power:.3g} {units[power]}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

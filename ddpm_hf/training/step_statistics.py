@@ -31,17 +31,12 @@ class StepStatistics:
         losses, objective = report.losses.detach().float(), report.objective.detach().float()
         counts = report.skipped == 0
         member = (quartile[:, None] == torch.arange(QUARTILES, device=quartile.device)) & counts
+        loss_sums = torch.where(member, losses[:, None], 0.0).sum(0)
+        objective_sum = torch.where(counts, objective, 0.0).sum()
         # The gradient norm is the same on all processes: the main process adds it.
-        steps = counts.float().reshape(1) * self.accelerator.is_main_process
-        self._sums += torch.cat(
-            [
-                torch.where(member, losses[:, None], 0.0).sum(0),
-                member.sum(0),
-                torch.where(counts, objective, 0.0).sum()[None],
-                torch.where(steps > 0, report.grad_norm.detach().float().reshape(1), 0.0),
-                steps,
-            ]
-        )
+        steps = counts.float() * self.accelerator.is_main_process
+        grad_norm = torch.where(steps > 0, report.grad_norm.detach().float(), 0.0)
+        self._sums += torch.hstack([loss_sums, member.sum(0), objective_sum, grad_norm, steps])
         self.steps += 1
 
     def state(self) -> dict:

@@ -46,10 +46,8 @@ class StopSignals:
             self.received, self._received_at = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(number).name
-                # Not through sys.stderr, which the signal may have interrupted.
-                os.write(
-                    2, f"\n{name}: stopping after this step and saving. A second signal ends it at once.\n".encode()
-                )
+                message = f"\n{name}: stopping after this step and saving. A second signal ends it at once.\n"
+                os.write(2, message.encode())  # not through sys.stderr, which the signal may have interrupted
         elif time.monotonic() - self._received_at > self.REPEAT_SECONDS:
             os._exit(128 + number)
 

@@ -16,6 +16,7 @@ from ddpm_hf.scripts import train
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.batches import GlobalBatches
@@ -169,7 +170,7 @@ def test_a_dry_run_prints_a_summary_and_writes_nothing(logged, tmp_path, capsys)
     averages = sum(value.nbytes for value in [*saved["ema"].values(), *saved["power_ema"].values()])
     assert f"{parameters:,} parameters on 1 process (cpu)" in printed
     for name, size in (("parameters", 4 * parameters), ("gradients", 4 * parameters), ("Adam", adam), ("averages", averages)):  # fmt: skip
-        assert f"{name} {size / 1e3:.3g} kB" in printed
+        assert f"{name} {tqdm.format_sizeof(size, 'B')}" in printed
     assert (
         "12 steps of 16 images" in printed and "256 validation images" in printed and str(tmp_path / "out") in printed
     )

@@ -22,4 +22,4 @@ def test_speed_and_time_left_follow_from_the_timed_steps(monkeypatch):
     monkeypatch.setattr(run_summary.time, "monotonic", lambda: next(clock))
     speed = SpeedReport(0, 1005 + 1, 16, torch.device("cpu"))
     (line,) = [line for done in range(1, 8) if (line := speed.after_step(done))]
-    assert line == "Speed       40.0 images/s over 5 steps; about 7 min to go"
+    assert line == "Speed       40.0 images/s over 5 steps; about 06:40 to go"
