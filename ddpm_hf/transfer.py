@@ -134,10 +134,9 @@ def _explain_response(error: errors.HfHubHTTPError, repo_id: str, host: str) -> 
     if isinstance(error, errors.RepositoryNotFoundError):
         problem = f"{host} has no repository {repo_id}, or it is private"
         return FileNotFoundError(f"{problem}: check the name, and {LOG_IN} to a token with access.")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError(f"{repo_id} has no such branch, tag or commit: see {host}/{repo_id}/tree/main.")
-    if isinstance(error, errors.EntryNotFoundError):
-        return FileNotFoundError(f"{repo_id} has no such file: see {host}/{repo_id}/tree/main.")
+    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
+        missing = "file" if isinstance(error, errors.EntryNotFoundError) else "branch, tag or commit"
+        return FileNotFoundError(f"{repo_id} has no such {missing}: see {host}/{repo_id}/tree/main.")
     if status == 401:
         had_token = "Authorization" in error.response.request.headers
         problem = "does not accept this token" if had_token else f"requires a login for {repo_id}"

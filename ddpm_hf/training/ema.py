@@ -66,29 +66,28 @@ class EMA:
         """Load averages saved by `state_dict`. Raises ValueError for other names or shapes."""
         load_averages(self._average, state)
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Copy the average into a model's parameters, in their dtype."""
-        for parameter, average in zip(model.parameters(), self._average.values()):
-            parameter.copy_(average)
-
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
         """Within this context the model's parameters are the average; afterwards they are restored exactly."""
         kept = [p.detach().clone() for p in model.parameters()]
-        self.copy_to(model)
+        load_parameters(model, self._average.values())
         try:
             yield
         finally:
             reshard(model)
-            with torch.no_grad():
-                for parameter, value in zip(model.parameters(), kept):
-                    parameter.copy_(value)
+            load_parameters(model, kept)
 
 
 def float32_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of a model's parameters by name, float32."""
     return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_parameters(model: nn.Module, values: Iterable[torch.Tensor]) -> None:
+    """Copy values into a model's parameters, in their order and dtype."""
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.copy_(value)
 
 
 @torch.no_grad()
@@ -105,9 +104,8 @@ def lerp_parameters(
 
 def load_averages(averages: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Copy saved averages into `averages`. Raises ValueError for other names or shapes."""
-    if state.keys() != averages.keys():
-        raise ValueError(f"the saved average has other parameters: {sorted(state.keys() ^ averages.keys())[:5]} ...")
+    saved, expected = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (state, averages))
+    if saved != expected:
+        raise ValueError(f"the saved average has other parameters: {sorted(saved ^ expected)[:4]} ...")
     for name, average in averages.items():
-        if state[name].shape != average.shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(average.shape)}.")
         copy_full(average, state[name])
