@@ -206,7 +206,6 @@ def _has_checksum(file: Path, checksum: str) -> bool:
         is_lfs = len(checksum) == 64
         digest = hashlib.sha256() if is_lfs else hashlib.sha1(b"blob %d\0" % status.st_size, usedforsecurity=False)
         with open(file, "rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-        if digest.hexdigest() == checksum:
-            _checked.add(key)
+            if hashlib.file_digest(stream, lambda: digest).hexdigest() == checksum:
+                _checked.add(key)
     return key in _checked

@@ -185,7 +185,7 @@ def train(run: Run, signals: StopSignals) -> None:
     config, accelerator, num_examples = run.config, run.accelerator, run.images.num_examples
     world, images_at_a_time = accelerator.num_processes, config.images_at_a_time(accelerator.num_processes)
     model, optimizer, state = build_training(run)
-    skipped = SkippedSteps(accelerator, run.images, config.batch_size, config.seed, config.max_nonfinite_steps)
+    skipped = SkippedSteps(accelerator, run.images, config)
     first_step, stream, logged = 0, None, None
     if run.restored is not None:
         saved = run.restored[1]

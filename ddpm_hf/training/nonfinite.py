@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamedImages
+from ddpm_hf.training.config import TrainingConfig
 
 logger = logging.getLogger("train")
 MAX_LISTED = 10  # images listed in the report of a skipped step
@@ -47,17 +48,14 @@ class SkippedSteps:
 
     Args:
         images: the training images, to name those of a skipped step.
-        batch_size, seed: of the run; they determine the images of a step.
-        max_nonfinite_steps: consecutive skipped steps after which training must stop.
+        config: of the run. Training must stop after `max_nonfinite_steps` consecutive skipped steps.
         total: skipped steps of the whole run so far.
         in_a_row: consecutive skipped steps up to now.
     """
 
     accelerator: Accelerator
     images: Images | StreamedImages
-    batch_size: int
-    seed: int
-    max_nonfinite_steps: int
+    config: TrainingConfig
     total: int = 0
     in_a_row: int = 0
     _pending: list[tuple] = field(default_factory=list, init=False, repr=False)
@@ -81,7 +79,7 @@ class SkippedSteps:
                 t = self.accelerator.gather(t)
                 if self.accelerator.is_main_process:
                     logger.warning(self._describe(step, t.tolist(), losses))
-            if self.in_a_row >= self.max_nonfinite_steps:
+            if self.in_a_row >= self.config.max_nonfinite_steps:
                 return True
         return False
 
@@ -104,6 +102,6 @@ class SkippedSteps:
     def _names(self, step: int, positions: list[int]) -> list[str]:
         if isinstance(self.images, StreamedImages):
             return [f"image {i} of the batch" for i in positions]
-        batch = GlobalBatches(len(self.images), self.batch_size, self.seed)(step)
+        batch = GlobalBatches(len(self.images), self.config.batch_size, self.config.seed)(step)
         paths = [(batch[i], self.images.describe(batch[i])) for i in positions]
         return [f"image {i}" + ("" if path.startswith("number ") else f" ({path})") for i, path in paths]

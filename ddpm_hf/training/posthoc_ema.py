@@ -167,13 +167,15 @@ class Plan(NamedTuple):
 def plan_rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int | None = None) -> Plan:
     """How to make the average of length σ_rel at `images_seen` images (None: at the last snapshot). Reads no weights.
 
-    Raises ValueError for a length outside (0, 0.2887] or with a profile error above 20 %, and without snapshots up to
-    `images_seen`.
+    Raises ValueError without snapshots up to `images_seen`, and for a length outside (0, 0.2887] or with a profile error
+    above 20 %.
     """
-    used = [s for s in snapshots if images_seen is None or s.images_seen <= images_seen]
+    if not snapshots:
+        raise ValueError("there are no snapshots to rebuild an average from.")
+    time = snapshots[-1].images_seen if images_seen is None else images_seen
+    used = [snapshot for snapshot in snapshots if snapshot.images_seen <= time]
     if not used:
-        raise ValueError(f"no snapshots up to images_seen = {images_seen}, only {[s.images_seen for s in snapshots]}.")
-    time = used[-1].images_seen if images_seen is None else images_seen
+        raise ValueError(f"images_seen must be at least {snapshots[0].images_seen}, the first snapshot's, got {time}.")
     keys = [(snapshot, length) for snapshot in used for length in snapshot.sigmas]
     profiles = [(gamma_from_sigma(length), snapshot.images_seen) for snapshot, length in keys]
     gammas, times = torch.tensor(profiles, dtype=torch.float64).T

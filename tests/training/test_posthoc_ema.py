@@ -159,7 +159,7 @@ def test_a_length_out_of_range_of_the_snapshots_is_rejected(tmp_path):
         plan_rebuild(few, 0.25)
     with pytest.raises(ValueError, match="no snapshots"):
         plan_rebuild([], 0.1)
-    with pytest.raises(ValueError, match=r"no snapshots up to images_seen = 100, only \[1600, 3200\]"):
+    with pytest.raises(ValueError, match="images_seen must be at least 1600"):
         plan_rebuild(few, 0.1, 100)
 
 
