@@ -34,6 +34,7 @@ from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.data.decoding import PILLOW_MODES, ImageFormat, to_signed
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
+from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import TrainingConfig, load_preset
 from ddpm_hf.training.ema import EMA
@@ -114,7 +115,8 @@ class Stock:
 
     def loss_of(self, indices: list[int]) -> float:
         """A step with these images, and the timesteps and noise that training/train.py draws."""
-        draws = draw_randomness(self.config, self.step, range(len(indices)), self.accelerator.device)
+        sampler = UniformTimesteps(self.config.num_train_timesteps)
+        draws = draw_randomness(self.config, self.step, range(len(indices)), self.accelerator.device, sampler)
         return self.train(self.images_of(indices), (draws.t, draws.noise))
 
     def train(self, clean: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
@@ -152,6 +154,7 @@ class Ours:
 
     def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None):
         self.config, self.diffusion = config, scheduler.diffusion
+        self.timestep_sampler = UniformTimesteps(config.num_train_timesteps)
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         device = self.accelerator.device
         self.unet = unet.to(device, memory_format=torch.channels_last).train()
@@ -173,9 +176,8 @@ class Ours:
         return self.train([self.images[indices]]).losses.mean().item()
 
     def train(self, micro_batches) -> StepReport:
-        report = training_step(
-            self.accelerator, self.model, self.optimizer, self.diffusion, self.config, self.step, micro_batches
-        )
+        step = (self.config, self.step, micro_batches, self.timestep_sampler)
+        report = training_step(self.accelerator, self.model, self.optimizer, self.diffusion, *step)
         self.step += 1
         self.ema.update(self.unet, self.step * self.config.batch_size, self.config.batch_size)
         return report

@@ -1,11 +1,11 @@
 """Downloads from the Hub: retries, checksums, and errors explained in one sentence."""
 
 import hashlib
-import itertools
 import os
 import random
 import re
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ from ddpm_hf.checks import check_float, check_int
 Result = TypeVar("Result")
 CHECKSUM = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
-GO_ONLINE = "load it once with HF_HUB_OFFLINE unset and local_files_only=False."
+OFFLINE = "the network is disabled: load it once with HF_HUB_OFFLINE unset and local_files_only=False."
 REQUEST_TIMEOUT_SECONDS = 300.0  # without an answer; the client itself waits forever
 
+NO_NETWORK = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+
 # Files with a correct checksum, with their sizes and times, so that each is read once and not at every load.
-_checked: set[tuple[str, int, int]] = set()
+_checked: set[tuple[Path, str, int, int]] = set()
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class BranchMoved(Exception):
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later."""
     error = _cause(error)
-    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+    if isinstance(error, NO_NETWORK):
         return False
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
@@ -75,22 +77,20 @@ def _is_client_error(error: BaseException) -> bool:
     """
     if type(error) not in (RuntimeError, OSError) or getattr(error, "errno", None) is not None:
         return False
-    module, traceback = "", error.__traceback__
-    while traceback is not None:
-        module, traceback = traceback.tb_frame.f_globals.get("__name__", ""), traceback.tb_next
-    return module.partition(".")[0] == "huggingface_hub"
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].partition(".")[0] == "huggingface_hub"
 
 
 def with_retries(call: Callable[[], Result], retries: Retries = DEFAULT_RETRIES) -> Result:
     """The result of `call`, retried after transient errors. The last error is raised."""
-    for attempt in itertools.count():
+    for attempt in range(retries.tries):
         try:
             get_session().timeout = REQUEST_TIMEOUT_SECONDS  # each time: the client makes a new session after an error
             return call()
         except Exception as error:
             header = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
             asked_wait = float(header) if header.isdigit() else 0.0
-            is_last = attempt + 1 >= retries.tries or asked_wait > retries.longest_wait_seconds
+            is_last = attempt + 1 == retries.tries or asked_wait > retries.longest_wait_seconds
             if is_last or not is_transient(error):
                 raise
         # Not the global random state: it belongs to the training.
@@ -103,55 +103,48 @@ def model_info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelIn
     return api.model_info(repo_id, revision=revision, timeout=REQUEST_TIMEOUT_SECONDS)
 
 
-def explain_error(error: BaseException, repo_id: str) -> str:
-    """What went wrong and what to do about it, in one sentence. The client's own messages span several lines."""
-    return _explain(error, repo_id)[1]
+def explain_error(error: BaseException, repo_id: str) -> OSError:
+    """The built-in exception that fits an error. Its message says in one sentence what went wrong and what to do.
 
-
-def _explain(error: BaseException, repo_id: str) -> tuple[type[OSError], str]:
-    """The built-in exception that fits an error, and the sentence."""
+    The client's own messages span several lines.
+    """
     host, cause = HfApi().endpoint, _cause(error)
+    message = " ".join(str(cause).split())
     if isinstance(error, RuntimeError) and cause is not error:  # names the file that was uploaded
-        kind, sentence = _explain(cause, repo_id)
-        return kind, f"{str(error).rstrip('.')}: {sentence}"
-    if isinstance(cause, errors.LocalEntryNotFoundError) or (
-        cause is not error and isinstance(cause, errors.OfflineModeIsEnabled)
-    ):
-        sentence = f"the cache holds no complete copy of {repo_id}, and the network is disabled: {GO_ONLINE}"
-        return FileNotFoundError, sentence
+        explained = explain_error(cause, repo_id)
+        return type(explained)(f"{str(error).rstrip('.')}: {explained}")
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, NO_NETWORK):
+        return FileNotFoundError(f"the cache holds no complete copy of {repo_id}, and {OFFLINE}")
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return ConnectionError, f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached on {host}: unset it."
+        return ConnectionError(f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached on {host}: unset it.")
     if isinstance(cause, errors.HfHubHTTPError):
         return _explain_response(cause, repo_id, host)
     if isinstance(cause, BranchMoved):
-        return OSError, f"other clients kept committing to {repo_id}: try again later."
-    message = " ".join(str(cause).split())
+        return OSError(f"other clients kept committing to {repo_id}: try again later.")
     if isinstance(cause, errors.HTTPError):
-        return ConnectionError, f"{host} cannot be reached, or closed the connection ({message}): try again later."
-    return OSError, message
+        return ConnectionError(f"{host} cannot be reached, or closed the connection ({message}): try again later.")
+    return OSError(message)
 
 
-def _explain_response(error: errors.HfHubHTTPError, repo_id: str, host: str) -> tuple[type[OSError], str]:
-    status, message = error.response.status_code, " ".join((error.server_message or "no message").split())
+def _explain_response(error: errors.HfHubHTTPError, repo_id: str, host: str) -> OSError:
+    status = error.response.status_code
+    said = f"(the Hub said: {' '.join((error.server_message or 'no message').split())})."
     if isinstance(error, errors.GatedRepoError):
-        return PermissionError, f"{repo_id} is gated: accept its terms at {host}/{repo_id}, then {LOG_IN}."
+        return PermissionError(f"{repo_id} is gated: accept its terms at {host}/{repo_id}, then {LOG_IN}.")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return FileNotFoundError, (
-            f"{host} has no repository {repo_id}, or it is private and the token has no access to it: check the name, "
-            f"and {LOG_IN} to a token that has."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError, f"{repo_id} has no such branch, tag or commit: see {host}/{repo_id}/tree/main."
-    if isinstance(error, errors.EntryNotFoundError):
-        return FileNotFoundError, f"{repo_id} has no such file: see {host}/{repo_id}/tree/main."
+        problem = f"{host} has no repository {repo_id}, or it is private"
+        return FileNotFoundError(f"{problem}: check the name, and {LOG_IN} to a token with access.")
+    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
+        missing = "file" if isinstance(error, errors.EntryNotFoundError) else "branch, tag or commit"
+        return FileNotFoundError(f"{repo_id} has no such {missing}: see {host}/{repo_id}/tree/main.")
     if status == 401:
         had_token = "Authorization" in error.response.request.headers
         problem = "does not accept this token" if had_token else f"requires a login for {repo_id}"
-        return PermissionError, f"the Hub {problem}: {LOG_IN} to a token with write access (the Hub said: {message})."
+        return PermissionError(f"the Hub {problem}: {LOG_IN} to a token with write access {said}")
     if status == 403:
-        return PermissionError, f"this token has no write access to {repo_id} (the Hub said: {message})."
-    problem = "429 (too many requests)" if status == 429 else str(status)
-    return OSError, f"the Hub answered {problem} for {repo_id}: try again later (the Hub said: {message})."
+        return PermissionError(f"this token has no write access to {repo_id} {said}")
+    problem = "429 (too many requests)" if status == 429 else status
+    return OSError(f"the Hub answered {problem} for {repo_id}: try again later {said}")
 
 
 # ------------------------------------------------------------------ downloads
@@ -166,26 +159,25 @@ def download_snapshot(repo_id: str, retries: Retries = DEFAULT_RETRIES, **kwargs
     """
     try:
         folder = Path(with_retries(lambda: snapshot_download(repo_id, **kwargs), retries))
-        is_offline = kwargs.get("local_files_only", False) or constants.HF_HUB_OFFLINE
-        options = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
+        options = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            _verify(repo_id, folder, file, is_offline, retries, options)
+            _verify(repo_id, folder, file, retries, options)
         return folder
     except (OSError, errors.HTTPError, RuntimeError) as error:
-        kind, sentence = _explain(error, repo_id)
-        raise kind(sentence) from error
+        raise explain_error(error, repo_id) from error
 
 
 def download_file(repo_id: str, name: str, commit: str, retries: Retries, token: str | None) -> Path:
     """One file of a commit, verified as in `download_snapshot`."""
     path = Path(with_retries(lambda: hf_hub_download(repo_id, name, revision=commit, token=token), retries))
-    _verify(repo_id, path.parents[len(Path(name).parts) - 1], path, False, retries, {"token": token})
+    _verify(repo_id, path.parents[len(Path(name).parts) - 1], path, retries, {"token": token})
     return path
 
 
-def _verify(repo_id: str, folder: Path, file: Path, is_offline: bool, retries: Retries, options: dict) -> None:
+def _verify(repo_id: str, folder: Path, file: Path, retries: Retries, options: dict) -> None:
     """Compare a file with the Hub's checksum: SHA-256 for LFS files, git's SHA-1 for others."""
     name = file.relative_to(folder).as_posix()
+    is_offline = options.get("local_files_only") or constants.HF_HUB_OFFLINE
     # The cache links to a file named by the checksum. Not resolve(): that file may be a link itself.
     checksum = Path(os.readlink(file)).name if file.is_symlink() else ""
     if not CHECKSUM.fullmatch(checksum):
@@ -197,27 +189,23 @@ def _verify(repo_id: str, folder: Path, file: Path, is_offline: bool, retries: R
     if _has_checksum(file, checksum):
         return
     if is_offline:
-        raise OSError(f"{name} of {repo_id} is damaged in the cache ({file}), and the network is disabled: {GO_ONLINE}")
+        raise OSError(f"{name} of {repo_id} is damaged in the cache ({file}), and {OFFLINE}")
     options = options | {"revision": folder.name, "force_download": True}
     with_retries(lambda: hf_hub_download(repo_id, name, **options), retries)
     if not _has_checksum(file, checksum):
         # Other programs must not find it in the cache.
         file.resolve().unlink(missing_ok=True)
         file.unlink(missing_ok=True)
-        raise OSError(
-            f"{name} of {repo_id} was damaged in two downloads (not of checksum {checksum}): try again later."
-        )
+        raise OSError(f"{name} of {repo_id} was damaged in two downloads (its checksum is not {checksum}).")
 
 
 def _has_checksum(file: Path, checksum: str) -> bool:
     status = file.stat()
-    key = (f"{file.resolve()} {checksum}", status.st_size, status.st_mtime_ns)
-    if key in _checked:
-        return True
-    is_lfs = len(checksum) == 64
-    digest = hashlib.sha256() if is_lfs else hashlib.sha1(b"blob %d\0" % status.st_size, usedforsecurity=False)
-    with open(file, "rb") as stream:
-        hashlib.file_digest(stream, lambda: digest)
-    if digest.hexdigest() == checksum:
-        _checked.add(key)
-    return digest.hexdigest() == checksum
+    key = (file.resolve(), checksum, status.st_size, status.st_mtime_ns)
+    if key not in _checked:
+        is_lfs = len(checksum) == 64
+        digest = hashlib.sha256() if is_lfs else hashlib.sha1(b"blob %d\0" % status.st_size, usedforsecurity=False)
+        with open(file, "rb") as stream:
+            if hashlib.file_digest(stream, lambda: digest).hexdigest() == checksum:
+                _checked.add(key)
+    return key in _checked

@@ -69,7 +69,7 @@ def test_permanent_errors_are_not_retried(error):
 
 @pytest.mark.parametrize("error", [*TRANSIENT.values(), *PERMANENT.values()], ids=[*TRANSIENT, *PERMANENT])
 def test_explanations_are_a_single_line(error):
-    assert "\n" not in explain_error(error, "user/m")
+    assert "\n" not in str(explain_error(error, "user/m"))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_explanations_are_a_single_line(error):
     ],
 )
 def test_explanations_name_the_repository_and_the_remedy(error, words):
-    text = explain_error(error, "user/m")
+    text = str(explain_error(error, "user/m"))
     assert [word for word in words if word not in text] == []
 
 

@@ -137,8 +137,7 @@ def sweep(args: EMAArguments, config, accelerator) -> tuple[dict, "ddpm_hf.DDPMP
         raise ValueError(
             f"{folder} holds no snapshots of averages ({SNAPSHOTS}/): train with --ema_snapshot_every_images N."
         )
-    for length in lengths:
-        plan_rebuild(snapshots, length, args.images_seen)  # raises for lengths out of range
+    plans = {length: plan_rebuild(snapshots, length, args.images_seen) for length in lengths}
     pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(folder)
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
@@ -148,17 +147,16 @@ def sweep(args: EMAArguments, config, accelerator) -> tuple[dict, "ddpm_hf.DDPMP
     accelerator.print(f"{'σ_rel':>10s} {'profile error':>15s}   {name}")
     accelerator.print(f"{'in folder':>10s} {'':>15s}   {format_value(value_before, error)}")
     curve, best, best_value, images_seen = [], None, value_before, None
-    for length in lengths:
-        rebuilt = rebuild(snapshots, length, args.images_seen)
-        load_parameters(rebuilt.state, pipe.unet)
+    for length, plan in plans.items():
+        load_parameters(rebuild(plan), pipe.unet)
         value, error = criterion(pipe)
-        images_seen = rebuilt.images_seen
-        row = {"length": length, "value": value, "profile_error": rebuilt.profile_error}
+        images_seen = plan.images_seen
+        row = {"length": length, "value": value, "profile_error": plan.profile_error}
         curve.append(row | ({} if error is None else {"standard_error": error}))
-        accelerator.print(f"{length:10g} {rebuilt.profile_error:15.1e}   {format_value(value, error)}")
+        accelerator.print(f"{length:10g} {plan.profile_error:15.1e}   {format_value(value, error)}")
         if value < best_value:
             best, best_value = length, value
-    load_parameters(before if best is None else rebuild(snapshots, best, args.images_seen).state, pipe.unet)
+    load_parameters(before if best is None else rebuild(plans[best]), pipe.unet)
     found = {"length": best, "value": best_value, "criterion": name, "images_seen": images_seen}
     return found | {"value_before": value_before, "seed": args.seed, "curve": curve}, pipe
 

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
+from torch import Tensor, nn, optim
 
 from ddpm_hf import __version__
 from ddpm_hf.files import UNFINISHED, atomic_folder
 from ddpm_hf.training.sharding import copy_full, full_on_cpu
 
 PREFIX, SUMS = "checkpoint-", "SHA256SUMS"
-FORMAT = {"format": "pt"}  # diffusers requires it: uploads.py publishes ema.safetensors as it is
 
 
-def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict) -> Path:
+def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> Path:
     """Write `root/checkpoint-<step>`: one safetensors file per entry of `tensors`, and `state` as JSON.
 
     Raises OSError if it cannot be written, for example on a full disk; earlier checkpoints do not change.
@@ -32,7 +32,8 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, to
     with atomic_folder(folder) as staged:
         for name, group in tensors.items():
             # Written by Python, whose OSError has an errno. That of safetensors' own writer is in the message alone.
-            (staged / f"{name}.safetensors").write_bytes(save(full_on_cpu(group), FORMAT))
+            # diffusers requires the format "pt": uploads.py publishes ema.safetensors as it is.
+            (staged / f"{name}.safetensors").write_bytes(save(full_on_cpu(group), {"format": "pt"}))
         state = {**state, "step": step, "versions": versions()}
         (staged / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         (staged / SUMS).write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(staged.iterdir())))
@@ -44,20 +45,17 @@ def checkpoint_folder(root: Path, step: int) -> Path:
     return root / f"{PREFIX}{step:08d}"
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """The tensors by file, and the state. Raises ValueError for a damaged checkpoint, naming the damaged file."""
     try:
-        lines = (folder / SUMS).read_text().splitlines()
-        digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        digests = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is damaged: its {SUMS} cannot be read ({error}).") from error
     for name in {"state.json", *digests}:
-        if name not in digests or not (folder / name).is_file():
-            raise ValueError(f"{folder} is damaged: {name} is missing.")
-        if _sha256(folder / name) != digests[name]:
-            raise ValueError(f"{folder} is damaged: {name} does not have the checksum it was written with.")
-    names = [name.removesuffix(".safetensors") for name in digests if name.endswith(".safetensors")]
-    return {name: load_file(folder / f"{name}.safetensors") for name in names}, read_state(folder)
+        if not (folder / name).is_file() or _sha256(folder / name) != digests.get(name):
+            raise ValueError(f"{folder} is damaged: {name} is missing or does not have the checksum in {SUMS}.")
+    files = [folder / name for name in digests if name.endswith(".safetensors")]
+    return {file.stem: load_file(file) for file in files}, read_state(folder)
 
 
 def read_state(folder: Path) -> dict:
@@ -89,23 +87,15 @@ def prune_checkpoints(root: Path, keep: int) -> None:
             shutil.rmtree(folder)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The per-parameter state of an optimizer as a flat dict, with keys "<parameter name>/<entry>"."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{key}": torch.as_tensor(value)
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
-    }
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()}
+    return {f"{name}/{key}": torch.as_tensor(value) for name, state in states.items() for key, value in state.items()}
 
 
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
-) -> None:
+def load_optimizer_tensors(optimizer: optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load what `optimizer_tensors` returned, on the devices and with the sharding that the optimizer expects."""
     parameters = dict(model.named_parameters())
-    order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    entries: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         name, entry = key.rsplit("/", 1)
         parameter = parameters[name]
@@ -114,8 +104,9 @@ def load_optimizer_tensors(
             placed = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
             copy_full(placed, value)
             value = placed
-        entries.setdefault(order[parameter], {})[entry] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.state[parameter][entry] = value
+    # Moves what is not of a parameter's shape, such as the number of steps, to the device that the optimizer expects.
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def _sha256(file: Path) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_hf.checks import check_float
 from ddpm_hf.training.sharding import copy_full, reshard, to_local
@@ -51,50 +51,47 @@ class EMA:
             halflife = min(halflife, images_seen * self.RAMPUP_RATIO)
         return 0.5 ** (batch_size / halflife)
 
-    def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: torch.Tensor | None = None) -> None:
+    def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: Tensor | None = None) -> None:
         """Move the average towards the model's parameters. Call it after each optimizer step.
 
         `skipped`: 0-d on the parameters' device, 1 if the step was skipped; the average then does not change.
         """
         lerp_parameters(self._average.values(), model, 1 - self.decay(images_seen, batch_size), skipped)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The averaged parameters by the model's parameter names, float32."""
         return dict(self._average)
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load averages saved by `state_dict`. Raises ValueError for other names or shapes."""
         load_averages(self._average, state)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Copy the average into a model's parameters, in their dtype."""
-        for parameter, average in zip(model.parameters(), self._average.values()):
-            parameter.copy_(average)
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
         """Within this context the model's parameters are the average; afterwards they are restored exactly."""
         kept = [p.detach().clone() for p in model.parameters()]
-        self.copy_to(model)
+        load_parameters(model, self._average.values())
         try:
             yield
         finally:
             reshard(model)
-            with torch.no_grad():
-                for parameter, value in zip(model.parameters(), kept):
-                    parameter.copy_(value)
+            load_parameters(model, kept)
 
 
-def float32_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+def float32_parameters(model: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's parameters by name, float32."""
     return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
-def lerp_parameters(
-    average: Iterable[torch.Tensor], model: nn.Module, weight: float, skipped: torch.Tensor | None = None
-) -> None:
+def load_parameters(model: nn.Module, values: Iterable[Tensor]) -> None:
+    """Copy values into a model's parameters, in their order and dtype."""
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def lerp_parameters(average: Iterable[Tensor], model: nn.Module, weight: float, skipped: Tensor | None) -> None:
     """average += weight · (parameters − average), in float32; no change if `skipped` is 1."""
     average, parameters = [to_local(a) for a in average], [to_local(p).detach().float() for p in model.parameters()]
     if skipped is not None:
@@ -103,11 +100,10 @@ def lerp_parameters(
     torch._foreach_lerp_(average, parameters, weight)
 
 
-def load_averages(averages: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+def load_averages(averages: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Copy saved averages into `averages`. Raises ValueError for other names or shapes."""
-    if state.keys() != averages.keys():
-        raise ValueError(f"the saved average has other parameters: {sorted(state.keys() ^ averages.keys())[:5]} ...")
+    saved, expected = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (state, averages))
+    if saved != expected:
+        raise ValueError(f"the saved average has other parameters: {sorted(saved ^ expected)[:4]} ...")
     for name, average in averages.items():
-        if state[name].shape != average.shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(average.shape)}.")
         copy_full(average, state[name])

@@ -47,8 +47,7 @@ class SkippedSteps:
 
     Args:
         images: the training images, to name those of a skipped step.
-        batch_size, seed: of the run; they determine the images of a step.
-        max_nonfinite_steps: consecutive skipped steps after which training must stop.
+        config: of the run. Training must stop after `max_nonfinite_steps` consecutive skipped steps.
         total: skipped steps of the whole run so far.
         in_a_row: consecutive skipped steps up to now.
     """

@@ -27,12 +27,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm_hf.checks import check_float
 from ddpm_hf.files import atomic_file
 from ddpm_hf.training.ema import float32_parameters, lerp_parameters, load_averages
-from ddpm_hf.training.sharding import full_on_cpu
 
 SIGMAS = (0.05, 0.10)  # σ_rel of the two tracked averages (EDM2, section 3.2)
 MAX_SIGMA = 12**-0.5  # σ_rel of γ = 0, the mean over the whole run
@@ -61,18 +60,18 @@ class PowerEMA:
         self.gammas = {sigma: gamma_from_sigma(sigma) for sigma in sigmas}
         self._averages = {sigma: float32_parameters(model) for sigma in sigmas}
 
-    def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: torch.Tensor | None = None) -> None:
+    def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: Tensor | None = None) -> None:
         """Update the averages. Call it after every optimizer step, from the first on. `skipped`: as in `EMA.update`."""
         for sigma, average in self._averages.items():
             decay = (1 - batch_size / images_seen) ** (self.gammas[sigma] + 1)
             lerp_parameters(average.values(), model, 1 - decay, skipped)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The averaged parameters with keys "<σ_rel>/<parameter name>", float32."""
         averages = self._averages.items()
         return {f"{sigma!r}/{name}": value for sigma, average in averages for name, value in average.items()}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load averages saved by `state_dict`. Raises ValueError for other names or shapes."""
         load_averages(self.state_dict(), state)
 
@@ -85,11 +84,11 @@ class Snapshot(NamedTuple):
     sigmas: tuple[float, ...]
 
 
-def save_snapshot(folder: Path, images_seen: int, averages: Mapping[str, torch.Tensor]) -> Path:
-    """Save what `PowerEMA.state_dict` returns, whole or not at all, with a SHA-256 checksum of it."""
+def save_snapshot(folder: Path, images_seen: int, averages: Mapping[str, Tensor]) -> Path:
+    """Save what `PowerEMA.state_dict` returns, as full tensors on the CPU, with a SHA-256 checksum of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, file = full_on_cpu(averages), folder / f"{PREFIX}{images_seen:012d}.safetensors"
-    atomic_file(file, save(tensors, metadata={"sha256": _digest(tensors), "images_seen": str(images_seen)}))
+    file = folder / f"{PREFIX}{images_seen:012d}.safetensors"
+    atomic_file(file, save(dict(averages), {"sha256": _digest(averages), "images_seen": str(images_seen)}))
     return file
 
 
@@ -109,7 +108,7 @@ def list_snapshots(folder: Path) -> list[Snapshot]:
     return found
 
 
-def read_snapshot(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+def read_snapshot(snapshot: Snapshot) -> dict[str, Tensor]:
     """The averages of a snapshot. Raises ValueError if the file is damaged."""
     try:
         with safe_open(snapshot.file, "pt") as saved:
@@ -129,36 +128,30 @@ def drop_snapshots_after(folder: Path, images_seen: int) -> None:
             file.unlink()
 
 
-def inner_products(
-    gammas_1: Sequence[float], times_1: Sequence[float], gammas_2: Sequence[float], times_2: Sequence[float]
-) -> torch.Tensor:
-    """⟨p_{γ_i,t_i}, p_{γ_j,t_j}⟩ of n profiles with m others: (n, m), float64, in units of 1/time."""
-    gamma_1, t_1 = (torch.tensor(values, dtype=torch.float64)[:, None] for values in (gammas_1, times_1))
-    gamma_2, t_2 = (torch.tensor(values, dtype=torch.float64)[None] for values in (gammas_2, times_2))
+def inner_products(gamma_1: Tensor, t_1: Tensor, gamma_2: Tensor, t_2: Tensor) -> Tensor:
+    """⟨p_{γ₁,t₁}, p_{γ₂,t₂}⟩ in units of 1/time, for tensors of any shapes that broadcast."""
     later_gamma = torch.where(t_1 <= t_2, gamma_2, gamma_1)
     earlier, later = torch.minimum(t_1, t_2), torch.maximum(t_1, t_2)
     return (gamma_1 + 1) * (gamma_2 + 1) / (gamma_1 + gamma_2 + 1) * (earlier / later) ** later_gamma / later
 
 
-def profile_weights(
-    gammas: Sequence[float], times: Sequence[float], gamma: float, time: float
-) -> tuple[torch.Tensor, float]:
+def profile_weights(gammas: Tensor, times: Tensor, gamma: float, time: float) -> tuple[Tensor, float]:
     """The weights x (n,), float64, for which Σ x_i p_i is closest to the profile p of (γ, t) under Σ x_i = 1.
 
-    Also returns the relative error ‖Σ x_i p_i − p‖/‖p‖.
+    Also returns the relative error ‖Σ x_i p_i − p‖/‖p‖. `gammas` and `times` (n,) are those of the p_i, float64.
     """
     # In units of `time`, for numbers near 1. The profiles are normalized because the Gram matrix is nearly singular.
-    times = [t / time for t in times]
-    gram, b = inner_products(gammas, times, gammas, times), inner_products(gammas, times, [gamma], [1.0])[:, 0]
-    norms, n = gram.diagonal().sqrt(), len(times)
-    ones = (1 / norms) / (1 / norms).norm()
-    system, right = torch.zeros(n + 1, n + 1, dtype=torch.float64), torch.zeros(n + 1, dtype=torch.float64)
-    system[:n, :n], right[:n] = gram / norms / norms[:, None], b / norms
-    system[n, :n] = system[:n, n] = ones
-    right[n] = 1 / (1 / norms).norm()
+    times, p, n = times / time, torch.tensor([gamma, 1.0], dtype=torch.float64), len(times)
+    gram, b = inner_products(gammas[:, None], times[:, None], gammas, times), inner_products(gammas, times, *p)
+    norms = gram.diagonal().sqrt()
+    scale = (1 / norms).norm()
+    system = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    system[:n, :n] = gram / norms / norms[:, None]
+    system[n, :n] = system[:n, n] = 1 / norms / scale
+    right = torch.cat([b / norms, 1 / scale[None]])
     x = torch.linalg.lstsq(system, right[:, None], rcond=1e-13, driver="gelsd").solution[:n, 0] / norms
     x = x / x.sum()
-    squared = inner_products([gamma], [1.0], [gamma], [1.0])[0, 0]
+    squared = inner_products(*p, *p)
     error = (squared - 2 * b @ x + x @ gram @ x) / squared
     return x, math.sqrt(max(error.item(), 0.0))
 
@@ -172,7 +165,11 @@ class Plan(NamedTuple):
 
 
 def plan_rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int | None = None) -> Plan:
-    """How `rebuild` makes the average of length σ_rel at `images_seen` images. Reads no weights; raises as `rebuild`."""
+    """How to make the average of length σ_rel at `images_seen` images (None: at the last snapshot). Reads no weights.
+
+    Raises ValueError without snapshots up to `images_seen`, and for a length outside (0, 0.2887] or with a profile error
+    above 20 %.
+    """
     if not snapshots:
         raise ValueError("there are no snapshots to rebuild an average from.")
     time = snapshots[-1].images_seen if images_seen is None else images_seen
@@ -180,41 +177,26 @@ def plan_rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int |
     if not used:
         raise ValueError(f"images_seen must be at least {snapshots[0].images_seen}, the first snapshot's, got {time}.")
     keys = [(snapshot, length) for snapshot in used for length in snapshot.sigmas]
-    gammas, times = [gamma_from_sigma(length) for _, length in keys], [snapshot.images_seen for snapshot, _ in keys]
+    profiles = [(gamma_from_sigma(length), snapshot.images_seen) for snapshot, length in keys]
+    gammas, times = torch.tensor(profiles, dtype=torch.float64).T
     x, error = profile_weights(gammas, times, gamma_from_sigma(sigma), time)
     if error > MAX_PROFILE_ERROR:
-        raise ValueError(
-            f"the length σ_rel = {sigma:g} is out of the range of these {len(used)} snapshots: the closest profile has "
-            f"an error of {error:.0%}, at most {MAX_PROFILE_ERROR:.0%} is accepted. Lengths near "
-            f"{' and '.join(f'{s:g}' for s in used[0].sigmas)} need the fewest snapshots."
-        )
+        problem = f"the length σ_rel = {sigma:g} is out of the range of these {len(used)} snapshots"
+        raise ValueError(f"{problem}: its profile error is {error:.0%}, at most {MAX_PROFILE_ERROR:.0%} is accepted.")
     return Plan(dict(zip(keys, x.tolist())), error, time)
 
 
-class Rebuilt(NamedTuple):
-    """A rebuilt average by the model's parameter names, float32; its profile's error ‖p̂ − p‖/‖p‖; the images seen."""
-
-    state: dict[str, torch.Tensor]
-    profile_error: float
-    images_seen: int
-
-
-def rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int | None = None) -> Rebuilt:
-    """The average of length σ_rel at `images_seen` images (None: at the last snapshot), from the snapshots up to then.
-
-    Raises ValueError without snapshots, for a length outside (0, 0.2887] or with a profile error above 20 %, and for
-    damaged snapshots.
-    """
-    plan = plan_rebuild(snapshots, sigma, images_seen)
-    sums: dict[str, torch.Tensor] = {}
-    for snapshot in {snapshot: None for snapshot, _ in plan.weights}:
+def rebuild(plan: Plan) -> dict[str, Tensor]:
+    """The planned average by the model's parameter names, float32. Raises ValueError for damaged snapshots."""
+    sums: dict[str, Tensor] = {}
+    for snapshot in dict.fromkeys(snapshot for snapshot, _ in plan.weights):
         for key, value in read_snapshot(snapshot).items():
             length, name = key.split("/", 1)
             sums[name] = sums.get(name, 0) + value.double() * plan.weights[snapshot, float(length)]
-    return Rebuilt({name: value.float() for name, value in sums.items()}, plan.profile_error, plan.images_seen)
+    return {name: value.float() for name, value in sums.items()}
 
 
-def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())

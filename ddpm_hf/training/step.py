@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from ddpm_hf.data.batches import process_positions
 from ddpm_hf.data.decoding import to_signed
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
-from ddpm_hf.diffusion.losses import Loss
 from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.seeds import seed_dropout
 from ddpm_hf.training.config import TrainingConfig
@@ -49,7 +48,7 @@ def training_step(
     config: TrainingConfig,
     step: int,
     micro_batches: Iterable[dict[str, torch.Tensor]],
-    sampler: UniformTimesteps | None = None,
+    sampler: UniformTimesteps,
 ) -> StepReport:
     """One optimizer step (DDPM, algorithm 1) on this process's share of the global batch of `step`.
 
@@ -58,38 +57,37 @@ def training_step(
     Args:
         micro_batches: `config.micro_batches(num_processes)` dicts, accumulated into one gradient, with "images", uint8
             or uint16 (B, C, H, W), and "labels" (B,) if the configuration has a `label_column`.
-        sampler: timestep sampler of the run; None is accepted for a sampler without state.
+        sampler: timestep sampler of the run.
     """
     positions = process_positions(config.batch_size, accelerator.process_index, accelerator.num_processes)
-    randomness = draw_randomness(config, step, positions, accelerator.device, sampler)
-    accumulation_steps, objective = config.micro_batches(accelerator.num_processes), config.objective
-    size = len(positions) // accumulation_steps
+    accumulation_steps, loss_function = config.micro_batches(accelerator.num_processes), config.objective
+    device, size = accelerator.device, len(positions) // accumulation_steps
+    randomness = draw_randomness(config, step, positions, device, sampler)
     losses = []
     for i, batch in enumerate(micro_batches):
         part = StepRandomness(*(values[i * size : (i + 1) * size] for values in randomness))
-        x_0 = to_signed(batch["images"].to(accelerator.device, non_blocking=True))
+        x_0 = to_signed(batch["images"].to(device, non_blocking=True))
         if config.random_flip:
             x_0 = torch.where(part.flip[:, None, None, None], x_0.flip(-1), x_0)
         labels = None
         if config.label_column is not None:
-            labels = batch["labels"].to(accelerator.device, non_blocking=True)
             # The index of the null class is num_classes (see `build_unet`).
-            labels = torch.where(part.drop_label, config.num_classes, labels)
+            labels = torch.where(part.drop_label, config.num_classes, batch["labels"].to(device, non_blocking=True))
         if config.dropout:
             seed_dropout(config.seed, step, positions.start + i * size)
         # Gradients are synchronized once per step, with the last micro-batch.
         with accelerator.no_sync(model) if i < accumulation_steps - 1 else nullcontext():
-            loss = objective(model, diffusion, x_0, part.t, part.noise, labels, part.input_noise)
+            loss = loss_function(model, diffusion, x_0, part.t, part.noise, labels, part.input_noise)
             mean = (loss.objective * part.weight).mean() / accumulation_steps
             accelerator.backward(mean * nan_if_nonfinite(loss.objective))
-        losses.append(Loss(loss.objective.detach(), loss.simple.detach()))
+        losses.append((loss.objective.detach(), loss.simple.detach()))
     grad_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
     skipped = step_if_finite(optimizer, grad_norm)
     optimizer.zero_grad()
-    loss = Loss(*map(torch.cat, zip(*losses)))
-    if sampler is not None and sampler.uses_losses:
+    objective, simple = map(torch.cat, zip(*losses))
+    if sampler.uses_losses:
         # Gathered in order of rank, which is the order of positions.
-        sampler.update(accelerator.gather(randomness.t), accelerator.gather(loss.objective))
-    return StepReport(randomness.t, loss.simple, grad_norm, loss.objective * randomness.weight, skipped)
+        sampler.update(accelerator.gather(randomness.t), accelerator.gather(objective))
+    return StepReport(randomness.t, simple, grad_norm, objective * randomness.weight, skipped)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps, make_timestep_sampler
+from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training.config import TrainingConfig
 
@@ -32,16 +32,13 @@ class StepRandomness(NamedTuple):
 
 
 def draw_randomness(
-    config: TrainingConfig, step: int, positions: range, device: torch.device, sampler: UniformTimesteps | None = None
+    config: TrainingConfig, step: int, positions: range, device: torch.device, sampler: UniformTimesteps
 ) -> StepRandomness:
     """The random numbers of a step for consecutive `positions` of the global batch.
 
     They are drawn in blocks of `BLOCK` positions, so that the cost follows the number of positions and not the global
-    batch size, and the values do not depend on how the batch is divided. Timesteps are the exception: a sampler
-    draws the B numbers of the global batch, because their distribution may depend on the whole batch.
-
-    `sampler`: the timestep sampler of the run. None is accepted if `config.timestep_sampler` does not learn from the
-    losses; otherwise ValueError is raised.
+    batch size, and the values do not depend on how the batch is divided. Timesteps are the exception: `sampler`, that of
+    the run, draws the B numbers of the global batch, because their distribution may depend on the whole batch.
     """
     C, size, share = config.channels, config.resolution, slice(positions.start, positions.stop)
 
@@ -56,10 +53,6 @@ def draw_randomness(
             return torch.zeros(len(positions), dtype=torch.bool, device=device)
         return random(purpose, draw=torch.rand) < probability
 
-    if sampler is None:
-        sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
-        if sampler.uses_losses:
-            raise ValueError(f"sampler must be given: {config.timestep_sampler!r} learns from the losses.")
     t, weight = sampler(config.batch_size, make_generator(device, config.seed, "timesteps", step))
     noise = random("noise", (C, *size))
     if config.offset_noise:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.training import artifacts
-from ddpm_hf.training.posthoc_ema import list_snapshots, rebuild
+from ddpm_hf.training.posthoc_ema import list_snapshots, plan_rebuild, rebuild
 from tests.conftest import TINY_TRAINING, flags
 
 RUN = flags(
@@ -75,7 +75,7 @@ def test_best_length_is_written_and_stays_in_a_second_sweep(folder, capsys):
     assert found["value_before"] == pytest.approx(log[-1]["validation_loss_ema"], rel=1e-6)
 
     weights = DDPMPipelineCustom.from_pretrained(folder).unet.state_dict()
-    expected = rebuild(list_snapshots(folder / "ema_snapshots"), found["length"]).state
+    expected = rebuild(plan_rebuild(list_snapshots(folder / "ema_snapshots"), found["length"]))
     assert all(torch.equal(weights[name], value) for name, value in expected.items())
     assert diffusers.DDPMPipeline.from_pretrained(folder)(num_inference_steps=2).images
     # The metrics of the old weights are dropped.

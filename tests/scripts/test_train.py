@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.data.batches import MicroBatches
+from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.run_data import load_images
@@ -65,10 +66,10 @@ def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
     images, _ = load_images(config)
     batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
-    accelerator = Accelerator()
+    training = (Accelerator(), unet, optimizer, scheduler.diffusion, config)
+    sampler = UniformTimesteps(config.num_train_timesteps)
     losses = [
-        training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch]).losses.mean().item()
-        for step, batch in enumerate(batches)
+        training_step(*training, step, [batch], sampler).losses.mean().item() for step, batch in enumerate(batches)
     ]
     # The network gives 0, so each loss is the mean square of its noise; the rate is 0, so it stays so.
     assert sum(losses) / 8 == pytest.approx(1.0, abs=4 * (2 / (8 * 16 * 64)) ** 0.5)
@@ -89,7 +90,7 @@ def test_a_damaged_checkpoint_is_reported_and_an_earlier_one_used(straight, tmp_
     content[-3] ^= 255
     damaged.write_bytes(content)
     assert_bit_identical(run(tmp_path), straight[1])
-    assert "model.safetensors does not have the checksum" in caplog.text
+    assert "model.safetensors is missing or does not have the checksum" in caplog.text
 
 
 def test_micro_batches_make_the_same_run(straight, tmp_path):
@@ -152,10 +153,9 @@ def reports(accelerator, config, backend=None, steps=3):
     images, _ = load_images(config)
     parts = config.micro_batches(1)
     batches = MicroBatches(images, config.batch_size, 0, 0, steps, micro_batches=parts)
-    return [
-        training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, batches.step())
-        for step in range(steps)
-    ]
+    training = (accelerator, model, optimizer, scheduler.diffusion, config)
+    sampler = UniformTimesteps(config.num_train_timesteps)
+    return [training_step(*training, step, batches.step(), sampler) for step in range(steps)]
 
 
 def test_compiled_training_is_eager_training_with_accumulation(accelerators):
@@ -180,11 +180,13 @@ def test_noise_noised_images_and_loss_are_float32_in_mixed_precision(accelerator
     unet.conv_in.register_forward_hook(keep("convolution"))
     model, optimizer = accelerator.prepare(unet, torch.optim.Adam(unet.parameters()))
     images, _ = load_images(config)
-    report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, 0, [images[list(range(16))]])
+    sampler = UniformTimesteps(config.num_train_timesteps)
+    batches = [images[list(range(16))]]
+    report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, 0, batches, sampler)
     assert seen["network"][0] == torch.float32  # x_t, made of noise in float32
     assert seen["convolution"][1].dtype == torch.bfloat16  # and yet it is bf16 that is computed in
     assert report.losses.dtype == torch.float32
-    assert draw_randomness(config, 0, range(16), torch.device("cpu")).noise.dtype == torch.float32
+    assert draw_randomness(config, 0, range(16), torch.device("cpu"), sampler).noise.dtype == torch.float32
 
 
 def test_the_training_benchmark_runs_and_both_sides_train_alike(capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.streaming import StreamedImages
+from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.ema import EMA
@@ -60,7 +62,10 @@ class NamedImages:
 
 
 def make_skipped_steps(images=None, batch_size=4, max_nonfinite_steps=3):
-    return SkippedSteps(Accelerator(cpu=True), images or NamedImages(), batch_size, 7, max_nonfinite_steps)
+    config = SimpleNamespace(batch_size=batch_size, seed=7, max_nonfinite_steps=max_nonfinite_steps)
+    return SkippedSteps(
+        Accelerator(cpu=True), images or NamedImages(), config.batch_size, config.seed, config.max_nonfinite_steps
+    )
 
 
 def add(skipped_steps, step, losses, skipped=True):
@@ -112,14 +117,14 @@ def test_an_overflowing_loss_scale_is_lowered_without_other_changes():
     # As Accelerator does with mixed_precision="fp16", which it does not accept on the CPU.
     accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer.optimizer)
     images, _ = load_images(config, torch.device("cpu"))
-    batches = GlobalBatches(len(images), config.batch_size, config.seed)
+    batches, sampler = GlobalBatches(len(images), config.batch_size, config.seed), UniformTimesteps(1000)
     skipped = SkippedSteps(accelerator, images, config.batch_size, config.seed, config.max_nonfinite_steps)
     ema, started = EMA(unet, 1000), [p.detach().clone() for p in unet.parameters()]
     was_skipped = []
     for step in range(40):
         batch = images[batches.indices(step)]
         with torch.autocast("cpu", torch.float16):
-            report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, [batch])
+            report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, step, [batch], sampler)
         ema.update(unet, 16 * (step + 1), 16, report.skipped)
         skipped.add(step, report.t, report.objective, report.skipped)
         was_skipped.append(bool(report.skipped))

@@ -93,11 +93,13 @@ def test_a_length_outside_the_range_is_rejected(sigma):
 
 
 def test_inner_products_match_numerical_integrals():
-    gammas, times = [16.97, 6.94, 2.0], [1.0, 0.7, 0.3]
+    gammas, times = torch.tensor([[16.97, 6.94, 2.0], [1.0, 0.7, 0.3]], dtype=torch.float64)
     tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     profiles = torch.stack([(g + 1) * tau**g / t ** (g + 1) * (tau <= t) for g, t in zip(gammas, times)])
     numeric = profiles @ profiles.T / len(tau)
-    torch.testing.assert_close(inner_products(gammas, times, gammas, times), numeric, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(
+        inner_products(gammas[:, None], times[:, None], gammas, times), numeric, rtol=1e-4, atol=1e-9
+    )
 
 
 def test_each_tracked_average_is_the_exact_average_over_all_steps(snapshots):
@@ -110,31 +112,35 @@ def test_each_tracked_average_is_the_exact_average_over_all_steps(snapshots):
 
 @pytest.mark.parametrize("sigma", [0.03, 0.05, 0.06, 0.075, 0.1, 0.12, 0.15, 0.2])
 def test_a_rebuilt_average_is_exact_up_to_its_profile_error(snapshots, sigma):
-    rebuilt = rebuild(snapshots, sigma)
-    difference = (flat(rebuilt.state) - direct(sigma)).abs()
+    plan = plan_rebuild(snapshots, sigma)
+    difference = (flat(rebuild(plan)) - direct(sigma)).abs()
     # Cauchy-Schwarz: |∫(p̂ − p)(θ − c)| ≤ ‖p̂ − p‖ · ‖θ − c‖ for any c, since both profiles have integral 1.
-    p_norm = inner_products([gamma_from_sigma(sigma)], [1.0], [gamma_from_sigma(sigma)], [1.0]).sqrt().item()
+    p = torch.tensor([gamma_from_sigma(sigma), 1.0], dtype=torch.float64)
+    p_norm = inner_products(*p, *p).sqrt().item()
     deviation = (path() - path().mean(0)).square().mean(0).sqrt()
-    assert (difference <= rebuilt.profile_error * p_norm * deviation + 1e-5).all()
-    assert difference.max() < 0.02 and rebuilt.profile_error < 0.05
+    assert (difference <= plan.profile_error * p_norm * deviation + 1e-5).all()
+    assert difference.max() < 0.02 and plan.profile_error < 0.05
     # Averages of other lengths differ by more than this, so that the comparison is meaningful.
     assert (direct(sigma) - direct(sigma * 1.3)).abs().max() > difference.max()
 
 
 def test_a_tracked_average_is_rebuilt_exactly(snapshots):
     for sigma in (0.05, 0.1):
-        tensors, rebuilt = read_snapshot(snapshots[7]), rebuild(snapshots, sigma, snapshots[7].images_seen)
+        tensors, plan = read_snapshot(snapshots[7]), plan_rebuild(snapshots, sigma, snapshots[7].images_seen)
+        rebuilt = rebuild(plan)
         for name in ("weight", "bias"):
-            torch.testing.assert_close(rebuilt.state[name], tensors[f"{sigma}/{name}"], rtol=1e-6, atol=1e-6)
-        assert rebuilt.profile_error < 1e-6 and rebuilt.images_seen == snapshots[7].images_seen
+            torch.testing.assert_close(rebuilt[name], tensors[f"{sigma}/{name}"], rtol=1e-6, atol=1e-6)
+        assert plan.profile_error < 1e-6 and plan.images_seen == snapshots[7].images_seen
 
 
 def test_the_weights_sum_to_one_and_minimize_the_profile_error():
-    gammas, times = [16.97, 6.94] * 6, [t / 6 for t in range(1, 7) for _ in range(2)]
-    x, error = profile_weights(gammas, times, gamma_from_sigma(0.15), 1.0)
+    profiles = [(gamma, t / 6) for t in range(1, 7) for gamma in (16.97, 6.94)]
+    gammas, times = torch.tensor(profiles, dtype=torch.float64).T
+    p = torch.tensor([gamma_from_sigma(0.15), 1.0], dtype=torch.float64)
+    x, error = profile_weights(gammas, times, *p.tolist())
     assert x.sum().item() == pytest.approx(1, abs=1e-12)
-    gram = inner_products(gammas, times, gammas, times)
-    b = inner_products(gammas, times, [gamma_from_sigma(0.15)], [1.0])[:, 0]
+    gram = inner_products(gammas[:, None], times[:, None], gammas, times)
+    b = inner_products(gammas, times, *p)
     # Lagrange condition: all components of the gradient are equal.
     gradient = gram @ x - b
     torch.testing.assert_close(gradient, gradient.mean().expand_as(gradient), rtol=0, atol=1e-8)
@@ -150,11 +156,11 @@ def test_more_snapshots_give_a_smaller_profile_error(tmp_path, snapshots):
 def test_a_length_out_of_range_of_the_snapshots_is_rejected(tmp_path):
     few = train(tmp_path, every=200)
     with pytest.raises(ValueError, match="σ_rel = 0.25 .*out of the range of these 2 snapshots"):
-        rebuild(few, 0.25)
+        plan_rebuild(few, 0.25)
     with pytest.raises(ValueError, match="no snapshots"):
-        rebuild([], 0.1)
+        plan_rebuild([], 0.1)
     with pytest.raises(ValueError, match="images_seen must be at least 1600"):
-        rebuild(few, 0.1, 100)
+        plan_rebuild(few, 0.1, 100)
 
 
 def test_a_damaged_snapshot_is_named(tmp_path):
@@ -163,7 +169,7 @@ def test_a_damaged_snapshot_is_named(tmp_path):
     content[-2] ^= 4
     snapshot.file.write_bytes(content)
     with pytest.raises(ValueError, match=f"{snapshot.file.name} is damaged"):
-        rebuild([snapshot], 0.1)
+        rebuild(plan_rebuild([snapshot], 0.1))
     snapshot.file.write_bytes(content[:40])
     with pytest.raises(ValueError, match=f"{snapshot.file.name} is not a snapshot"):
         list_snapshots(tmp_path)

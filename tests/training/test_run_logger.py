@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.diffusion.losses import Objective
+from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training import log_file
 from ddpm_hf.training.build import build
@@ -81,11 +82,11 @@ def test_the_log_has_the_mean_losses_by_quartile_of_t(logged, tmp_path):
     unet, scheduler = initial(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)
     (images, _), accelerator = load_images(config), Accelerator()
-    batches = GlobalBatches(len(images), config.batch_size, config.seed)
+    batches, sampler = GlobalBatches(len(images), config.batch_size, config.seed), UniformTimesteps(1000)
     t, losses, norms = [], [], []
     for step in range(3):
         batch = images[batches.indices(step)]
-        report = training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch])
+        report = training_step(accelerator, unet, optimizer, scheduler.diffusion, config, step, [batch], sampler)
         t, losses, norms = t + report.t.tolist(), losses + report.losses.tolist(), norms + [report.grad_norm.item()]
     (row,) = [row for row in read_log(folder / "log.jsonl") if row["step"] == 3]
     assert row["images"] == 48
