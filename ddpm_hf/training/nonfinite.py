@@ -47,7 +47,8 @@ class SkippedSteps:
 
     Args:
         images: the training images, to name those of a skipped step.
-        config: of the run. Training must stop after `max_nonfinite_steps` consecutive skipped steps.
+        batch_size, seed: of the run, to find the images of a step.
+        max_nonfinite_steps: training must stop after this many consecutive skipped steps.
         total: skipped steps of the whole run so far.
         in_a_row: consecutive skipped steps up to now.
     """
