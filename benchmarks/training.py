@@ -34,7 +34,7 @@ from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.data.decoding import PILLOW_MODES, ImageFormat, to_signed
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
+from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import TrainingConfig, load_preset
 from ddpm_hf.training.ema import EMA
@@ -115,7 +115,7 @@ class Stock:
 
     def loss_of(self, indices: list[int]) -> float:
         """A step with these images, and the timesteps and noise that training/train.py draws."""
-        sampler = UniformTimesteps(self.config.num_train_timesteps)
+        sampler = make_timestep_sampler(self.config.timestep_sampler, self.config.num_train_timesteps)
         draws = draw_randomness(self.config, self.step, range(len(indices)), self.accelerator.device, sampler)
         return self.train(self.images_of(indices), (draws.t, draws.noise))
 
@@ -154,7 +154,7 @@ class Ours:
 
     def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None):
         self.config, self.diffusion = config, scheduler.diffusion
-        self.timestep_sampler = UniformTimesteps(config.num_train_timesteps)
+        self.timestep_sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         device = self.accelerator.device
         self.unet = unet.to(device, memory_format=torch.channels_last).train()

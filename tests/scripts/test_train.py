@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.data.batches import MicroBatches
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
+from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.run_data import load_images
@@ -67,7 +67,7 @@ def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
     images, _ = load_images(config)
     batches = [images[list(range(i * 16, i * 16 + 16))] for i in range(8)]
     training = (Accelerator(), unet, optimizer, scheduler.diffusion, config)
-    sampler = UniformTimesteps(config.num_train_timesteps)
+    sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
     losses = [
         training_step(*training, step, [batch], sampler).losses.mean().item() for step, batch in enumerate(batches)
     ]
@@ -154,7 +154,7 @@ def reports(accelerator, config, backend=None, steps=3):
     parts = config.micro_batches(1)
     batches = MicroBatches(images, config.batch_size, 0, 0, steps, micro_batches=parts)
     training = (accelerator, model, optimizer, scheduler.diffusion, config)
-    sampler = UniformTimesteps(config.num_train_timesteps)
+    sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
     return [training_step(*training, step, batches.step(), sampler) for step in range(steps)]
 
 
@@ -180,7 +180,7 @@ def test_noise_noised_images_and_loss_are_float32_in_mixed_precision(accelerator
     unet.conv_in.register_forward_hook(keep("convolution"))
     model, optimizer = accelerator.prepare(unet, torch.optim.Adam(unet.parameters()))
     images, _ = load_images(config)
-    sampler = UniformTimesteps(config.num_train_timesteps)
+    sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
     batches = [images[list(range(16))]]
     report = training_step(accelerator, model, optimizer, scheduler.diffusion, config, 0, batches, sampler)
     assert seen["network"][0] == torch.float32  # x_t, made of noise in float32

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.streaming import StreamedImages
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
+from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.ema import EMA
@@ -117,7 +117,8 @@ def test_an_overflowing_loss_scale_is_lowered_without_other_changes():
     # As Accelerator does with mixed_precision="fp16", which it does not accept on the CPU.
     accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer.optimizer)
     images, _ = load_images(config, torch.device("cpu"))
-    batches, sampler = GlobalBatches(len(images), config.batch_size, config.seed), UniformTimesteps(1000)
+    batches = GlobalBatches(len(images), config.batch_size, config.seed)
+    sampler = make_timestep_sampler(config.timestep_sampler, 1000)
     skipped = SkippedSteps(accelerator, images, config.batch_size, config.seed, config.max_nonfinite_steps)
     ema, started = EMA(unet, 1000), [p.detach().clone() for p in unet.parameters()]
     was_skipped = []

@@ -18,7 +18,7 @@ import torch
 
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
+from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.seeds import seed_dropout
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint, read_state
 from ddpm_hf.training.config import parse_config
@@ -202,7 +202,8 @@ def test_a_nonfinite_step_is_skipped_by_every_process_and_reported(trainer, tmp_
     config = parse_config(TINY)
     position = rank * 8 + 2
     index = GlobalBatches(NUM_IMAGES, 16, config.seed).indices(5)[position].item()
-    t = draw_randomness(config, 5, range(16), torch.device("cpu"), UniformTimesteps(1000)).t[position]
+    sampler = make_timestep_sampler(config.timestep_sampler, 1000)
+    t = draw_randomness(config, 5, range(16), torch.device("cpu"), sampler).t[position]
     assert output.count("was skipped") == 1
     assert (
         f"Step 6 was skipped: the loss of 1 of 16 images is not finite.\n  image {index}, t = {t}, loss {value}\n"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.diffusion.losses import Objective
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
+from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training import log_file
 from ddpm_hf.training.build import build
@@ -82,7 +82,10 @@ def test_the_log_has_the_mean_losses_by_quartile_of_t(logged, tmp_path):
     unet, scheduler = initial(config)
     optimizer = torch.optim.Adam(unet.parameters(), lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True)
     (images, _), accelerator = load_images(config), Accelerator()
-    batches, sampler = GlobalBatches(len(images), config.batch_size, config.seed), UniformTimesteps(1000)
+    batches, sampler = (
+        GlobalBatches(len(images), config.batch_size, config.seed),
+        make_timestep_sampler(config.timestep_sampler, 1000),
+    )
     t, losses, norms = [], [], []
     for step in range(3):
         batch = images[batches.indices(step)]

@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
+from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.pipelines.guidance import class_names_of, null_class_of
 from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints
@@ -121,7 +121,7 @@ def conditional_step(**changes):
     inputs_seen = []
     unet.register_forward_pre_hook(lambda _, inputs: inputs_seen.append(inputs))
     optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
-    sampler = UniformTimesteps(config.num_train_timesteps)
+    sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
     report = training_step(Accelerator(), unet, optimizer, scheduler.diffusion, config, 5, [batch], sampler)
     randomness = draw_randomness(config, 5, range(16), torch.device("cpu"), sampler)
     return config, randomness, inputs_seen[0], report, batch["labels"]
