@@ -134,9 +134,7 @@ def sweep(args: EMAArguments, config, accelerator) -> tuple[dict, "ddpm_hf.DDPMP
     folder, lengths = Path(args.model), sorted(set(args.lengths))
     snapshots = list_snapshots(folder / SNAPSHOTS)
     if not snapshots:
-        raise ValueError(
-            f"{folder} holds no snapshots of averages ({SNAPSHOTS}/): train with --ema_snapshot_every_images N."
-        )
+        raise ValueError(f"{folder} holds no snapshots ({SNAPSHOTS}/): train with --ema_snapshot_every_images N.")
     plans = {length: plan_rebuild(snapshots, length, args.images_seen) for length in lengths}
     pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(folder)
     pipe.to(accelerator.device)

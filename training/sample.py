@@ -101,9 +101,7 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     if args.format != "npz" and channels not in PNG_CHANNELS:
         raise ValueError(f"format={args.format!r} is for 1 to 4 channels, the model has {channels}: use npz.")
     if args.format == "png" and args.bits == 16 and channels != 1:
-        raise ValueError(
-            f"format='png' with bits=16 is for gray images, the model has {channels} channels: use npz or parquet."
-        )
+        raise ValueError(f"format='png' with bits=16 is for gray images, not {channels} channels: use npz or parquet.")
     labels = labels_of(pipe, args, range(1))
     pipe.check_inputs(1, None, args.steps, output_type="np", class_labels=labels, guidance_scale=args.guidance_scale)
     return pipe

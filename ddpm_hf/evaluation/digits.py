@@ -138,21 +138,12 @@ def judge(samples: np.ndarray, steps: int, seed: int) -> dict:
 
 
 def card_section(quality: dict) -> str:
-    return jinja2.Template(Path(__file__).with_name("digits_card.md").read_text(encoding="utf-8")).render(
-        quality=quality
-    )
+    template = Path(__file__).with_name("digits_card.md").read_text(encoding="utf-8")
+    return jinja2.Template(template).render(quality=quality)
 
 
 def card_results(quality: dict, dataset: str) -> list[EvalResult]:
-    samples = f"{quality['num_samples']} samples"
+    source = ("unconditional-image-generation", dataset, "scikit-learn digits, validation part")
     how = f"{quality['sample_steps']} steps, seed {quality['seed']}, averaged weights"
-    return [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=dataset,
-            dataset_name="scikit-learn digits, validation part",
-            metric_type="recognized_ratio",
-            metric_name=f"share of {samples} ({how}) recognized, of that of real digits",
-            metric_value=round(quality["recognized_ratio"], 4),
-        )
-    ]
+    name = f"share of {quality['num_samples']} samples ({how}) recognized, of that of real digits"
+    return [EvalResult(*source, "recognized_ratio", round(quality["recognized_ratio"], 4), metric_name=name)]

@@ -22,9 +22,7 @@ def png_bytes(image: np.ndarray) -> bytes:
     gray. Raises ValueError for another image; Pillow writes no color of 16 bits."""
     channels = PNG_CHANNELS if image.dtype == np.uint8 else PNG_CHANNELS[:1]
     if image.dtype not in (np.uint8, np.uint16) or image.ndim != 3 or image.shape[-1] not in channels:
-        raise ValueError(
-            f"image must be uint8 (H, W, C) with C in {PNG_CHANNELS}, or uint16 (H, W, 1), got {image.dtype} {image.shape}."
-        )
+        raise ValueError(f"image must be uint8 (H, W, 1 to 4) or uint16 (H, W, 1), got {image.dtype} {image.shape}.")
     stream = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(stream, "PNG")
     return stream.getvalue()

@@ -45,9 +45,7 @@ class TransformersBackbone:
         missing = sorted(info["missing_keys"])
         self.use_pooler = not missing
         if absent := [key for key in missing if self.is_clip or not key.startswith("pooler.")]:
-            raise ValueError(
-                f"the backbone {name!r} lacks {len(absent)} weights, {absent[0]!r} first: it is not trained."
-            )
+            raise ValueError(f"backbone {name!r} lacks {len(absent)} weights, {absent[0]!r} first: it is not trained.")
         self.model = model.eval().to(self.device)
         # The backend is named because the default depends on whether torchvision is installed.
         self.processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")

@@ -129,16 +129,9 @@ def set_variance(pipe: DDPMPipelineCustom, variance_type: str, images: Images, n
 
 
 def measure_bound(
-    pipe,
-    chain: GaussianDiffusion,
-    images: Images,
-    num_images: int,
-    stride: int,
-    seed: int,
-    purpose: str,
-    batch_size: int,
+    pipe, chain: GaussianDiffusion, images: Images, limit: int, stride: int, seed: int, purpose: str, batch_size: int
 ) -> VariationalBound:
-    """The variational bound of a chain on at most `num_images` random images, each at every `stride`-th timestep.
+    """The variational bound of a chain on at most `limit` random images, each at every `stride`-th timestep.
 
     `purpose` is part of the seed. Raises ValueError for a scheduler with thresholding, which has no bound.
     """
@@ -147,7 +140,7 @@ def measure_bound(
         raise ValueError("thresholding=True has no bound: what it does to a pixel depends on all others.")
     edge = config.clip_sample_range
     clip = (lambda x_0: x_0.clamp(-edge, edge)) if config.clip_sample else None
-    chosen = random_indices(images, seed, purpose)[:num_images]
+    chosen = random_indices(images, seed, purpose)[:limit]
     sums, share = BoundSums(len(chain), stride), process_share(len(chosen))
     for start in range(0, len(share), batch_size):
         positions = share[start : start + batch_size]
@@ -203,11 +196,10 @@ def real_features(
     key = {
         **source,
         "dataset_revision": dataset_revision(images.dataset),
+        "dataset_resize": resizing(images),
         "resolution": list(images.size),
         "channels": images.channels,
-        "resize": resizing(images),
         **backbone.protocol,
-        "backbone_resize": backbone.protocol["resize"],
     }
     text, is_main = json.dumps(key, sort_keys=True), PartialState().is_main_process
     folder = Path(cache_dir or Path(HF_HOME) / "ddpm_hf" / "features")

@@ -46,9 +46,7 @@ def moments(features: torch.Tensor, name: str = "features") -> Moments:
 def check_enough(n: int, d: int, name: str = "features") -> None:
     """Raise ValueError unless n images can have a covariance of full rank in d dimensions."""
     if n < d + 1:
-        raise ValueError(
-            f"{name} must be of at least {d + 1} images for a covariance of full rank in {d} dimensions, got {n}."
-        )
+        raise ValueError(f"{name} must be at least {d + 1} images for a covariance of full rank {d}, got {n}.")
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -180,9 +178,7 @@ def check_features(features: torch.Tensor, name: str = "features") -> torch.Tens
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"{name} must have shape (N, d), got {tuple(features.shape)}.")
     if bad := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
-        raise ValueError(
-            f"{name} must be finite: NaN or infinity in {len(bad)} of {len(features)} rows, first {bad[0]}."
-        )
+        raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(features)} rows, first {bad[0]}.")
     return features.cpu().double()
 
 

@@ -7,12 +7,13 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from ddpm_hf.diffusion.likelihood import VariationalBound
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
-from ddpm_hf.pipelines.guidance import Labels
+from ddpm_hf.pipelines.guidance import cycled_classes
 
 
 def image_grid(images: np.ndarray, columns: int = 10, cell_inches: float = 0.6, titles: Sequence[str] = ()) -> Figure:
@@ -21,10 +22,8 @@ def image_grid(images: np.ndarray, columns: int = 10, cell_inches: float = 0.6, 
     top = 0.3 if titles else 0.0
     size = (columns * cell_inches * width / height, rows * cell_inches + top)
     figure = Figure(figsize=size, dpi=160)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw={"frame_on": False, "xticks": [], "yticks": []})
     figure.subplots_adjust(0.01, 0.01, 0.99, 1 - top / size[1] - 0.01, wspace=0.06, hspace=0.06)
-    for axis in axes.flat:
-        axis.set_axis_off()
     for axis, image in zip(axes.flat, images):
         axis.imshow(np.clip(image, 0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     for axis, title in zip(axes[0], titles):
@@ -44,22 +43,16 @@ def figure_bytes(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def denoising_strip(
-    pipe: DDPMPipelineCustom,
-    rows: int = 4,
-    columns: int = 11,
-    num_inference_steps: int | None = None,
-    seed: int = 0,
-    class_labels: Labels = None,
-) -> Figure:
-    """The way of `rows` images from x_T to x_0, shown at `columns` evenly spaced steps. `class_labels` are those of a
-    class-conditional model's images."""
+def denoising_strip(pipe: DDPMPipelineCustom, rows: int, steps: int | None, seed: int, columns: int = 11) -> Figure:
+    """The way of `rows` images from x_T to x_0, shown at `columns` evenly spaced steps. `steps`: sampling steps; None for
+    the model's T. Of a class-conditional model, one image of each of the first classes."""
     size = pipe.unet.config.sample_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     latents = torch.randn(rows, pipe.unet.config.in_channels, *size, generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
+    labels = cycled_classes(pipe.unet, range(rows))
     states, titles = [to_display(latents)], ["$x_T$"]
-    for step in pipe.denoise(rows, generator, num_inference_steps, latents=latents, class_labels=class_labels):
+    for step in pipe.denoise(rows, generator, steps, latents=latents, class_labels=labels):
         states.append(to_display(step.x))
         titles.append(f"t = {int(step.t)}")
     titles[-1] = "$x_0$"
@@ -69,21 +62,14 @@ def denoising_strip(
 
 
 def loss_curve(
-    images_seen: Sequence[float],
-    losses: Sequence[float],
-    smoothing: float = 0.6,
-    validation: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    images_seen: Sequence[float], losses: Sequence[float], validation: Mapping[str, tuple] | None = None
 ) -> Figure:
     """The training loss as logged and smoothed, on a logarithmic axis, over the images seen. `validation` adds named
     curves (images seen, losses)."""
     figure = Figure(figsize=(6, 3.5), dpi=130, layout="constrained")
     axis = figure.subplots()
-    smooth, weight, curve = 0.0, 0.0, []
-    for loss in losses:
-        smooth, weight = smoothing * smooth + (1 - smoothing) * loss, smoothing * weight + (1 - smoothing)
-        curve.append(smooth / weight)
     axis.plot(images_seen, losses, color="0.75", linewidth=0.8, label="as logged")
-    axis.plot(images_seen, curve, color="C0", label="smoothed")
+    axis.plot(images_seen, pd.Series(losses, dtype=float).ewm(alpha=0.4).mean(), color="C0", label="smoothed")
     for i, (name, (seen, values)) in enumerate((validation or {}).items(), start=1):
         axis.plot(seen, values, color=f"C{i}", marker=".", label=name)
     axis.set(xlabel="images seen", ylabel="loss", yscale="log")

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import diffusers
@@ -14,6 +15,7 @@ from ddpm_hf.data.builtin import BUILTIN
 from ddpm_hf.evaluation.judges import judge_of
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+PLAIN_TEMPLATE = Path(__file__).with_name("plain_card_template.md")
 METADATA = {
     "library_name": "diffusers",
     "pipeline_tag": "unconditional-image-generation",
@@ -37,13 +39,11 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
     judge = judge_of(config["dataset"]) if quality else None
     results = judge.card_results(quality, dataset) if judge else []
     results += evaluation_results(metrics.get("evaluation"))
-    data = ModelCardData(
-        license="apache-2.0",
-        datasets=[dataset] if is_on_hub else None,
-        model_name=name if results else None,
-        eval_results=results or None,
-        **METADATA,
-    )
+    data = ModelCardData(license="apache-2.0", **METADATA)
+    if is_on_hub:
+        data.datasets = [dataset]
+    if results:
+        data.model_name, data.eval_results = name, results
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -62,10 +62,9 @@ def average_of_weights(config: dict, metrics: dict) -> str:
     """How the published weights are averaged, as a phrase that follows the word "averaged"."""
     chosen = metrics.get("ema")
     if chosen and chosen["length"] is not None:
-        return (
-            f"by a power function of length σ_rel = {chosen['length']:g} over {chosen['images_seen']:,} images "
-            f"(chosen by `ddpm-choose-ema` as the best of {len(chosen['curve'])} lengths by {chosen['criterion']})"
-        )
+        average = f"by a power function of length σ_rel = {chosen['length']:g} over {chosen['images_seen']:,} images"
+        lengths = f"{len(chosen['curve'])} lengths by {chosen['criterion']}"
+        return f"{average} (chosen by `ddpm-choose-ema` as the best of {lengths})"
     if config.get("ema_decay") is not None:
         return f"with a decay of {config['ema_decay']:g} per step"
     return f"over a half-life of {config['ema_halflife_images']:,} images"
@@ -76,27 +75,15 @@ def evaluation_results(evaluation: dict | None) -> list[EvalResult]:
     if not evaluation:
         return []
     protocol = evaluation["protocol"]
-    sampling = f"{protocol['sampler']}, {protocol['steps']} steps, seed {protocol['seed']}"
+    how = f"to the {protocol['split']} split, {protocol['sampler']}, {protocol['steps']} steps, seed {protocol['seed']}"
     rows = [
         ("bits_per_dim", f"bits/dim (upper bound), {name}, {bound['num_images']} images", bound["bits_per_dim"])
         for name, bound in evaluation["bits_per_dim"].items()
         if name.startswith("validation")
     ]
-    rows += [
-        (f["name"].split(",")[0], f"{f['name']}, to the {protocol['split']} split, {sampling}", f["value"])
-        for f in evaluation["figures"]
-    ]
-    return [
-        EvalResult(
-            task_type="unconditional-image-generation",
-            dataset_type=evaluation["dataset"],
-            dataset_name=Path(evaluation["dataset"]).name,
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(value, 5),
-        )
-        for kind, name, value in rows
-    ]
+    rows += [(f["name"].split(",")[0], f"{f['name']}, {how}", f["value"]) for f in evaluation["figures"]]
+    source = ("unconditional-image-generation", evaluation["dataset"], Path(evaluation["dataset"]).name)
+    return [EvalResult(*source, kind, round(value, 5), metric_name=name) for kind, name, value in rows]
 
 
 def update_results(card_text: str, name: str, evaluation: dict) -> str:
@@ -121,17 +108,8 @@ KEPT_EDITS = "\n## From an earlier card\n\n"
 
 def plain_card(repo_id: str) -> str:
     """The card of a pipeline without one: metadata, and how to load it."""
-
-    def example(module: str, name: str, arguments: str = "") -> str:
-        load = f'pipe = {name}.from_pretrained("{repo_id}")'
-        return (
-            f"```python\nfrom {module} import {name}\n\n{load}\nimages = pipe(batch_size=16{arguments}).images\n```\n"
-        )
-
-    # diffusers takes 1000 steps by default, and raises if the chain is shorter.
-    stock = example("diffusers", "DiffusionPipeline", ", num_inference_steps=len(pipe.scheduler)")
-    title, metadata = repo_id.rsplit("/", 1)[-1], ModelCardData(**METADATA).to_yaml()
-    return f"---\n{metadata}\n---\n\n# {title}\n\n{example('ddpm_hf', 'DDPMPipelineCustom')}\n{stock}"
+    names = {"title": repo_id.rsplit("/", 1)[-1], "repo_id": repo_id}
+    return str(ModelCard.from_template(ModelCardData(**METADATA), template_path=str(PLAIN_TEMPLATE), **names))
 
 
 def card_for_repository(text: str, repo_id: str) -> str:
@@ -177,13 +155,10 @@ def merge_cards(ours: str, theirs: str) -> str:
 
 def _split(card: str) -> tuple[dict, str]:
     """Metadata and text of a card. Front matter that is not a YAML mapping counts as text."""
-    found = FRONT_MATTER.match(card)
-    if found is None:
-        return {}, card
-    try:
-        data = yaml.safe_load(found[1] or "") or {}
-    except yaml.YAMLError:
-        return {}, card
+    found, data = FRONT_MATTER.match(card), None
+    if found is not None:
+        with suppress(yaml.YAMLError):
+            data = yaml.safe_load(found[1] or "") or {}
     return (data, card[found.end() :]) if isinstance(data, dict) else ({}, card)
 
 

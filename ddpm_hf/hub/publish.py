@@ -8,7 +8,6 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import validate_repo_id
 
 from ddpm_hf.hub.model_card import card_for_repository, merge_cards, plain_card
 from ddpm_hf.transfer import DEFAULT_RETRIES, LOG_IN, BranchMoved, Retries, download_file, model_info, with_retries
@@ -17,8 +16,8 @@ from ddpm_hf.transfer import DEFAULT_RETRIES, LOG_IN, BranchMoved, Retries, down
 PUBLISHED = ["model_index.json", "README.md", "*.png", "metrics.json", "config.yaml"]
 TRAINING_STATE = "training-state"  # the branch
 
-# What to commit, given the present state of the branch: files by name, and names to delete.
-Contents = Callable[[ModelInfo], tuple[Mapping[str, Path | bytes], list[str]]]
+# Given the present state of the branch: the files to commit, by name.
+Contents = Callable[[ModelInfo], Mapping[str, Path | bytes]]
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,14 @@ def published_files(folder: Path) -> dict[str, Path]:
 
     Raises ValueError if the folder holds no pipeline, or weights as a pickle only.
     """
-    if not folder.is_dir():
-        raise ValueError(f"folder must be the folder of a saved pipeline, got {str(folder)!r}, which does not exist.")
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"folder must hold a saved pipeline, got {str(folder)!r}, which has no model_index.json.")
+        problem = "has no model_index.json" if folder.is_dir() else "does not exist"
+        raise ValueError(f"folder must hold a saved pipeline, got {str(folder)!r}, which {problem}.")
     parts = pipeline_parts(folder)
     for part in parts:
         pickles = list((folder / part).glob("*.bin"))
         if pickles and not any((folder / part).glob("*.safetensors")):
-            raise ValueError(
-                f"{pickles[0]} is a pickle, and only safetensors are published: save the weights as those."
-            )
+            raise ValueError(f"{pickles[0]} is a pickle: save the weights as safetensors to publish them.")
     patterns = PUBLISHED + [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors")]
     files = {file for pattern in patterns for file in folder.glob(pattern) if not file.name.startswith(".")}
     return {file.relative_to(folder).as_posix(): file for file in sorted(files)}
@@ -58,18 +54,13 @@ def pipeline_parts(folder: Path) -> list[str]:
 
 
 def ensure_repository(
-    repo_id: str,
-    private: bool = False,
-    token: str | None = None,
-    retries: Retries = DEFAULT_RETRIES,
-    create_pr: bool = False,
+    repo_id: str, private: bool, token: str | None = None, retries: Retries = DEFAULT_RETRIES, create_pr: bool = False
 ) -> str:
     """Create the repository if it does not exist, and return its full name.
 
     Raises ValueError, or the Hub's errors, if the token has no write access (not needed with `create_pr`), so that this is
     known before a training starts.
     """
-    validate_repo_id(repo_id)
     if (token or get_token()) is None:
         raise ValueError(f"not logged in: {LOG_IN} to a token with write access.")
     api = HfApi(token=token)
@@ -133,21 +124,20 @@ def publish(
     if tag is not None:
         _check_tag(api, repo_id, tag, None, revision, retries)
     card = files["README.md"].read_text(encoding="utf-8") if "README.md" in files else None
-    parts = {"unet", "scheduler", *pipeline_parts(folder)}
 
     def contents(existing: ModelInfo):
-        names = [file.rfilename for file in existing.siblings]
-        new: dict[str, Path | bytes] = dict(files)
-        if card is not None or "README.md" not in names:
-            theirs = ""
-            if "README.md" in names:
-                theirs = download_file(repo_id, "README.md", existing.sha, retries, token).read_text(encoding="utf-8")
-            new["README.md"] = merge_cards(card_for_repository(card or plain_card(repo_id), repo_id), theirs).encode()
-        # Weight files of an earlier model would be loaded instead of the new ones, or together with them.
-        stale = [name for name in names if "/" in name and name.split("/")[0] in parts and name not in new]
-        return new, stale
+        theirs = ""
+        if any(file.rfilename == "README.md" for file in existing.siblings):
+            if card is None:
+                return files
+            theirs = download_file(repo_id, "README.md", existing.sha, retries, token).read_text(encoding="utf-8")
+        merged = merge_cards(card_for_repository(card or plain_card(repo_id), repo_id), theirs)
+        return files | {"README.md": merged.encode()}
 
-    done = _commit(api, repo_id, contents, commit_message, revision, create_pr, retries)
+    # Weight files of an earlier model would be loaded instead of the new ones, or together with them.
+    replaced = {"unet", "scheduler", *pipeline_parts(folder)}
+    target = {"revision": revision, "create_pr": create_pr}
+    done = _commit(api, repo_id, contents, replaced, commit_message, retries, **target)
     if tag is not None:
         tag_commit(repo_id, tag, done.commit, token, retries)
     if with_training_state:
@@ -172,36 +162,37 @@ def _check_tag(api: HfApi, repo_id: str, tag: str, commit: str | None, revision:
 
 def _publish_training_state(api: HfApi, repo_id: str, folder: Path, checkpoint: Path, retries: Retries) -> None:
     with_retries(lambda: api.create_branch(repo_id, branch=TRAINING_STATE, exist_ok=True), retries)
-    files = {f"checkpoints/{checkpoint.name}/{file.name}": file for file in checkpoint.iterdir()}
-    if (folder / "config.yaml").is_file():
-        files["config.yaml"] = folder / "config.yaml"
-
-    def contents(existing: ModelInfo):
-        names = [file.rfilename for file in existing.siblings]
-        return files, [name for name in names if name.startswith("checkpoints/") and name not in files]
-
-    _commit(api, repo_id, contents, f"Training state: {checkpoint.name}", TRAINING_STATE, False, retries)
+    paths = [*checkpoint.iterdir(), *folder.glob("config.yaml")]
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    message = f"Training state: {checkpoint.name}"
+    _commit(api, repo_id, lambda existing: files, {"checkpoints"}, message, retries, revision=TRAINING_STATE)
 
 
 def _commit(
-    api: HfApi, repo_id: str, contents: Contents, message: str, revision: str | None, create_pr: bool, retries: Retries
+    api: HfApi, repo_id: str, contents: Contents, replaced: set[str], message: str, retries: Retries, **target
 ) -> Published:
-    """Make one commit, from a new state of the branch at each retry."""
+    """Make one commit, from a new state of the branch at each retry.
+
+    Args:
+        replaced: folders of the repository whose other files are deleted.
+        target: `revision` and `create_pr`, as for `HfApi.create_commit`.
+    """
     push_id, first_head = f"ddpm_hf push {uuid.uuid4().hex}", None
 
     def call() -> Published:
         nonlocal first_head
-        existing = model_info(api, repo_id, revision)
-        if first_head is not None and (found := _find(api, repo_id, push_id, revision, first_head, create_pr)):
+        existing = model_info(api, repo_id, target["revision"])
+        if first_head is not None and (found := _find(api, repo_id, push_id, first_head, **target)):
             return found
-        files, stale = contents(existing)
+        files, names = contents(existing), [file.rfilename for file in existing.siblings]
         first_head = first_head or existing.sha
+        stale = [name for name in names if "/" in name and name.split("/")[0] in replaced and name not in files]
         operations = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, content) for name, content in files.items()]
-        target = {"revision": revision, "create_pr": create_pr, "parent_commit": existing.sha}
+        options = {"commit_description": push_id, "parent_commit": existing.sha, **target}
         try:
             # Not upload_folder, which may split the upload into several commits.
-            done = api.create_commit(repo_id, operations, commit_message=message, commit_description=push_id, **target)
+            done = api.create_commit(repo_id, operations, commit_message=message, **options)
         except HfHubHTTPError as error:
             if error.response.status_code == 412:
                 raise BranchMoved from error
@@ -211,7 +202,7 @@ def _commit(
     return with_retries(call, retries)
 
 
-def _find(api: HfApi, repo_id: str, push_id: str, revision: str | None, since: str, create_pr: bool):
+def _find(api: HfApi, repo_id: str, push_id: str, since: str, revision: str | None, create_pr: bool = False):
     """The commit with `push_id` made after commit `since`, if there is one: its response was lost."""
     revisions = [revision]
     if create_pr:

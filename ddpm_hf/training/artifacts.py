@@ -13,7 +13,7 @@ from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, 
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.hub.model_card import make_card
-from ddpm_hf.pipelines.guidance import class_names_of, cycled_classes
+from ddpm_hf.pipelines.guidance import class_names_of
 from ddpm_hf.training.config import TrainingConfig
 
 GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
@@ -65,8 +65,7 @@ def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> t
 
 def denoising_figure(pipe: DDPMPipelineCustom, num_inference_steps: int, seed: int) -> Figure:
     """Images at several steps from noise to sample; of a class-conditional model, one of each of the first classes."""
-    labels = cycled_classes(pipe.unet, range(STRIP))
-    return denoising_strip(pipe, STRIP, num_inference_steps=num_inference_steps, seed=seed, class_labels=labels)
+    return denoising_strip(pipe, STRIP, num_inference_steps, seed)
 
 
 def loss_figure(log: Sequence[dict]) -> Figure:

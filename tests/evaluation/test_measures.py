@@ -49,6 +49,9 @@ def test_real_features_are_computed_once_for_each_key(tmp_path):
     other = PixelBackbone(resize="bicubic")
     measures.real_features(other, images, source, **options)
     assert len(other.calls) == 3 and len(list(tmp_path.iterdir())) == 3
+    padded = measures.model_images(images.dataset, config, {"crop": "pad", "background": "black"}, None, None)
+    measures.real_features(backbone, padded, source, **options)
+    assert len(backbone.calls) == 9 and len(list(tmp_path.iterdir())) == 4
     assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
 
 

@@ -147,7 +147,7 @@ def test_memorization_detects_copies_and_not_fresh_images():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: moments(normal(8, 8)), "at least 9 images for a covariance of full rank in 8 dimensions, got 8"),
+        (lambda: moments(normal(8, 8)), "at least 9 images for a covariance of full rank 8, got 8"),
         (lambda: check_features(torch.tensor([[0.0], [torch.nan]])), "NaN or infinity in 1 of 2 rows, first 1"),
         (lambda: check_features(torch.ones(3)), r"shape \(N, d\), got \(3,\)"),
         (lambda: kernel_distance(normal(2, 3), normal(9, 3)), "at least 3 images are needed on either side, got 2"),

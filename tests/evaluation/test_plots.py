@@ -47,7 +47,7 @@ def test_noising_strip_goes_from_the_image_to_noise():
 
 
 def test_denoising_strip_ends_with_the_pipelines_image(tiny_pipeline):
-    figure = denoising_strip(tiny_pipeline, rows=2, columns=4, num_inference_steps=6, seed=5)
+    figure = denoising_strip(tiny_pipeline, rows=2, steps=6, seed=5, columns=4)
     config = tiny_pipeline.unet.config
     latents = torch.randn(
         2, config.in_channels, config.sample_size, config.sample_size, generator=torch.Generator().manual_seed(5)

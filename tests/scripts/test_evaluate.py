@@ -138,7 +138,7 @@ def test_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--num_samples=12"], "num_samples must be of at least 13 images .* 12 dimensions, got 12"),
+        (["--num_samples=12"], "num_samples must be at least 13 images .* full rank 12, got 12"),
         (["--num_samples=0"], "num_samples must be an integer of at least 1, got 0"),
         (["--bound_images=5"], "bound_images must be an integer of at least 6, 2 × bound_stride, got 5"),
         (
