@@ -63,8 +63,12 @@ class TrainingConfig:
 
     # Network (the names of UNet2DModel)
     block_out_channels: list[int] = _option([128, 256, 256, 256], "channels of each level")
-    down_block_types: list[str] = _option(["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "by level")
-    up_block_types: list[str] = _option(["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], "last level first")
+    down_block_types: list[str] = _option(
+        ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "blocks on the way down, first level first"
+    )
+    up_block_types: list[str] = _option(
+        ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], "blocks on the way up, last level first"
+    )
     layers_per_block: int = _option(2, "residual layers per block")
     attention_head_dim: int | None = _option(None, "channels per attention head; None: a single head")
     norm_num_groups: int = _option(32, "groups of each group normalization")
@@ -76,11 +80,13 @@ class TrainingConfig:
     beta_schedule: str = _option("linear", "schedule of the variances β")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "what the network predicts")
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
-        "fixed_small", "of the reverse steps"
+        "fixed_small", "variance of the reverse steps; learned_range: predicted by the network and trained with L_vlb"
     )
 
     # Objective (ddpm_hf.diffusion.losses and timestep_samplers)
-    loss_weighting: Literal["simple", "min_snr", "p2", "vlb"] = _option("simple", "weights of L_simple; vlb: the bound")
+    loss_weighting: Literal["simple", "min_snr", "p2", "vlb"] = _option(
+        "simple", "weight of L_simple over the timesteps; vlb: the variational bound itself"
+    )
     min_snr_gamma: float = _option(5.0, "γ of min_snr")
     p2_k: float = _option(1.0, "k of p2")
     p2_gamma: float = _option(1.0, "γ of p2")

@@ -28,19 +28,22 @@ def open_images(config: TrainingConfig) -> RunImages:
     images = open_split(config, config.split, config.streaming)
     if isinstance(images, Images):
         leave_out_broken(images, config.skip_broken_images)
+    check_labels(images, config)
     fraction = config.validation_fraction
     return images, images.split_validation(fraction) if fraction else None
 
 
 def open_split(config: TrainingConfig, split: str, streaming: bool = False) -> Images | StreamedImages:
-    """The images of a split; their labels are checked, the images not yet. Raises NoSuchSplit if there is no such split."""
+    """The images of a split, not checked yet. Raises NoSuchSplit if there is no such split."""
     dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision, streaming)
     form = ImageFormat(config.resolution, config.channels, config.crop, config.background)
     source = (dataset, form, config.image_column, config.label_column)
     if streaming:
-        images = StreamedImages(*source, config.shuffle_buffer, config.stream_lanes, config.skip_broken_images)
-    else:
-        images = Images(*source, num_workers=config.num_workers)
+        return StreamedImages(*source, config.shuffle_buffer, config.stream_lanes, config.skip_broken_images)
+    return Images(*source, num_workers=config.num_workers)
+
+
+def check_labels(images: Images | StreamedImages, config: TrainingConfig) -> None:
+    """Raise ValueError for labels that are not among the run's classes."""
     if config.label_column is not None:
         images.check_labels(config.num_classes)
-    return images

@@ -10,7 +10,7 @@ from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.losses import Objective
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.run_data import open_split
+from ddpm_hf.training.run_data import check_labels, open_split
 from ddpm_hf.training.sharding import reshard
 
 L_SIMPLE = Objective()
@@ -45,11 +45,13 @@ def _validation_split(config: TrainingConfig) -> Images | None:
     if config.validation_split is None and config.streaming:
         return None
     try:
-        return open_split(config, config.validation_split or "test")
+        images = open_split(config, config.validation_split or "test")
     except NoSuchSplit:
         if config.validation_split is not None:
             raise
         return None
+    check_labels(images, config)
+    return images
 
 
 class ValidationLoss:
