@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ddpm_hf.diffusion.likelihood import VariationalBound
+from ddpm_hf.pipelines.arguments import check_shape
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.guidance import cycled_classes
 
@@ -46,9 +47,7 @@ def figure_bytes(figure: Figure) -> bytes:
 def denoising_strip(pipe: DDPMPipelineCustom, rows: int, steps: int | None, seed: int, columns: int = 11) -> Figure:
     """The way of `rows` images from x_T to x_0, shown at `columns` evenly spaced steps. `steps`: sampling steps; None for
     the model's T. Of a class-conditional model, one image of each of the first classes."""
-    size = pipe.unet.config.sample_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    latents = torch.randn(rows, pipe.unet.config.in_channels, *size, generator=torch.Generator().manual_seed(seed))
+    latents = torch.randn(check_shape(pipe.unet, rows, None), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
     labels = cycled_classes(pipe.unet, range(rows))
     states, titles = [to_display(latents)], ["$x_T$"]

@@ -14,18 +14,10 @@ from PIL import Image
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.training import artifacts
 from ddpm_hf.training.posthoc_ema import list_snapshots, plan_rebuild, rebuild
-from tests.conftest import TINY_TRAINING, flags
+from tests.conftest import flags
+from tests.training.helpers import TINY
 
-RUN = flags(
-    **TINY_TRAINING,
-    total_images=320,
-    warmup_steps=1,
-    checkpoint_every_steps=20,
-    keep_checkpoints=10,
-    log_every_steps=4,
-    sample_steps=4,
-    seed=3,
-)
+RUN = [*TINY, *flags(total_images=320, warmup_steps=1, checkpoint_every_steps=20)]  # the last value of an option counts
 LENGTHS = ["0.05", "0.08", "0.2"]
 
 
