@@ -12,8 +12,16 @@ from ddpm_hf.files import staging_folder
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
 from ddpm_hf.models.unet import UNet2DModelCustom
 from ddpm_hf.pipelines import loading
-from ddpm_hf.pipelines.arguments import Generators, SamplingInputs, check_output_type, draw_noise, prepare_inputs
+from ddpm_hf.pipelines.arguments import (
+    Generators,
+    SamplingInputs,
+    check_network,
+    check_output_type,
+    draw_noise,
+    prepare_inputs,
+)
 from ddpm_hf.pipelines.denoising import DenoisingIterator, DenoisingStep, StepFunctions, denoising_loop
+from ddpm_hf.schedulers.compatibility import check_scheduler
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
 
@@ -23,7 +31,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
     Args:
         unet: the network, `UNet2DModelCustom` or diffusers' `UNet2DModel`.
         scheduler: `DDPMSchedulerCustom` or a diffusers scheduler that can run the model. The model is taken to be
-            trained with its number of timesteps T; another scheduler assigned later must have the same.
+            trained with its betas; another scheduler assigned later must have the same.
 
     Example:
         >>> pipe = DDPMPipelineCustom.from_pretrained("outputs/digits")
@@ -39,8 +47,11 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModelCustom | UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
+        check_network(unet)
+        check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self._trained_T = scheduler.config.num_train_timesteps
+        self._trained_alphas_cumprod = scheduler.alphas_cumprod.cpu()
         self._step_functions = StepFunctions()
 
     # ------------------------------------------------------------------ sampling
