@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ddpm_hf.checks import check_choice, check_float, check_int
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
 from ddpm_hf.pipelines.guidance import Denoiser
-from ddpm_hf.schedulers.compatibility import check_scheduler, reads_variance, set_timesteps
+from ddpm_hf.schedulers.compatibility import check_scheduler, output_channels, set_timesteps
 from ddpm_hf.seeds import image_generators, seed_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -77,16 +77,12 @@ def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> D
             f"{name} has other betas than the model was trained with: make it from the model's own scheduler, "
             f"{name}.from_config(pipe.scheduler.config). If it is right, make a new pipeline with it."
         )
-    C, variance = net.in_channels, config.get("variance_type")
-    reads = reads_variance(pipe.scheduler)
-    if net.out_channels != (2 * C if reads else C) and (reads or net.out_channels != 2 * C):
-        needed = 2 * C if reads else f"{C}, or {2 * C}"
-        raise ValueError(
-            f"{name} with variance_type={variance!r} needs {needed} output channels, got {net.out_channels}."
-        )
-    return Denoiser(
-        pipe.unet, batch_size, pipe._execution_device, channels=net.out_channels if reads else C, **condition
-    )
+    possible, taken = output_channels(pipe.scheduler, net.in_channels)
+    if net.out_channels not in possible:
+        kind = f"{name} with variance_type={config.get('variance_type')!r}"
+        needed = " or ".join(map(str, possible))
+        raise ValueError(f"{kind} needs {needed} output channels, got {net.out_channels}.")
+    return Denoiser(pipe.unet, batch_size, pipe._execution_device, channels=taken, **condition)
 
 
 def check_network(unet) -> None:
