@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import unwrap_module
 
 from ddpm_hf.checks import check_choice
 from ddpm_hf.files import staging_folder
@@ -154,8 +155,8 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
     def to_diffusers(self) -> DDPMPipeline:
         """A diffusers pipeline with the same weights, not a copy: training or moving one trains or moves both.
 
-        This package's scheduler becomes a `DDPMScheduler`; other schedulers are kept. Raises NotImplementedError for
-        what diffusers cannot express (analytic variance).
+        This package's scheduler becomes a `DDPMScheduler`; other schedulers are kept. The network is not compiled. Raises
+        NotImplementedError for what diffusers cannot express (analytic variance).
         """
         unet = loading.convert_unet(self.unet, UNet2DModel)
         return DDPMPipeline(unet, loading.convert_scheduler(self.scheduler, DDPMScheduler))
@@ -172,6 +173,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         """The content of model_index.json, which names each component's stock class."""
         config = json.loads(super().to_json_string())
         for name, component in self.components.items():
+            component = unwrap_module(component)
             if isinstance(component, SavesAsStock):
                 config[name] = ["diffusers", component.stock_class.__name__]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
