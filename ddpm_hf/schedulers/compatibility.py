@@ -29,7 +29,7 @@ MAX_SHIFT = STD / 4
 MAX_SPREAD = 2.0  # times the right one
 MIN_SPREAD = 0.5  # times that of DDIM with as many steps
 PIXELS = 1000
-SEARCHED, MAX_TRIALS = 50, 4  # for another number of steps to name in an error message
+SEARCHED, MAX_TRIALS = 20, 4  # for another number of steps to name in an error message
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
@@ -54,15 +54,17 @@ def output_channels(scheduler: SchedulerMixin, channels: int) -> tuple[tuple[int
 def set_timesteps(scheduler: SchedulerMixin, device, steps: int | None, timesteps: Sequence[int] | None) -> None:
     """`scheduler.set_timesteps` of one of the two. Raises ValueError if sampling would be wrong; the message names
     numbers of steps that are right. Of `timesteps`, less is checked."""
+    is_own = isinstance(scheduler, ChainScheduler)
     if timesteps is not None:
         scheduler.set_timesteps(timesteps=timesteps, device=device)
-    elif isinstance(scheduler, ChainScheduler):
+        problem = None if is_own else _problem_of_levels(scheduler, None)
+    elif is_own:
         scheduler.set_timesteps(steps, device=device)
-    if isinstance(scheduler, ChainScheduler):
-        return
-    problem = _problem_of_levels(scheduler, None) if steps is None else _problem(scheduler, steps, device)
+        problem = None
+    else:
+        problem = _problem(scheduler, steps, device)
     if problem is None:
-        if steps is not None:
+        if not is_own and steps is not None:
             warn_of_early_start(scheduler, int(torch.as_tensor(scheduler.timesteps)[0]), steps)
         return
     name, spacing = type(scheduler).__name__, scheduler.config.get("timestep_spacing")
