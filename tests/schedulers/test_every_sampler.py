@@ -15,7 +15,8 @@ from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.schedulers.base import MAX_TERMINAL_ALPHA_CUMPROD, TIMESTEP_SPACINGS
 from ddpm_hf.schedulers.compatibility import set_timesteps
 from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
-from tests.schedulers.test_ddpm import MEAN, chain_in_closed_form, log_alpha_bar, noise_warnings, optimal_prediction
+from tests.schedulers.test_base import noise_warnings
+from tests.schedulers.test_ddpm import MEAN, chain_in_closed_form, log_alpha_bar, optimal_prediction
 
 STD = 0.2
 COUNTS = (1, 2, 3, 7, 10, 20, 50, 150, 300, 501, 999, 1000)
