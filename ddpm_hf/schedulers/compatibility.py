@@ -138,9 +138,8 @@ def _problem_of_samples(cls: type[SchedulerMixin], config: str, steps: int) -> s
     lowest_mean = MEAN * (1 - math.sqrt(bar) * scale)
     try:
         x = sample_gaussian(scheduler)
-        least = min(
-            _spread_of_ddim(scheduler, steps, spacing) for spacing in (scheduler.config.timestep_spacing, "trailing")
-        )
+        spacings = ("trailing", scheduler.config.get("timestep_spacing", "trailing"))
+        least = min(_spread_of_ddim(scheduler, steps, spacing) for spacing in spacings)
     except Exception as error:
         return f"it fails ({type(error).__name__}: {error})"
     mean, std = x.mean().item(), x.std(correction=0).item()

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf import DDIMSchedulerCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from tests.conftest import TINY_SCHEDULER
 
 # Tolerance for images in [0, 1] that differ only in the order of float32 sums.
@@ -13,6 +13,7 @@ ROUNDING = 1e-5
 SHORT = TINY_SCHEDULER
 SCHEDULERS = {
     "DDPM of this package": DDPMSchedulerCustom(**SHORT),
+    "DDIM of this package": DDIMSchedulerCustom(**SHORT),
     "DDPM": DDPMScheduler(**SHORT),
     "DDIM": DDIMScheduler(**SHORT),
     "DPM-Solver++ 2M": diffusers.DPMSolverMultistepScheduler(**SHORT),

@@ -1,12 +1,13 @@
 """Arguments that do not fit are refused by name before the first step."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
-from tests.gaussian_unet import gaussian_pipeline
+from ddpm_hf.schedulers.samplers import make_sampler
 from tests.pipelines.helpers import SCHEDULERS, SHORT, images, seeded
 
 
@@ -115,11 +116,58 @@ def test_arguments_that_the_model_does_not_support_are_refused(make_pipeline, ch
     assert all(part in str(error.value) for part in named), error.value
 
 
-def test_number_of_steps_that_visits_timestep_minus_1_is_refused():
-    """diffusers' trailing spacing of 61 steps gives 62, the last one −1."""
-    pipe = gaussian_pipeline(DDIMScheduler(timestep_spacing="trailing"))
-    with pytest.raises(ValueError, match="num_inference_steps=61.*-1"):
-        pipe(num_inference_steps=61)
+def test_number_of_steps_that_is_wrong_is_refused_before_the_first_step(tiny_pipeline):
+    tiny_pipeline.scheduler = make_sampler("pndm", tiny_pipeline.scheduler)
+    tiny_pipeline.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    for call in (tiny_pipeline, tiny_pipeline.check_inputs):
+        with pytest.raises(
+            ValueError, match="num_inference_steps=7 does not work with PNDMScheduler.*Use 5 or 10 steps"
+        ):
+            call(num_inference_steps=7)
+
+
+def test_scheduler_of_another_process_is_refused(tiny_pipeline):
+    euler = diffusers.FlowMatchEulerDiscreteScheduler(20)
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler cannot sample from a DDPM"):
+        DDPMPipelineCustom(tiny_pipeline.unet, euler)
+    tiny_pipeline.scheduler = euler
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler cannot sample from a DDPM"):
+        tiny_pipeline()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_network_that_needs_more_than_x_t_and_t_is_refused(tiny_pipeline, is_compiled):
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    unet = torch.compile(unet, backend="eager") if is_compiled else unet
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel needs \['encoder_hidden_states'\] too"):
+        DDPMPipelineCustom(unet, tiny_pipeline.scheduler)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta_schedule": "squaredcos_cap_v2"}, {"trained_betas": [0.3] * 20}])
+def test_scheduler_with_other_betas_is_refused_before_the_first_step(tiny_pipeline, options):
+    tiny_pipeline.scheduler = DDIMScheduler(20, **options)
+    with pytest.raises(ValueError, match="DDIMScheduler has other betas than the model was trained with.*from_config"):
+        tiny_pipeline(num_inference_steps=5)
+    # A new pipeline takes the scheduler's word for it.
+    assert images(DDPMPipelineCustom(tiny_pipeline.unet, tiny_pipeline.scheduler), num_inference_steps=5).shape[0] == 1
+
+
+@pytest.mark.parametrize("steps", [5, np.int64(5), np.int32(5)])
+def test_numbers_of_numpy_are_numbers(tiny_pipeline, steps):
+    two = tiny_pipeline(
+        np.int64(2), seed=np.int64(3), num_inference_steps=steps, first_index=np.int8(1), output_type="pt"
+    )
+    expected = tiny_pipeline(2, seed=3, num_inference_steps=5, first_index=1, output_type="pt")
+    assert torch.equal(two.images, expected.images)
 
 
 def test_latents_give_the_size_when_the_configuration_has_none(make_pipeline):

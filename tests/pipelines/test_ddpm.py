@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
+from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
 from ddpm_hf.schedulers.samplers import SAMPLERS, as_ddpm, make_sampler
 from ddpm_hf.seeds import image_generators
 from tests.gaussian_unet import MEAN, STD, gaussian_pipeline
@@ -175,17 +175,35 @@ def test_samplers_share_the_betas_of_the_models_scheduler(scheduler_config):
         make_sampler("dpm", own)
 
 
-def test_eta_reaches_ddim(make_pipeline):
+@pytest.mark.parametrize("cls", [DDIMScheduler, DDIMSchedulerCustom])
+def test_eta_reaches_ddim(make_pipeline, cls):
     """With η = 1 and fixed_small, DDIM is DDPM (Song et al. 2021, section 4.1)."""
     config = {**SHORT, "clip_sample": False, "timestep_spacing": "trailing"}
-    tiny = make_pipeline(DDIMScheduler(**config))
+    tiny = make_pipeline(cls(**config))
     by = {eta: tiny(2, seed=0, num_inference_steps=10, eta=eta, output_type="pt").images for eta in (None, 0.0, 1.0)}
     assert torch.equal(by[None], by[0.0])
-    pipe = gaussian_pipeline(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    pipe = gaussian_pipeline(cls(clip_sample=False, timestep_spacing="trailing"))
     *_, ddim = pipe.denoise(2, seed=0, num_inference_steps=20, eta=1.0)
     pipe.scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
     *_, ddpm = pipe.denoise(2, seed=0, num_inference_steps=20)
     torch.testing.assert_close(ddim.x, ddpm.x, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_runs_a_network_with_a_learned_variance(make_pipeline, name):
+    """Only ancestral sampling uses it; for the others the result is that of the network without these channels."""
+    learned = make_pipeline(DDPMSchedulerCustom(**SHORT, variance_type="learned_range"), out_channels=6)
+    learned.scheduler = make_sampler(name, learned.scheduler)
+    result = images(learned, batch_size=2, seed=0, num_inference_steps=10)
+    if name != "ddpm":
+        plain = make_pipeline(DDPMSchedulerCustom(**SHORT), out_channels=3)
+        weights = learned.unet.state_dict()
+        for key in ("conv_out.weight", "conv_out.bias"):
+            weights[key] = weights[key][:3]
+        plain.unet.load_state_dict(weights)
+        plain.scheduler = make_sampler(name, plain.scheduler)
+        expected = images(plain, batch_size=2, seed=0, num_inference_steps=10)
+        torch.testing.assert_close(result, expected, rtol=0, atol=ROUNDING)
 
 
 # ---------------------------------------------------------------------- callbacks

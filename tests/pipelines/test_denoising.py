@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from ddpm_hf import DDPMSchedulerCustom
+from ddpm_hf import DDIMSchedulerCustom, DDPMSchedulerCustom
 from ddpm_hf.pipelines.arguments import prepare_scheduler
 from ddpm_hf.pipelines.denoising import NonFiniteSamples, RecordedSteps
 from ddpm_hf.pipelines.guidance import mark_null_class
@@ -147,6 +147,21 @@ def test_step_is_one_graph_that_is_compiled_once(make_pipeline):
     torch.testing.assert_close(pipe(2, **options).images, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(pipe(2, **options).images, expected, rtol=0, atol=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.4])
+def test_ddim_step_is_one_graph_that_draws_what_eager_mode_draws(make_pipeline, eta):
+    pipe = make_pipeline(DDIMSchedulerCustom(**SHORT))
+    pipe_images, states = [], []
+    counter = CompileCounter()
+    for is_compiled in (False, True):
+        if is_compiled:
+            pipe.compile(backend=counter)
+        generator = seeded(3)
+        pipe_images.append(images(pipe, batch_size=2, generator=generator, num_inference_steps=7, eta=eta))
+        states.append(generator.get_state())
+    torch.testing.assert_close(*pipe_images, rtol=0, atol=1e-4)
+    assert torch.equal(*states) and counter.frame_count == 1
 
 
 def test_network_is_one_graph_with_a_diffusers_scheduler(make_pipeline):
