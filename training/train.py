@@ -150,7 +150,8 @@ def build_training(run: Run):
 
     config, accelerator, unet = run.config, run.accelerator, run.unet
     device, betas = accelerator.device, (0.9, config.adam_beta2)
-    optimizer = torch.optim.Adam(unet.parameters(), config.learning_rate, betas, fused=device.type != "mps")
+    options = {"weight_decay": config.weight_decay, "fused": device.type != "mps"}
+    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, betas, **options)  # Adam for a decay of 0
     # FSDP accepts weights in torch's default memory format only.
     unet.to(device, memory_format=torch.contiguous_format if is_sharded(accelerator) else torch.channels_last)
     if config.gradient_checkpointing:

@@ -7,7 +7,7 @@ from ddpm_hf.training.config import TrainingConfig
 
 def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
     """The U-Net and the scheduler that a configuration describes."""
-    names = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
+    names = ("num_train_timesteps", "beta_schedule", "rescale_betas_zero_snr", "prediction_type", "variance_type")
     return build_unet(config), DDPMSchedulerCustom(**{name: getattr(config, name) for name in names})
 
 

@@ -6,7 +6,7 @@ Nothing here imports torch at module level, so that `--help` answers quickly.
 import importlib.resources
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -78,6 +78,7 @@ class TrainingConfig:
     # Diffusion (the names of DDPMScheduler)
     num_train_timesteps: int = _option(1000, "length T of the diffusion chain")
     beta_schedule: str = _option("linear", "schedule of the variances β")
+    rescale_betas_zero_snr: bool = _option(False, "end the chain in pure noise; not with prediction_type 'epsilon'")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "what the network predicts")
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
         "fixed_small", "variance of the reverse steps; learned_range: predicted by the network and trained with L_vlb"
@@ -103,6 +104,7 @@ class TrainingConfig:
     micro_batch_size: MayChange[int | None] = _option(None, "images per process at a time (gradient accumulation)")
     learning_rate: float = _option(2e-4, "Adam's learning rate after warm-up")
     adam_beta2: float = _option(0.999, "Adam's β₂")
+    weight_decay: float = _option(0.0, "decoupled weight decay, as in AdamW; 0: off")
     warmup_steps: int = _option(5000, "steps over which the learning rate rises linearly")
     learning_rate_schedule: Literal["constant", "cosine"] = _option("constant", "after warm-up; cosine: falls to 0")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
@@ -210,6 +212,12 @@ class TrainingConfig:
                     raise ValueError(f"{name} = {getattr(self, name)} is for {user} only: leave it out.")
         if conditional:
             check_int("num_classes", self.num_classes, 1, note=f"the number of classes in {self.label_column!r}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            pure_noise = "x_T is pure noise, whose ε says nothing about the image"
+            raise ValueError(
+                f"rescale_betas_zero_snr = True cannot be combined with prediction_type = 'epsilon': {pure_noise}. "
+                "Use 'v_prediction' or 'sample'."
+            )
         if (bound and self.input_perturbation) or ((bound or learned) and self.offset_noise):
             name = "offset_noise" if self.offset_noise else "input_perturbation"
             with_what = "loss_weighting='vlb'" if bound else "variance_type='learned_range'"
@@ -278,7 +286,10 @@ class TrainingConfig:
         free = {name for name, hint in hints.items() if get_origin(hint) is Annotated}
         free |= {"total_images"} if self.learning_rate_schedule == "constant" else set()
         free -= {"micro_batch_size"} if self.dropout else set()
-        if saved.get("crop") == "centre":
+        # Options that an earlier version did not have are at their defaults, which change nothing.
+        known = {option.name: option.default for option in fields(self) if option.default is not MISSING}
+        saved = known | saved
+        if saved["crop"] == "centre":
             saved = saved | {"crop": "center"}
         mine = asdict(self)
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
@@ -297,7 +308,7 @@ MINIMUM |= dict.fromkeys(("total_images", "batch_size", "checkpoint_every_steps"
 MINIMUM |= dict.fromkeys(("log_every_steps", "max_nonfinite_steps", "push_every_checkpoints"), 1)
 MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes"), 1)
 INTERVALS = dict.fromkeys(("validation_fraction", "label_dropout"), "[0, 1)")
-INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise"), "[0, inf)") | {"ema_decay": "(0, 1)"}
+INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay"), "[0, inf)") | {"ema_decay": "(0, 1)"}
 
 
 def presets() -> list[str]:

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from ddpm_hf.scripts import train
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -57,6 +59,34 @@ def test_the_saved_pipeline_has_the_averaged_weights(straight):
     weights = pipe.unet.state_dict()
     assert all(torch.equal(weights[name], average) for name, average in saved["ema"].items())
     assert any(not torch.equal(weights[name], saved["model"][name]) for name in weights)
+
+
+def weights_after_a_step(output_dir, *options):
+    """Weights before a step on gradients of 1, after one of the run's optimizer, and after one of torch's Adam."""
+    with ExitStack() as stack:
+        run = train.prepare(parse_config([*TINY, "--output_dir", str(output_dir), *options]), stack)
+        model, optimizer, _ = train.build_training(run)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    options = {name: optimizer.defaults[name] for name in ("lr", "betas")}
+    adam = torch.optim.Adam([p.clone().requires_grad_() for p in before], **options, fused=True)
+    for p in adam.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    adam.step(), optimizer.step()
+    return before, list(model.parameters()), adam.param_groups[0]["params"]
+
+
+def test_without_weight_decay_a_step_is_bit_identical_to_adam(tmp_path):
+    _, ours, adam = weights_after_a_step(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours, adam))
+
+
+def test_weight_decay_shrinks_weights_apart_from_the_gradient(tmp_path):
+    """Loshchilov and Hutter (2019), algorithm 2: θ − η·(Adam's step) − η·λ·θ."""
+    before, ours, adam = weights_after_a_step(tmp_path, "--weight_decay", "30", "--learning_rate", "0.01")
+    for start, mine, plain in zip(before, ours, adam):
+        torch.testing.assert_close(mine, plain - 0.01 * 30 * start, rtol=1e-5, atol=1e-6)
 
 
 def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
