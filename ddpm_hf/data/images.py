@@ -81,7 +81,7 @@ class ImageColumns:
 
 @dataclass(eq=False)
 class Images(ImageColumns, torch.utils.data.Dataset):
-    """Images as uint8 tensors, or uint16 if a gray image has 16 bits.
+    """Images as uint8 tensors, or uint16 if one of them has 16 bits.
 
     `images[[3, 5]]` is a dict of "images" (2, C, H, W) and, with a label column, "labels" (2,).
 
@@ -126,13 +126,13 @@ class Images(ImageColumns, torch.utils.data.Dataset):
 
     def broken(self) -> list[int]:
         """Indices of the images that cannot be decoded. Reads every image once; `datasets` caches the result."""
-        return np.flatnonzero(self._check()["broken"]).tolist()
+        return np.flatnonzero(self._check()["problem"] != "").tolist()
 
     def _check(self) -> dict[str, np.ndarray]:
         if self._checks is None:
             is_spread = self.num_workers > 1 and len(self) >= MIN_IMAGES_FOR_WORKERS
             checks = self.dataset.select_columns([self.image_column]).map(
-                _check_image,
+                _inspect_image,
                 input_columns=[self.image_column],
                 remove_columns=[self.image_column],
                 fn_kwargs={"form": self.format},
@@ -188,27 +188,29 @@ def _abbreviate(names: list[str]) -> str:
 
 
 def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> None:
-    """Remove the images that cannot be decoded, and log which. Raises ValueError, naming them, if that is not allowed
-    or no image is left."""
+    """Remove the images that cannot be decoded, and log which and why. Raises ValueError, naming them, if that is not
+    allowed or no image is left."""
     reduced, broken = np.flatnonzero(images._check()["reduced"]), images.broken()
     if len(reduced):
         message = "%d color images have 16 bits and are read at 8 bits, as Pillow does; the first is %s."
         logger.warning(message, len(reduced), images.describe(int(reduced[0])))
     if not broken:
         return
-    names = "\n".join(f"  {images.describe(i)}" for i in broken[:20])
+    names = "\n".join(f"  {images.describe(i)}: {images._check()['problem'][i]}" for i in broken[:20])
     more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
     if not is_allowed or len(broken) == len(images):
         advice = "Repair or remove them, or leave them out with --skip_broken_images."
         raise ValueError(f"{len(broken)} of {len(images)} {what} cannot be read:\n{names}{more}\n{advice}")
     logger.warning("Leaving out %d %s that cannot be read:\n%s%s", len(broken), what, names, more)
-    images._keep(np.flatnonzero(~images._check()["broken"]))
+    images._keep(np.flatnonzero(images._check()["problem"] == ""))
 
 
-def _check_image(entry: dict, form: ImageFormat) -> dict[str, bool | float]:
+# `datasets` finds the results in its cache by the name of this function: with other results, it needs another name.
+def _inspect_image(entry: dict, form: ImageFormat) -> dict[str, str | bool | float]:
     try:
         data = read_entry(entry)
         is_deep = decode_image(data, form).dtype == torch.uint16
-    except UNREADABLE:
-        return {"broken": True, "deep": False, "reduced": False, "hash": 1.0}
-    return {"broken": False, "deep": is_deep, "reduced": reads_at_8_bits(data), "hash": validation_hash(data)}
+    except UNREADABLE as error:
+        problem = str(error) or type(error).__name__
+        return {"problem": problem, "deep": False, "reduced": False, "hash": 1.0}
+    return {"problem": "", "deep": is_deep, "reduced": reads_at_8_bits(data), "hash": validation_hash(data)}

@@ -1,6 +1,7 @@
 """Matplotlib figures: grids of images, the denoising process, and curves. The caller saves them.
 
-Images are arrays (..., H, W, C) in [0, 1], as a pipeline returns them with output_type="np".
+Images are arrays (..., H, W, C) in [0, 1], as a pipeline returns them with output_type="np". Of images with 2 channels, or
+more than 4, the first three are shown as red, green and blue; a channel that is missing is black.
 """
 
 import io
@@ -19,6 +20,8 @@ from ddpm_hf.pipelines.guidance import cycled_classes
 
 def image_grid(images: np.ndarray, columns: int = 10, cell_inches: float = 0.6, titles: Sequence[str] = ()) -> Figure:
     """Images (N, H, W, C) in rows of `columns`, with titles above the first row."""
+    if images.shape[-1] not in (1, 3, 4):
+        images = np.pad(images[..., :3], [(0, 0)] * 3 + [(0, max(0, 3 - images.shape[-1]))])
     rows, (height, width) = -(-len(images) // columns), images.shape[1:3]
     top = 0.3 if titles else 0.0
     size = (columns * cell_inches * width / height, rows * cell_inches + top)

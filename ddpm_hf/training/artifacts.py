@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.data.builtin import BUILTIN
+from ddpm_hf.evaluation.encoding import PNG_CHANNELS
 from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, loss_curve
 from ddpm_hf.evaluation.sampling import sample_images
@@ -41,7 +42,8 @@ def write_artifacts(
     write_metrics_and_card(output_dir, config.to_yaml(), {"training": training} | quality)
 
     print(f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/")
-    print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64")
+    as_array = "" if config.channels in PNG_CHANNELS else " --format npz"
+    print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64{as_array}")
     if config.dataset in BUILTIN or training["validation_examples"]:  # images that were not trained on
         print(f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}")
     print(f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>")

@@ -40,7 +40,7 @@ class TrainingConfig:
     overwrite: MayChange[bool] = _option(False, "delete the checkpoints in output_dir and start again")
 
     # Data
-    dataset: str = _option("", "'digits', 'photos', a folder of images, or a data set on the Hub")
+    dataset: str = _option("", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub")
     dataset_config: str | None = _option(None, "configuration of a data set on the Hub")
     dataset_revision: str | None = _option(None, "branch, tag or commit of a data set on the Hub")
     split: str = _option("train", "split to train on")
@@ -49,7 +49,7 @@ class TrainingConfig:
     label_column: str | None = _option(None, "column of classes 0, 1, ...; makes the model class-conditional")
     num_classes: int | None = _option(None, "number of classes in label_column")
     resolution: list[int] = _option([32], "one number, or height and width")
-    channels: int = _option(3, "1 gray, 3 RGB, 4 RGBA")
+    channels: int = _option(3, "1 gray, 3 RGB, 4 RGBA; or the number that arrays have, 1 to 8")
     crop: str = _option("center", "fill the resolution and crop at the 'center', or 'pad' to it")
     background: str = _option("white", "color behind transparent images and around padded ones")
     random_flip: bool = _option(False, "mirror each image with probability 1/2")
@@ -183,8 +183,9 @@ class TrainingConfig:
             raise ValueError(f"stream_lanes = {self.stream_lanes} must divide batch_size = {self.batch_size}.")
 
     def _check_data(self) -> None:
-        from ddpm_hf.data.decoding import check_crop_and_background
+        from ddpm_hf.data.decoding import MAX_CHANNELS, check_crop_and_background
 
+        check_int("channels", self.channels, 1, MAX_CHANNELS)
         check_crop_and_background(self.crop, self.background)
         if not self.dataset:
             raise ValueError(

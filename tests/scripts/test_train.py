@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from ddpm_hf.scripts import train
+from ddpm_hf.scripts import evaluate, sample, train
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -103,6 +103,30 @@ def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
     ]
     # The network gives 0, so each loss is the mean square of its noise; the rate is 0, so it stays so.
     assert sum(losses) / 8 == pytest.approx(1.0, abs=4 * (2 / (8 * 16 * 64)) ** 0.5)
+
+
+@pytest.mark.parametrize(("channels", "options"), [(2, []), (5, ["--streaming"])])
+def test_arrays_of_any_number_of_channels_are_trained_on(tmp_path, channels, options, capsys):
+    """Trained, sampled and measured: the bound, and distances in pixels."""
+    values = np.random.default_rng(0).integers(0, 65536, (60, 8, 8, channels), np.uint16)
+    (tmp_path / "arrays").mkdir()
+    for i, array in enumerate(values):
+        np.save(tmp_path / "arrays" / f"{i}.npy", array)
+    folder, data = tmp_path / "out", ["--dataset", str(tmp_path / "arrays")]
+    run(folder, *data, *options, "--channels", str(channels), "--validation_fraction", "0.3", "--cpu_threads", "1")
+    assert ("--format npz" in capsys.readouterr().out) == (channels == 5)
+    sample.main(["--model", str(folder), "--steps=2", "--num_images=3", "--format=npz"])
+    with np.load(folder / "samples" / "seed0-3.npz") as samples:
+        assert samples["arr_0"].shape == (3, 8, 8, channels)
+    small = ["--num_samples=10", "--steps=2", "--bound_images=4", "--bound_stride=2"]
+    with pytest.raises(SystemExit, match=f"features need images of 1 or 3 channels, the model has {channels}"):
+        evaluate.main(["--model", str(folder), *data, *small, "--features=inception"])
+    evaluate.main(["--model", str(folder), *data, *small])
+    evaluation = json.loads((folder / "metrics.json").read_text())["evaluation"]
+    assert evaluation["figures"] == [] and list(evaluation["memorization"]) == ["pixels"]
+    assert all(bound["bits_per_dim"] > 8 for bound in evaluation["bits_per_dim"].values())  # of uniform noise
+    card = (folder / "README.md").read_text()
+    assert card.count(', output_type="np").images') == 2 and "first three channels as red, green and blue" in card
 
 
 def test_resuming_is_bit_identical_to_not_stopping(straight, tmp_path):
