@@ -35,7 +35,7 @@ class EvaluateArguments:
     )
     image_column: str | None = HfArg(default=None, help="column of images; None: the only one")
     label_column: str | None = HfArg(
-        default=None, help="column of classes, for a class-conditional model; None: the run's"
+        default=None, help="column of labels, for a class-conditional model; None: the run's"
     )
     features: str | None = HfArg(
         default=None,
@@ -103,7 +103,8 @@ def evaluate(args: EvaluateArguments) -> dict:
 
     bounds = measure_bounds(args, pipe, training, validation)
     if samples is None:
-        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size)
+        conditions = measures.draw_conditions(pipe, training, args.num_samples, args.seed)
+        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size, conditions)
 
     def real_features(images, split: str):
         source = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
@@ -151,6 +152,7 @@ def describe_protocol(args: EvaluateArguments, pipe, training, validation_split:
         "steps": args.steps,
         "seed": args.seed,
         "labels": training.label_column,
+        "conditions": f"drawn from the {args.split} split" if pipe.unet.config.class_embed_type else None,
         "weights": f"averaged {average_of_weights(run, read_metrics(Path(args.model)))}" if run else None,
         "resolution": list(training.size),
         "dataset_resize": measures.resizing(training),

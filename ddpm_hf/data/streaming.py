@@ -110,7 +110,7 @@ class StreamedImages(ImageColumns):
 
 
 class StreamBatch(NamedTuple):
-    """A micro-batch: "images" (B, C, H, W) and "labels" (B,), and after the last one of a step the states of the lanes."""
+    """A micro-batch: "images" (B, C, H, W) and "labels" (B,) or (B, D), and after the last one of a step the states of the lanes."""
 
     tensors: dict[str, torch.Tensor]
     lane_states: list[dict] | None

@@ -18,7 +18,7 @@ def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
     """
     names = (
         "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-        "norm_num_groups", "dropout", "resnet_time_scale_shift", "num_class_embeds",
+        "norm_num_groups", "dropout", "resnet_time_scale_shift", "class_embed_type", "num_class_embeds",
     )  # fmt: skip
     height, width = config.resolution
     unet = UNet2DModelCustom(

@@ -156,6 +156,24 @@ def test_labels_are_checked_against_the_number_of_classes():
         images.check_labels(5)
 
 
+@pytest.mark.parametrize(("kind", "width"), [("number", None), ("vector", 3)])
+def test_labels_of_numbers_and_vectors_are_the_same_in_memory(kind, width):
+    values = np.random.default_rng(0).random((10, *([width] if width else []))).tolist()
+    pictures = [Image.new("L", (8, 8), i) for i in range(10)]
+    dataset = datasets.Dataset.from_dict({"image": pictures, "label": values}).cast_column("image", datasets.Image())
+    images = Images(dataset, ImageFormat((8, 8), 1), label_column="label")
+    images.check_conditions(width)
+    assert images.class_names is None
+    expected = torch.tensor(values)
+    assert torch.equal(images.first_labels(4), expected[:4]) and torch.equal(images.first_labels(99), expected)
+    for _ in range(2):
+        assert torch.equal(images[[7, 2]]["labels"], expected[[7, 2]])
+        assert torch.equal(images.subset([7, 2]).first_labels(9), expected[[7, 2]])
+        images.keep_in_memory()
+    with pytest.raises(ValueError, match="the labels in the column 'label' must be lists of 4 finite numbers"):
+        images.check_conditions(4)
+
+
 def test_image_checks_are_the_same_on_any_number_of_workers(tmp_path, monkeypatch):
     for i, row in enumerate(digits()["test"].select(range(12))):
         row["image"].save(tmp_path / f"{i:02d}.png")

@@ -141,7 +141,7 @@ def test_an_unknown_flag_is_refused():
         ({"loss_weighting": "vlb", "input_perturbation": 0.1}, "input_perturbation = 0.1 changes the chain"),
         (
             {"rescale_betas_zero_snr": True},
-            "rescale_betas_zero_snr = True cannot be combined with prediction_type = 'epsilon'",
+            "rescale_betas_zero_snr = True excludes prediction_type = 'epsilon'",
         ),
         ({"weight_decay": -0.1}, r"weight_decay must be a finite number in \[0, inf\), got -0.1"),
         ({"offset_noise": -0.1}, r"offset_noise must be a finite number in \[0, inf\), got -0.1"),
@@ -154,6 +154,19 @@ def test_an_unknown_flag_is_refused():
         (
             {"label_column": "label", "num_classes": 2, "label_dropout": 1.0},
             r"label_dropout must be a finite number in \[0, 1\)",
+        ),
+        ({"class_embed_type": "timestep"}, "class_embed_type = timestep is for label_column only"),
+        (
+            {"label_column": "label", "class_embed_type": "text"},
+            r"class_embed_type must be one of \[None, 'timestep', 'identity'\], got 'text'",
+        ),
+        (
+            {"label_column": "label", "class_embed_type": "timestep", "num_classes": 3},
+            "num_classes = 3 is for class_embed_type=None only",
+        ),
+        (
+            {"label_column": "label", "class_embed_type": "identity", "label_dropout": 0.1},
+            "label_dropout = 0.1 is for class_embed_type=None only",
         ),
         ({"ema_decay": 1.0}, r"ema_decay must be a finite number in \(0, 1\), got 1.0"),
         ({"ema_decay": 0.99, "ema_halflife_images": 10}, "exclude each other; --ema_halflife_images 0 removes"),
@@ -247,7 +260,7 @@ def test_total_images_may_change_on_resume_with_a_constant_rate():
 
 
 OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision split validation_split image_column
-label_column num_classes resolution channels crop background random_flip skip_broken_images validation_fraction
+label_column num_classes class_embed_type resolution channels crop background random_flip skip_broken_images validation_fraction
 memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
 rescale_betas_zero_snr prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
