@@ -65,7 +65,12 @@ class ImageColumns:
         """A dict of "images" (B, C, H, W) and, with a label column, "labels" (B,), or (B, D) if they are vectors."""
         batch = {"images": torch.stack(match_depth(images))}
         if self.label_column is not None:
-            batch["labels"] = torch.tensor(labels)
+            try:
+                batch["labels"] = torch.tensor(labels)
+            except (TypeError, ValueError) as error:  # of a stream: those of `Images` are checked
+                raise ValueError(
+                    f"the labels in the column {self.label_column!r} do not fit together: {error}."
+                ) from error
         return batch
 
     @property

@@ -88,6 +88,20 @@ def test_conditions_of_a_stream_are_batched_and_checked_at_its_start(tmp_path):
         images.check_conditions(None)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_vector_of_another_length_later_in_a_stream_ends_the_run(tmp_path, num_workers):
+    some = digits()["train"].select(range(EXAMPLES)).remove_columns("label")
+    some.add_column("label", [[0.5] * (2 if i == 80 else 3) for i in range(EXAMPLES)]).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    images = stream(tmp_path)
+    images.check_conditions(3)
+    with pytest.raises(
+        StreamError, match="labels in the column 'label' do not fit together: expected sequence of length"
+    ):
+        list(batches(images, num_workers=num_workers))
+
+
 @pytest.mark.parametrize("shards", [5, 1])
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_every_epoch_of_a_lane_has_its_images_once(folders, shards, lanes):
