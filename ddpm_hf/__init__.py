@@ -7,11 +7,20 @@ if TYPE_CHECKING:
     from ddpm_hf.diffusion.gaussian import GaussianDiffusion
     from ddpm_hf.models.unet import UNet2DModelCustom
     from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
+    from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
     from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
 __version__ = "0.2.0"
-__all__ = ["DDPMPipelineCustom", "DDPMSchedulerCustom", "GaussianDiffusion", "UNet2DModelCustom", "__version__"]
+__all__ = [
+    "DDIMSchedulerCustom",
+    "DDPMPipelineCustom",
+    "DDPMSchedulerCustom",
+    "GaussianDiffusion",
+    "UNet2DModelCustom",
+    "__version__",
+]
 _MODULES = {
+    "DDIMSchedulerCustom": "ddpm_hf.schedulers.ddim",
     "DDPMPipelineCustom": "ddpm_hf.pipelines.ddpm",
     "DDPMSchedulerCustom": "ddpm_hf.schedulers.ddpm",
     "GaussianDiffusion": "ddpm_hf.diffusion.gaussian",

@@ -3,6 +3,7 @@
 import json
 
 import diffusers
+import numpy as np
 
 
 class SavesAsStock:
@@ -16,6 +17,10 @@ class SavesAsStock:
     stock_class: type
     own_arguments: tuple[str, ...] = ()
 
+    def register_to_config(self, **kwargs) -> None:
+        # A configuration file holds no numbers of NumPy.
+        super().register_to_config(**{name: _plain(value) for name, value in kwargs.items()})
+
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
         for name in (*self.own_arguments, "_name_or_path"):  # the latter is often a path on the user's machine
@@ -23,6 +28,13 @@ class SavesAsStock:
         config["_class_name"] = self.stock_class.__name__
         config["_diffusers_version"] = diffusers.__version__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _plain(value):
+    """`value`, and the items of a list or tuple, with numbers of NumPy as those of Python."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def refuse_pickle(safe_serialization: bool) -> None:

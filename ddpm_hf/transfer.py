@@ -6,12 +6,13 @@ import random
 import re
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, ModelInfo, constants, errors, get_session, hf_hub_download, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
 
 from ddpm_hf.checks import check_float, check_int
 
@@ -64,8 +65,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error behind those that the client wraps: uploads in a thread, and requests that find no cached copy."""
+    """The error behind those that the client wraps: uploads in a thread, requests that find no cached copy, and downloads
+    with force_download (a ValueError)."""
     is_wrapped = isinstance(error, (RuntimeError, errors.LocalEntryNotFoundError)) and error.__cause__ is not None
+    is_wrapped |= type(error) is ValueError and isinstance(error.__cause__, errors.HTTPError)
     return _cause(error.__cause__) if is_wrapped else error
 
 
@@ -153,15 +156,17 @@ def _explain_response(error: errors.HfHubHTTPError, repo_id: str, host: str) -> 
 def download_snapshot(repo_id: str, retries: Retries = DEFAULT_RETRIES, **kwargs) -> Path:
     """The folder of a snapshot, as from `huggingface_hub.snapshot_download`, with the checksum of every file verified.
 
-    A damaged file is downloaded again, once. Offline, the cached copy is verified as well: the cache names files by
-    their checksums. Raises FileNotFoundError, PermissionError or another OSError whose message is one sentence that says
-    what to do.
+    A damaged file is downloaded again, once. Offline, and if the Hub cannot be reached, the cached copy is verified as well:
+    the cache names files by their checksums. On a file system without links it does not, and cached files are used as they
+    are. Raises FileNotFoundError, PermissionError or another OSError whose message is one sentence that says what to do.
     """
+    options = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
     try:
+        cached = _cached_files(repo_id, options.get("cache_dir"))
         folder = Path(with_retries(lambda: snapshot_download(repo_id, **kwargs), retries))
-        options = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            _verify(repo_id, folder, file, retries, options)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        for file, checksum in _checksums(repo_id, folder, files, retries, options, cached).items():
+            _verify(repo_id, folder, file, checksum, retries, options)
         return folder
     except (OSError, errors.HTTPError, RuntimeError) as error:
         raise explain_error(error, repo_id) from error
@@ -170,28 +175,70 @@ def download_snapshot(repo_id: str, retries: Retries = DEFAULT_RETRIES, **kwargs
 def download_file(repo_id: str, name: str, commit: str, retries: Retries, token: str | None) -> Path:
     """One file of a commit, verified as in `download_snapshot`."""
     path = Path(with_retries(lambda: hf_hub_download(repo_id, name, revision=commit, token=token), retries))
-    _verify(repo_id, path.parents[len(Path(name).parts) - 1], path, retries, {"token": token})
+    folder, options = path.parents[len(Path(name).parts) - 1], {"token": token}
+    checksum = _checksums(repo_id, folder, [path], retries, options)[path]
+    _verify(repo_id, folder, path, checksum, retries, options)
     return path
 
 
-def _verify(repo_id: str, folder: Path, file: Path, retries: Retries, options: dict) -> None:
-    """Compare a file with the Hub's checksum: SHA-256 for LFS files, git's SHA-1 for others."""
-    name = file.relative_to(folder).as_posix()
-    is_offline = options.get("local_files_only") or constants.HF_HUB_OFFLINE
+def _cached_files(repo_id: str, cache_dir: str | Path | None) -> set[tuple[Path, int, int]]:
+    """Path, size and time of the files that the cache holds of a repository."""
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
+    files = (cache / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots").rglob("*")
+    return {_identity(file) for file in files if file.is_file()}
+
+
+def _identity(file: Path) -> tuple[Path, int, int]:
+    """What changes when a file is written again."""
+    status = file.stat()
+    return file, status.st_size, status.st_mtime_ns
+
+
+def _checksums(
+    repo_id: str, folder: Path, files: list[Path], retries: Retries, options: dict, cached: Collection = ()
+) -> dict[Path, str]:
+    """The checksums of a snapshot's files: SHA-256 of LFS files, git's SHA-1 of others.
+
+    Without a network, files whose checksum the cache does not know are left out, if they are among the `cached` ones.
+    """
     # The cache links to a file named by the checksum. Not resolve(): that file may be a link itself.
-    checksum = Path(os.readlink(file)).name if file.is_symlink() else ""
-    if not CHECKSUM.fullmatch(checksum):
-        if is_offline:
-            return  # a file system without links: the cache does not hold the checksum
-        api = HfApi(token=options.get("token"))
-        (info,) = with_retries(lambda: api.get_paths_info(repo_id, [name], revision=folder.name), retries)
-        checksum = info.lfs.sha256 if info.lfs is not None else info.blob_id
+    links = {file: Path(os.readlink(file)).name for file in files if file.is_symlink()}
+    known = {file: name for file, name in links.items() if CHECKSUM.fullmatch(name)}
+    names = {file.relative_to(folder).as_posix(): file for file in files if file not in known}
+    if not names or _is_offline(options):
+        return known
+    api = HfApi(token=options.get("token"))
+    try:
+        infos = with_retries(lambda: api.get_paths_info(repo_id, list(names), revision=folder.name), retries)
+    except Exception as error:
+        if is_transient(error) and all(_identity(file) in cached for file in names.values()):
+            return known  # as snapshot_download, which takes the cached copy if the Hub cannot be reached
+        raise
+    asked = {info.path: info.lfs.sha256 if info.lfs is not None else info.blob_id for info in infos}
+    if foreign := sorted(names.keys() - asked.keys()):
+        raise OSError(f"{foreign[0]} in the cache is not a file of {repo_id}: delete {names[foreign[0]]}.")
+    return known | {names[name]: checksum for name, checksum in asked.items()}
+
+
+def _is_offline(options: dict) -> bool:
+    return bool(options.get("local_files_only") or constants.HF_HUB_OFFLINE)
+
+
+def _verify(repo_id: str, folder: Path, file: Path, checksum: str, retries: Retries, options: dict) -> None:
+    """Compare a file with its checksum; a damaged one is downloaded again, once."""
     if _has_checksum(file, checksum):
         return
-    if is_offline:
+    name = file.relative_to(folder).as_posix()
+    if _is_offline(options):
         raise OSError(f"{name} of {repo_id} is damaged in the cache ({file}), and {OFFLINE}")
     options = options | {"revision": folder.name, "force_download": True}
-    with_retries(lambda: hf_hub_download(repo_id, name, **options), retries)
+    if not file.is_symlink():
+        file.unlink()  # the client keeps a file that is there, even with force_download (seen in huggingface_hub 2.4)
+    try:
+        with_retries(lambda: hf_hub_download(repo_id, name, **options), retries)
+    except (OSError, errors.HTTPError, RuntimeError, ValueError) as error:
+        explained = explain_error(error, repo_id)
+        raise type(explained)(f"{name} of {repo_id} is damaged in the cache ({file}), and {explained}") from error
     if not _has_checksum(file, checksum):
         # Other programs must not find it in the cache.
         file.resolve().unlink(missing_ok=True)

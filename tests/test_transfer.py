@@ -39,6 +39,7 @@ TRANSIENT = {
     "moved branch": BranchMoved(),
     "upload thread": caused(RuntimeError("Error while uploading 'a' to the Hub."), BUSY),
     "no cached copy": caused(errors.LocalEntryNotFoundError("none"), BUSY),
+    "forced download": caused(ValueError("Force download failed"), BUSY),
     "hf_xet": raised(RuntimeError("Task error: 503"), "huggingface_hub.file_download"),
     "wrong size": raised(OSError("Consistency check failed"), "huggingface_hub.file_download"),
 }
@@ -52,6 +53,8 @@ PERMANENT = {
     "this package": raised(RuntimeError("a bug"), "ddpm_hf.hub.model_card"),
     "never raised": RuntimeError("a bug"),
     "subclass": raised(NotImplementedError("a bug"), "huggingface_hub.hf_api"),
+    "bad request": caused(hub_error(errors.BadRequestError, 400), errors.HTTPError("400")),  # also a ValueError
+    "wrong value": caused(ValueError("a bug"), KeyError("a")),
     "full disk": raised(OSError(28, "No space left on device"), "huggingface_hub.file_download"),
     "upload thread": caused(RuntimeError("Error while uploading 'a' to the Hub."), ValueError("bad")),
 }

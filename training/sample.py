@@ -65,6 +65,9 @@ def main(arguments: list[str] | None = None) -> None:
         fail("sample.py", error)
 
     from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from ddpm_hf.pipelines.denoising import NonFiniteSamples
 
     state = PartialState(cpu=args.device == "cpu")
     pipe.to(args.device or state.device)
@@ -77,13 +80,20 @@ def main(arguments: list[str] | None = None) -> None:
     state.wait_for_everyone()  # before the first file is written, so that all processes find the same ones missing
     if state.is_main_process:
         atomic_file(folder / record_name(args), record(args))
-    share = unfinished[state.process_index :: state.num_processes]
+    share, problem = unfinished[state.process_index :: state.num_processes], None
     title = "images" if state.num_processes == 1 else f"images, process 1 of {state.num_processes}"
     with tqdm(total=sum(map(len, share)), unit="image", desc=title, disable=not state.is_main_process) as bar:
         for batch in share:
-            write_batch(folder, args, batch, make_batch(pipe, args, batch))
+            try:
+                images = make_batch(pipe, args, batch)
+            except NonFiniteSamples as error:
+                problem = f"in the batch of images {batch.start} to {batch.stop - 1}, {error}"
+                break
+            write_batch(folder, args, batch, images)
             bar.update(len(batch))
-    state.wait_for_everyone()
+    # Also waits for all parts to be written. A process that ended alone would leave the others waiting, unexplained.
+    if problems := [p for p in gather_object([problem]) if p is not None]:
+        fail("sample.py", problems[0])
     if state.is_main_process:
         written = gather(folder, args, batches, labels_of(pipe, args, range(args.num_images)))
         print(f"{args.num_images - existing} images written to {written} ({existing} existed).")

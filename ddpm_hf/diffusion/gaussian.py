@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice
 from ddpm_hf.diffusion.schedules import check_betas
-from ddpm_hf.diffusion.tables import TableLookup, chain_tables, working_dtype
+from ddpm_hf.diffusion.tables import (
+    CONVERSIONS,
+    TableLookup,
+    chain_tables,
+    check_moments,
+    reverse_step_table,
+    working_dtype,
+)
 from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, check_timestep, to_index_device
 
 Clip = Callable[[Tensor], Tensor]
@@ -32,16 +39,6 @@ FIXED_VARIANCES = {
 }
 LEARNED_VARIANCES = ("learned", "learned_range")
 VARIANCE_TYPES = (*FIXED_VARIANCES, *LEARNED_VARIANCES)
-
-# (source, target): target = table·x_t ± table·source, for every pair of ε, x_0 and v.
-_CONVERSIONS = {
-    ("epsilon", "sample"): ("sqrt_recip_alphas_cumprod", -1, "sqrt_recipm1_alphas_cumprod"),
-    ("v_prediction", "sample"): ("sqrt_alphas_cumprod", -1, "sqrt_one_minus_alphas_cumprod"),
-    ("sample", "epsilon"): ("sqrt_recip_one_minus_alphas_cumprod", -1, "sqrt_snr"),
-    ("v_prediction", "epsilon"): ("sqrt_one_minus_alphas_cumprod", 1, "sqrt_alphas_cumprod"),
-    ("sample", "v_prediction"): ("sqrt_snr", -1, "sqrt_recip_one_minus_alphas_cumprod"),
-    ("epsilon", "v_prediction"): ("minus_sqrt_recipm1_alphas_cumprod", 1, "sqrt_recip_alphas_cumprod"),
-}
 
 
 class ReverseStep(NamedTuple):
@@ -106,9 +103,10 @@ class GaussianDiffusion:
         self.timesteps = torch.arange(len(betas), device="cpu") if timesteps is None else timesteps
         if self.timesteps.shape != betas.shape:
             raise ValueError(f"timesteps must have shape {tuple(betas.shape)}, got {tuple(self.timesteps.shape)}.")
-        self.analytic_moments = None if analytic_moments is None else _check_moments(analytic_moments, len(betas))
+        self.analytic_moments = None if analytic_moments is None else check_moments(analytic_moments, len(betas))
         tables = chain_tables(betas, alphas, self.analytic_moments)
-        tables["reverse_step"] = self._reverse_step_table(tables)
+        std = FIXED_VARIANCES[variance_type][0] if variance_type in FIXED_VARIANCES else "is_not_last_step"
+        tables["reverse_step"] = reverse_step_table(tables, prediction_type, std)
         self._set_tables(tables)
         last = self.alphas_cumprod[-1]
         if variance_type == "analytic" and last == 0:
@@ -116,20 +114,6 @@ class GaussianDiffusion:
         if prediction_type == "epsilon" and not self.sqrt_recip_alphas_cumprod[-1] < torch.finfo(torch.float32).max:
             advice = "use 'v_prediction' or 'sample'"
             raise ValueError(f"prediction_type='epsilon' cannot have ᾱ_T = {last:g} (zero terminal SNR): {advice}.")
-
-    def _reverse_step_table(self, tables: dict[str, Tensor]) -> Tensor:
-        """The coefficients a, b, c, d and σ_t of a reverse step (eqs. 9 and 11), so that it needs a single lookup.
-
-        x_0 = a·x_t + b·output and x_{t−1} = c·x_0 + d·x_t + σ_t·z. For a learned variance the last column is 0 at the
-        last step and 1 elsewhere. Shape (T, 5).
-        """
-        a, b = torch.zeros_like(tables["betas"]), torch.ones_like(tables["betas"])
-        if self.prediction_type != "sample":
-            x_t, sign, output = _CONVERSIONS[self.prediction_type, "sample"]
-            a, b = tables[x_t], sign * tables[output]
-        std = FIXED_VARIANCES[self.variance_type][0] if self.variance_type in FIXED_VARIANCES else "is_not_last_step"
-        means = (tables["posterior_mean_coef_x_0"], tables["posterior_mean_coef_x_t"])
-        return torch.stack([a, b, *means, tables[std]], dim=1)
 
     def _set_tables(self, tables: dict[str, Tensor]) -> None:
         self.tables, self.lookup = tables, TableLookup(tables)
@@ -199,7 +183,7 @@ class GaussianDiffusion:
         if target == "score":
             epsilon = self.convert(value, x_t, t, source, "epsilon")
             return -self.lookup("sqrt_recip_one_minus_alphas_cumprod", t, value) * epsilon
-        a, sign, b = _CONVERSIONS[source, target]
+        a, sign, b = CONVERSIONS[source, target]
         return self._combine(a, x_t, sign, b, value, t)
 
     def predict_x_0(self, model_output: Tensor, x_t: Tensor, t: Timestep) -> Tensor:
@@ -252,22 +236,64 @@ class GaussianDiffusion:
 
     def _p_mean(self, model_output: Tensor, x_t: Tensor, t: Timestep, clip: Clip | None) -> tuple:
         """Mean, σ_t (or whether to add noise, for a learned variance), x_0, and the channels of a learned variance."""
-        channels = x_t.shape[1]
-        learned = self.variance_type in LEARNED_VARIANCES
-        expected = (x_t.shape[0], 2 * channels if learned else channels, *x_t.shape[2:])
-        if model_output.shape != expected:
-            given = f"variance_type={self.variance_type!r} and a sample of shape {tuple(x_t.shape)}"
-            raise ValueError(f"{given} need a model's output of shape {expected}, got {tuple(model_output.shape)}.")
-        prediction, variance_output = model_output[:, :channels], model_output[:, channels:]
-        self._check(x_t, prediction, t)
-        dtype = working_dtype(x_t, model_output)
-        x_t, prediction, variance_output = x_t.to(dtype), prediction.to(dtype), variance_output.to(dtype)
-        a, b, c, d, std = self.lookup("reverse_step", to_index_device(t, x_t), x_t)
+        x_t, prediction, variance_output = self._split_output(model_output, x_t, t)
+        a, b, c, d, std, *_ = self.lookup("reverse_step", to_index_device(t, x_t), x_t)
         x_0 = add_scaled_(a * x_t, b, prediction)
         if clip is not None:
             x_0 = clip(x_0)
         mean = add_scaled_(c * x_0, d, x_t)
-        return mean, std, x_0, variance_output if learned else None
+        return mean, std, x_0, variance_output
+
+    def _split_output(self, model_output: Tensor, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x_t, the prediction, and the channels of a learned variance, all of one dtype; checked."""
+        shape, learned = tuple(x_t.shape), self.variance_type in LEARNED_VARIANCES
+        expected = (*shape[:1], 2 * shape[1], *shape[2:]) if learned else shape
+        if model_output.shape != expected:
+            given = f"variance_type={self.variance_type!r} and a sample of shape {shape}"
+            raise ValueError(f"{given} need a model's output of shape {expected}, got {tuple(model_output.shape)}.")
+        dtype = working_dtype(x_t, model_output)
+        prediction, variance_output = model_output.chunk(2, 1) if learned else (model_output, None)
+        self._check(x_t, prediction, t)
+        return x_t.to(dtype), prediction.to(dtype), variance_output.to(dtype) if learned else None
+
+    # ------------------------------------------------------------------ DDIM (Song et al. 2021)
+
+    def ddim_mean_std(
+        self,
+        model_output: Tensor,
+        x_t: Tensor,
+        t: Timestep,
+        eta: float = 0.0,
+        clip: Clip | None = None,
+        use_clipped_model_output: bool = False,
+    ) -> ReverseStep:
+        """The step of DDIM (eq. 12): x_{t−1} = √ᾱ_{t−1}·x_0 + √(1−ᾱ_{t−1}−σ²)·ε + σ·z with σ² = η²·β̃_t (eq. 16).
+
+        η = 0 is deterministic, and η = 1 is `p_mean_std` with the variance β̃_t. With "analytic", σ² is the optimal
+        variance for this mean, η²·β̃_t + (coefficient of x_0)²·Var(x_0 | x_t) (Analytic-DPM, theorem 1).
+
+        Args:
+            model_output: the network's prediction, shape of `x_t`.
+            eta: η, in [0, 1].
+            clip: maps the predicted x_0; may work in place.
+            use_clipped_model_output: compute ε from the clipped x_0, not from the model's output.
+        """
+        x_t, prediction, _ = self._split_output(model_output, x_t, t)
+        row = self.lookup("reverse_step", to_index_device(t, x_t), x_t)
+        a, b, c, d, _, free, sqrt_alpha, variance, x_0_variance, sqrt_bar = row
+        x_0 = add_scaled_(a * x_t, b, prediction)
+        # With ε = (x_t − √ᾱ_t·x_0)/√(1−ᾱ_t), eq. 12 is a sum of x_0 and x_t like eq. 11. Its coefficients are written in
+        # those of eq. 11, which have η = 1: as sums of positive terms, in which no digits cancel.
+        of_x_t = (d**2 + (1 - eta**2) * free) ** 0.5
+        of_x_0 = c * (1 + eta**2 * sqrt_alpha * d) / (1 + sqrt_alpha * of_x_t)
+        keeps_epsilon = clip is not None and not use_clipped_model_output
+        clipped = x_0 if clip is None else clip(x_0.clone() if keeps_epsilon else x_0)
+        mean = add_scaled_(of_x_0 * clipped, of_x_t, x_t)
+        if keeps_epsilon:
+            mean = add_scaled_(mean, sqrt_bar * of_x_t, clipped - x_0)
+        is_deterministic = eta == 0 and self.variance_type != "analytic"
+        std = 0.0 if is_deterministic else (eta**2 * variance + of_x_0**2 * x_0_variance) ** 0.5
+        return ReverseStep(mean, std, clipped)
 
     def _learned_log_variance(self, variance_output: Tensor, t: Timestep) -> Tensor:
         """The log of the output, or v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
@@ -300,19 +326,20 @@ class GaussianDiffusion:
         (to x_0 from the lowest). The steps at all other timesteps stay as they are."""
         chain = self.respace(timesteps)
         index = as_timesteps(timesteps).sort().values
-        strided = copy.copy(self)
-        strided._set_tables({n: table.index_copy(0, index, chain.tables[n]) for n, table in self.tables.items()})
-        return strided
+        return self._with_tables({n: table.index_copy(0, index, chain.tables[n]) for n, table in self.tables.items()})
+
+    def ending_at_timestep_0(self) -> "GaussianDiffusion":
+        """The chain whose step at index 0 does not go on to x_0: `ddim_mean_std` returns x_t, with x_0 as predicted."""
+        table = self.tables["reverse_step"].clone()
+        table[0, 2:9] = torch.tensor([0, 1, 0, 0, 1, 0, 0], dtype=table.dtype)
+        return self._with_tables(self.tables | {"reverse_step": table})
+
+    def _with_tables(self, tables: dict[str, Tensor]) -> "GaussianDiffusion":
+        changed = copy.copy(self)
+        changed._set_tables(tables)
+        return changed
 
 
 def add_scaled_(x: Tensor, factor: Tensor | float, y: Tensor, sign: int = 1) -> Tensor:
     """x ± factor·y in place of x, which must be a temporary of the caller: its memory is in the cache."""
     return x.add_(y, alpha=sign * factor) if isinstance(factor, float) else x.addcmul_(factor, y, value=sign)
-
-
-def _check_moments(moments: Tensor | Sequence[float], T: int) -> Tensor:
-    moments = torch.as_tensor(moments, dtype=torch.float64, device="cpu")
-    if moments.shape != (T,) or not bool(((moments >= 0) & moments.isfinite()).all()):
-        given = f"shape {tuple(moments.shape)}, values {moments.min():g} to {moments.max():g}"
-        raise ValueError(f"analytic_moments must be {T} finite numbers of at least 0, got {given}.")
-    return moments

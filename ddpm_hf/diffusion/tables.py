@@ -1,9 +1,21 @@
 """The tables that follow from a chain's β, and their values at a timestep."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ddpm_hf.diffusion.timesteps import Timestep, to_index_device
+
+# (source, target): target = table·x_t ± table·source, for every pair of ε, x_0 and v.
+CONVERSIONS = {
+    ("epsilon", "sample"): ("sqrt_recip_alphas_cumprod", -1, "sqrt_recipm1_alphas_cumprod"),
+    ("v_prediction", "sample"): ("sqrt_alphas_cumprod", -1, "sqrt_one_minus_alphas_cumprod"),
+    ("sample", "epsilon"): ("sqrt_recip_one_minus_alphas_cumprod", -1, "sqrt_snr"),
+    ("v_prediction", "epsilon"): ("sqrt_one_minus_alphas_cumprod", 1, "sqrt_alphas_cumprod"),
+    ("sample", "v_prediction"): ("sqrt_snr", -1, "sqrt_recip_one_minus_alphas_cumprod"),
+    ("epsilon", "v_prediction"): ("minus_sqrt_recipm1_alphas_cumprod", 1, "sqrt_recip_alphas_cumprod"),
+}
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -104,9 +116,40 @@ def chain_tables(
     if analytic_moments is not None:
         # Analytic-DPM, theorem 1, with λ² = β̃: β̃_t + (coefficient of x_0 in μ̃)²·Var(x_0 | x_t), and
         # Var(x_0 | x_t) = (1−ᾱ_t)/ᾱ_t·(1 − Γ_t). An estimate Γ_t > 1 would make it negative: clamped (theorem 2).
-        x_0_variance = one_minus / alphas_cumprod * (1 - analytic_moments).clamp(min=0)
-        analytic = posterior_variance + tables["posterior_mean_coef_x_0"].square() * x_0_variance
+        tables["x_0_variance"] = one_minus / alphas_cumprod * (1 - analytic_moments).clamp(min=0)
+        analytic = posterior_variance + tables["posterior_mean_coef_x_0"].square() * tables["x_0_variance"]
         tables["analytic_variance"] = analytic
         tables["sampling_std_analytic_variance"] = analytic.sqrt() * is_not_last_step
         tables["log_variance_analytic"] = torch.where(analytic > 0, analytic, clipped).log()
     return tables
+
+
+def reverse_step_table(tables: dict[str, Tensor], prediction_type: str, std: str) -> Tensor:
+    """The coefficients of a reverse step in one table (T, 10), so that a step needs a single lookup.
+
+    Columns 0 to 4 are a, b, c, d and σ_t of x_0 = a·x_t + b·output (eq. 9) and x_{t−1} = c·x_0 + d·x_t + σ_t·z (eq. 11).
+    The others are for `GaussianDiffusion.ddim_mean_std`.
+
+    Args:
+        tables: those of `chain_tables`.
+        std: name of the table of σ_t.
+    """
+    zero, one = torch.zeros_like(tables["betas"]), torch.ones_like(tables["betas"])
+    a, b = zero, one
+    if prediction_type != "sample":
+        x_t, sign, output = CONVERSIONS[prediction_type, "sample"]
+        a, b = tables[x_t], sign * tables[output]
+    means = (tables["posterior_mean_coef_x_0"], tables["posterior_mean_coef_x_t"])
+    free = tables["posterior_variance"] / tables["one_minus_alphas_cumprod"]
+    x_0_variance = tables.get("x_0_variance", zero) * tables["is_not_last_step"]
+    ddim = (free, tables["sqrt_alphas"], tables["posterior_variance"], x_0_variance, tables["sqrt_alphas_cumprod"])
+    return torch.stack([a, b, *means, tables[std], *ddim], dim=1)
+
+
+def check_moments(moments: Tensor | Sequence[float], T: int) -> Tensor:
+    """`moments` as float64 (T,). Raises ValueError for other shapes, and for numbers that are negative or not finite."""
+    moments = torch.as_tensor(moments, dtype=torch.float64, device="cpu")
+    if moments.shape != (T,) or not bool(((moments >= 0) & moments.isfinite()).all()):
+        given = f"shape {tuple(moments.shape)}, values {moments.min():g} to {moments.max():g}"
+        raise ValueError(f"analytic_moments must be {T} finite numbers of at least 0, got {given}.")
+    return moments

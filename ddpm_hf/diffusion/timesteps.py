@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def to_index_device(t: Timestep, like: Tensor) -> Timestep:
     the device of `like`.
     """
     if not isinstance(t, Tensor):
-        return t
+        return int(t) if isinstance(t, np.integer) else t
     is_integer = not t.is_floating_point() and t.dtype != torch.bool
     if t.ndim == 0 and t.device.type == "cpu" and is_integer and not torch.compiler.is_compiling():
         return int(t)
@@ -68,7 +69,7 @@ def check_timestep(t: Timestep, T: int, like: Tensor) -> None:
         if torch.compiler.is_compiling() or t.device.type != "cpu" or t.numel() == 0:
             return
         low, high = t.min().item(), t.max().item()
-    elif type(t) is int:  # not check_int: its message would break a compiled graph
+    elif type(t) is int or isinstance(t, np.integer):  # not check_int: its message would break a compiled graph
         low = high = t
     else:
         raise ArgumentTypeError(f"a timestep must be an int or an integer tensor, got {t!r} of {type(t).__name__}.")

@@ -22,8 +22,11 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
 
     Constructor arguments, defaults, configuration file, state-dict keys and the computed function are those of
     `diffusers.UNet2DModel`. Supported block types are the keys of `DOWN_BLOCK_TYPES` and `UP_BLOCK_TYPES` in
-    `builders.py`. Weights and images are in channels-last memory. Attention processors and backends, fused projections
-    (for inference), and LoRA adapters (`add_adapter`, with peft) work as in diffusers.
+    `builders.py`. Attention processors and backends, fused projections (for inference), and LoRA adapters (`add_adapter`,
+    with peft) work as in diffusers.
+
+    Weights and images are in channels-last memory. `safetensors.torch.save_model(unet, file)` therefore saves the weights,
+    while `save_file(unet.state_dict(), file)` of safetensors refuses tensors that are not contiguous.
 
     Args in addition to those of `UNet2DModel`:
         zero_init_output: initialize the last convolution of every residual block, of attention and of the network to

@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.checks import check_choice, check_float, check_int
-from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
 from ddpm_hf.pipelines.guidance import Denoiser
+from ddpm_hf.schedulers.compatibility import check_scheduler, output_channels, set_timesteps
 from ddpm_hf.seeds import image_generators, seed_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -60,8 +60,10 @@ def prepare_inputs(
 def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> Denoiser:
     """The network with `class_labels`, `guidance_scale` and `null_class`.
 
-    The scheduler must have the T that the network was trained with, and a variance type that fits its output.
+    The scheduler must have the betas that the network was trained with, and a variance type that fits its output. One
+    that does not use a learned variance is not given it.
     """
+    check_scheduler(pipe.scheduler)
     name, config, net = type(pipe.scheduler).__name__, pipe.scheduler.config, pipe.unet.config
     T = net.get("num_train_timesteps") or pipe._trained_T
     if config.num_train_timesteps != T:
@@ -69,11 +71,27 @@ def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> D
             f"{name} has num_train_timesteps={config.num_train_timesteps}, but the model was trained on {T}: "
             f"make it from the model's own, {name}.from_config(pipe.scheduler.config)."
         )
-    variance = config.get("variance_type")
-    channels = net.in_channels * (2 if variance in LEARNED_VARIANCES else 1)
-    if net.out_channels != channels:
-        raise ValueError(f"variance_type={variance!r} needs {channels} output channels, got {net.out_channels}.")
-    return Denoiser(pipe.unet, batch_size, pipe._execution_device, **condition)
+    bars = pipe.scheduler.alphas_cumprod
+    if not torch.allclose(bars.cpu(), pipe._trained_alphas_cumprod, rtol=1e-3, atol=1e-6):
+        raise ValueError(
+            f"{name} has other betas than the model was trained with: make it from the model's own scheduler, "
+            f"{name}.from_config(pipe.scheduler.config). If it is right, make a new pipeline with it."
+        )
+    possible, taken = output_channels(pipe.scheduler, net.in_channels)
+    if net.out_channels not in possible:
+        kind = f"{name} with variance_type={config.get('variance_type')!r}"
+        needed = " or ".join(map(str, possible))
+        raise ValueError(f"{kind} needs {needed} output channels, got {net.out_channels}.")
+    return Denoiser(pipe.unet, batch_size, pipe._execution_device, channels=taken, **condition)
+
+
+def check_network(unet) -> None:
+    """The network must be one that is called with x_t and t, and possibly class labels."""
+    plain = getattr(unet, "_orig_mod", unet)  # of a compiled module
+    parameters = list(inspect.signature(plain.forward).parameters.values())[2:]
+    if needed := [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]:
+        name = type(plain).__name__
+        raise ValueError(f"unet must need no more than x_t and t, as UNet2DModelCustom: {name} needs {needed} too.")
 
 
 def check_output_type(output_type: str, channels: int) -> None:
@@ -146,20 +164,11 @@ def prepare_scheduler(
             raise ValueError("give num_inference_steps or timesteps, not both.")
         if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"timesteps cannot be given to {name}: give num_inference_steps.")
-        scheduler.set_timesteps(timesteps=timesteps, device=device)
-        return scheduler
-    T = scheduler.config.num_train_timesteps
-    steps = T if num_inference_steps is None else num_inference_steps
-    steps = check_int("num_inference_steps", steps, 1, T, note="the model's own T")
-    scheduler.set_timesteps(steps, device=device)
-    if (torch.as_tensor(scheduler.timesteps) < 0).any():
-        # diffusers' timestep spacings may round to it.
-        raise ValueError(f"num_inference_steps={steps} makes {name} visit timestep -1: give one step more or less.")
-    # At T steps diffusers' multistep solvers round two timesteps to one and divide by zero there: all is NaN.
-    # (A step of order 2 may stay where it is, and so may the very last step.)
-    sigmas = getattr(scheduler, "sigmas", None)
-    if scheduler.order == 1 and sigmas is not None and (torch.as_tensor(sigmas)[:-1].diff() == 0).any():
-        raise ValueError(f"num_inference_steps={steps} makes {name} visit a noise level twice: give fewer steps.")
+    else:
+        T = scheduler.config.num_train_timesteps
+        steps = T if num_inference_steps is None else num_inference_steps
+        num_inference_steps = check_int("num_inference_steps", steps, 1, T, note="the model's own T")
+    set_timesteps(scheduler, device, num_inference_steps, timesteps)
     return scheduler
 
 
@@ -168,9 +177,11 @@ def prepare_step_options(scheduler: SchedulerMixin, generator, eta: float | None
     parameters = inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if "generator" in parameters else {}
     if eta is not None:
-        options["eta"] = check_float("eta", eta, "[0, inf)")
+        options["eta"] = check_float("eta", eta, "[0, 1]")
         if "eta" not in parameters:
-            raise ValueError(f"eta={eta!r} needs a scheduler such as DDIMScheduler, not {type(scheduler).__name__}.")
+            raise ValueError(
+                f"eta={eta!r} needs a scheduler such as DDIMSchedulerCustom, not {type(scheduler).__name__}."
+            )
     return options
 
 

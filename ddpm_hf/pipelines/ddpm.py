@@ -6,14 +6,29 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import unwrap_module
 
 from ddpm_hf.checks import check_choice
 from ddpm_hf.files import staging_folder
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
 from ddpm_hf.models.unet import UNet2DModelCustom
 from ddpm_hf.pipelines import loading
-from ddpm_hf.pipelines.arguments import Generators, SamplingInputs, check_output_type, draw_noise, prepare_inputs
-from ddpm_hf.pipelines.denoising import DenoisingIterator, DenoisingStep, StepFunctions, denoising_loop
+from ddpm_hf.pipelines.arguments import (
+    Generators,
+    SamplingInputs,
+    check_network,
+    check_output_type,
+    draw_noise,
+    prepare_inputs,
+)
+from ddpm_hf.pipelines.denoising import (
+    DenoisingIterator,
+    DenoisingStep,
+    RecordedSteps,
+    StepFunctions,
+    denoising_loop,
+)
+from ddpm_hf.schedulers.compatibility import check_scheduler
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
 
@@ -23,7 +38,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
     Args:
         unet: the network, `UNet2DModelCustom` or diffusers' `UNet2DModel`.
         scheduler: `DDPMSchedulerCustom` or a diffusers scheduler that can run the model. The model is taken to be
-            trained with its number of timesteps T; another scheduler assigned later must have the same.
+            trained with its betas; another scheduler assigned later must have the same.
 
     Example:
         >>> pipe = DDPMPipelineCustom.from_pretrained("outputs/digits")
@@ -39,8 +54,11 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModelCustom | UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
+        check_network(unet)
+        check_scheduler(scheduler)
         self.register_modules(unet=unet, scheduler=scheduler)
         self._trained_T = scheduler.config.num_train_timesteps
+        self._trained_alphas_cumprod = scheduler.alphas_cumprod.cpu()
         self._step_functions = StepFunctions()
 
     # ------------------------------------------------------------------ sampling
@@ -80,20 +98,22 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             seed, first_index: instead of a generator: images first_index (default 0), first_index + 1, ... of this
                 seed. An image is the same in any batch and on any number of processes.
 
-        Raises ValueError or TypeError, before the first step, for arguments that do not fit the model.
+        Raises ValueError or TypeError, before the first step, for arguments that do not fit the model. Raises ValueError
+        after the last step if samples are NaN or infinite, naming the images and the step at which that began.
         """
         check_output_type(output_type, self.unet.config.in_channels)
         for name in callback_on_step_end_tensor_inputs:
             check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
-        steps = self.denoise(batch_size, generator, num_inference_steps, **options)
+        steps, recorded = self.denoise(batch_size, generator, num_inference_steps, **options), RecordedSteps()
         with self.progress_bar(total=len(steps)) as bar:
             for i, step in enumerate(steps):
                 if callback_on_step_end is not None:
                     inputs = {name: step.x for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, step.t, inputs) or {}
                     step.x = changed.pop("latents", step.x)
+                recorded.add(step.t, step.x)
                 bar.update()
-        images = self.to_images(step.x, output_type)
+        images = self.to_images(step.x, output_type, recorded)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def check_inputs(self, *args, output_type: str = "pil", **options) -> None:
@@ -106,8 +126,8 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
     ) -> DenoisingIterator:
         """Sample step by step: an iterator that yields a `DenoisingStep` after each step; `len()` is their number.
 
-        Arguments and errors are those of `__call__`; errors are raised here, not at the first step. The U-Net is in
-        eval mode while a step runs, and the pipeline's scheduler is not changed.
+        Arguments and errors are those of `__call__`; errors are raised here, not at the first step. Samples may be NaN or
+        infinite. The U-Net is in eval mode while a step runs, and the pipeline's scheduler is not changed.
         """
         inputs = prepare_inputs(self, batch_size, generator, num_inference_steps, **options)
         return DenoisingIterator(self._denoise(inputs), len(inputs.scheduler.timesteps))
@@ -120,9 +140,13 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
-    def to_images(self, x: torch.Tensor, output_type: str = "pil"):
-        """Convert x, (B, C, H, W) in [-1, 1] and clamped to that, to the images that a call returns."""
+    def to_images(self, x: torch.Tensor, output_type: str = "pil", recorded: RecordedSteps | None = None):
+        """Convert x, (B, C, H, W) in [-1, 1] and clamped to that, to the images that a call returns.
+
+        Raises ValueError if x is NaN or infinite; the message says at which step that began if the steps are `recorded`.
+        """
         check_output_type(output_type, x.shape[1])
+        (recorded or RecordedSteps()).check_finite(x)
         images = (x.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -142,8 +166,8 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
     def to_diffusers(self) -> DDPMPipeline:
         """A diffusers pipeline with the same weights, not a copy: training or moving one trains or moves both.
 
-        This package's scheduler becomes a `DDPMScheduler`; other schedulers are kept. Raises NotImplementedError for
-        what diffusers cannot express (analytic variance).
+        This package's scheduler becomes a `DDPMScheduler`; other schedulers are kept. The network is not compiled. Raises
+        NotImplementedError for what diffusers cannot express (analytic variance).
         """
         unet = loading.convert_unet(self.unet, UNet2DModel)
         return DDPMPipeline(unet, loading.convert_scheduler(self.scheduler, DDPMScheduler))
@@ -160,6 +184,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         """The content of model_index.json, which names each component's stock class."""
         config = json.loads(super().to_json_string())
         for name, component in self.components.items():
+            component = unwrap_module(component)
             if isinstance(component, SavesAsStock):
                 config[name] = ["diffusers", component.stock_class.__name__]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -11,6 +11,8 @@ from ddpm_hf.pipelines.arguments import SamplingInputs
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
+MAX_LISTED = 10  # images listed in an error
+
 
 @dataclass
 class DenoisingStep:
@@ -38,6 +40,42 @@ class DenoisingIterator(Iterator[DenoisingStep]):
 
     def __len__(self) -> int:
         return self._length
+
+
+class NonFiniteSamples(ValueError):
+    """Samples with NaN or infinite values."""
+
+
+class RecordedSteps:
+    """What a sampling loop keeps of each step, to say at which one the samples stopped being finite.
+
+    Nothing is read from the device before `check_finite`, so that the host does not wait for it in the loop.
+    """
+
+    def __init__(self):
+        self._timesteps, self._extremes = [], []
+
+    def add(self, t: int | torch.Tensor, x: torch.Tensor) -> None:
+        """Record x, (B, C, H, W), as it is after the step from timestep t."""
+        self._timesteps.append(t)
+        self._extremes += torch.aminmax(x)  # one kernel; NaN and infinities come through
+
+    def check_finite(self, x: torch.Tensor) -> None:
+        """Raise NonFiniteSamples if x, (B, C, H, W), is not finite. The message says which images, and at which of the
+        recorded steps it began."""
+        bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        if not bad:
+            return
+        listed = ", ".join(map(str, bad[:MAX_LISTED])) + (", ..." if len(bad) > MAX_LISTED else "")
+        found = f"NaN or infinite values in {len(bad)} of {len(x)} images (number {listed} of the batch)"
+        finite = torch.stack(self._extremes).isfinite().view(-1, 2).all(1).tolist() if self._extremes else []
+        # A callback may have replaced bad values of earlier steps.
+        last_finite = max((step for step, is_finite in enumerate(finite, start=1) if is_finite), default=0)
+        if last_finite < len(finite):
+            t = float(self._timesteps[last_finite])
+            found += f", from step {last_finite + 1} of {len(finite)} on (timestep {t:g})"
+        causes = "weights of a training that diverged, overflow in float16, latents that are not finite"
+        raise NonFiniteSamples(f"samples must be finite, got {found}. Likely causes: {causes}.")
 
 
 @contextmanager

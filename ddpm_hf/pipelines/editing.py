@@ -6,7 +6,8 @@ whichever class that is.
 
 `options` and `condition` are keyword arguments of a pipeline call: `generator` (one, or a list of one per image) or
 `seed` (image i of the batch gets the noise of image i of the seed), `output_type`, and for class-conditional models
-`class_labels`, `guidance_scale` and `null_class`. ValueError or TypeError is raised before the first step.
+`class_labels`, `guidance_scale` and `null_class`. ValueError or TypeError is raised before the first step; ValueError
+after the last one if the result is NaN or infinite, as by a pipeline call.
 """
 
 import copy
@@ -19,7 +20,7 @@ from ddpm_hf.checks import check_float, check_int
 from ddpm_hf.pipelines import arguments
 from ddpm_hf.pipelines.arguments import Generators
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
-from ddpm_hf.pipelines.denoising import eval_mode
+from ddpm_hf.pipelines.denoising import RecordedSteps, eval_mode
 from ddpm_hf.schedulers.samplers import as_ddpm
 
 
@@ -117,12 +118,13 @@ def inpaint(
     images, mask = images.to(x), mask.to(x.device)
     ascending = timesteps[::-1]
     levels = list(repaint_levels(len(timesteps), jump_length, jump_n_sample))
+    recorded = RecordedSteps()
     with eval_mode(pipe.unet), pipe.progress_bar(total=len(levels) - 1) as bar:
         for level, next_level in zip(levels, levels[1:]):
+            t = ascending[level]
             if next_level > level:
                 x = strided.q_step(x, ascending[next_level], arguments.draw_noise(pipe, x.shape, generator))
             else:
-                t = ascending[level]
                 output = denoiser(x, torch.tensor(t, device=x.device))
                 generated = scheduler.step(output, t, x, generator=generator).prev_sample
                 known = images
@@ -130,9 +132,10 @@ def inpaint(
                     noise = arguments.draw_noise(pipe, x.shape, generator)
                     known = scheduler.diffusion.q_sample(images, ascending[next_level], noise)
                 x = torch.where(mask, generated, known)
+            recorded.add(t, x)
             bar.update()
     pipe.maybe_free_model_hooks()
-    return pipe.to_images(x, output_type)
+    return pipe.to_images(x, output_type, recorded)
 
 
 def repaint_levels(steps: int, jump_length: int, jump_n_sample: int) -> Iterator[int]:

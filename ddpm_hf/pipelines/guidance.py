@@ -57,7 +57,7 @@ class Denoiser:
 
     Guidance (Ho and Salimans 2022, eq. 6, with w + 1 = `guidance_scale`) is output(null) + scale·(output(label) −
     output(null)). The equation is for ε; it holds for x_0 and v as well, which are affine in ε. Both outputs come
-    from one call on a batch of 2B. A learned variance is that of the label.
+    from one call on a batch of 2B. A learned variance is that of the label; `channels` leaves it out.
 
     Raises ValueError or TypeError, naming the argument, for labels and guidance that do not fit the network.
     """
@@ -70,6 +70,7 @@ class Denoiser:
         class_labels: Labels = None,
         guidance_scale: float = 1.0,
         null_class: int | None = None,
+        channels: int | None = None,
     ):
         labels = _check_labels(unet, batch_size, class_labels)
         guidance_scale = check_float("guidance_scale", guidance_scale)
@@ -82,6 +83,7 @@ class Denoiser:
         if null_class is not None:
             null_class = _check_null_class(unet, null_class)
         self.unet, self.guidance_scale = unet, guidance_scale
+        self.channels = channels  # of the output that are returned; None: all
         self.dtype = unet.dtype  # read once: diffusers goes through all modules to find it
         if self.is_guided:
             labels = torch.cat([labels, torch.full_like(labels, null_class)])
@@ -93,11 +95,11 @@ class Denoiser:
         x = x.to(self.dtype)
         if not self.is_guided:
             # Samples stay float32 whatever the model's dtype: bf16 would lose the noise at small t.
-            return self.unet(x, t, **options).sample.float()
+            return self.unet(x, t, **options).sample[:, : self.channels].float()
         with_label, without = self.unet(torch.cat([x, x]), t, **options).sample.float().chunk(2)
         C = x.shape[1]
         guided = without[:, :C] + self.guidance_scale * (with_label[:, :C] - without[:, :C])
-        return torch.cat([guided, with_label[:, C:]], 1)
+        return torch.cat([guided, with_label[:, C : self.channels]], 1)
 
 
 def _check_labels(unet, batch_size: int, class_labels: Labels) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import unwrap_module
 
 from ddpm_hf.interop import stock_config
 from ddpm_hf.models.unet import UNet2DModelCustom
@@ -75,7 +76,9 @@ def saved_num_train_timesteps(folder: Path) -> int | None:
 
 
 def convert_unet(unet, cls: type[UNet2DModel] | type[UNet2DModelCustom]) -> UNet2DModel | UNet2DModelCustom:
-    """`unet` as an instance of `cls` with the same parameter objects: training or moving one trains or moves both."""
+    """`unet` as an instance of `cls` with the same parameter objects: training or moving one trains or moves both. Of a
+    compiled network it is the network itself."""
+    unet = unwrap_module(unet)
     if type(unet) is cls:
         return unet
     with torch.device("meta"):  # no weights are allocated or initialized

@@ -1,45 +1,67 @@
 """Schedulers of diffusers by their common names, created for the chain that a model was trained on."""
 
+import inspect
+
 import diffusers
 from diffusers import SchedulerMixin
 
 from ddpm_hf.checks import check_choice
 from ddpm_hf.interop import stock_config
+from ddpm_hf.schedulers.base import TIMESTEP_SPACINGS
+from ddpm_hf.schedulers.compatibility import check_scheduler
+from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
-# Trailing spacing starts at T−1, where x_t is pure noise (Lin et al. 2023, table 2).
-_TRAILING = {"timestep_spacing": "trailing"}
+OWN = {"ddpm": DDPMSchedulerCustom, "ddim": DDIMSchedulerCustom}
 SAMPLERS = {
     "ddpm": ("DDPMSchedulerCustom", {}),
-    "ddim": ("DDIMScheduler", _TRAILING),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", _TRAILING),
-    "dpmsolver++sde": ("DPMSolverMultistepScheduler", {**_TRAILING, "algorithm_type": "sde-dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", _TRAILING),
-    "heun": ("HeunDiscreteScheduler", _TRAILING),
-    "euler": ("EulerDiscreteScheduler", _TRAILING),
-    "lms": ("LMSDiscreteScheduler", _TRAILING),
-    "pndm": ("PNDMScheduler", {**_TRAILING, "skip_prk_steps": True}),
-    "deis": ("DEISMultistepScheduler", _TRAILING),
+    "ddim": ("DDIMSchedulerCustom", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver++sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "deis": ("DEISMultistepScheduler", {}),
 }
 
 
-def make_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
+def make_sampler(name: str, scheduler: SchedulerMixin, spacing: str | None = None) -> SchedulerMixin:
     """The scheduler called `name`, a key of `SAMPLERS`, on the chain of `scheduler`.
 
-    "ddpm" gives `as_ddpm(scheduler)`. Raises ValueError for an unknown name.
+    Args:
+        spacing: of the timesteps, "trailing", "leading" or "linspace". None: that of `scheduler` for "ddpm", which is
+            then returned itself if it is a DDPMSchedulerCustom, and "trailing" for the others, which starts at T−1, where
+            x_t is pure noise (Lin et al. 2023, table 2).
+
+    Raises ValueError for an unknown name or spacing, and for a scheduler that cannot sample from a DDPM.
     """
     check_choice("scheduler", name, SAMPLERS)
-    class_name, options = SAMPLERS[name]
+    if spacing is not None:
+        check_choice("spacing", spacing, TIMESTEP_SPACINGS)
     if name == "ddpm":
-        return as_ddpm(scheduler)
-    return getattr(diffusers, class_name).from_config(stock_config(scheduler), **options)
+        ddpm = as_ddpm(scheduler)
+        same = spacing in (None, ddpm.config.timestep_spacing)
+        return ddpm if same else DDPMSchedulerCustom.from_config(ddpm.config, timestep_spacing=spacing)
+    check_scheduler(scheduler)
+    class_name, options = SAMPLERS[name]
+    cls, config = OWN.get(name) or getattr(diffusers, class_name), stock_config(scheduler)
+    options = {**options, "timestep_spacing": spacing or "trailing"}
+    if scheduler.alphas_cumprod[-1] == 0 and "rescale_betas_zero_snr" in inspect.signature(cls).parameters:
+        # The β are the same, and diffusers then replaces the infinite noise level at T−1 by 4096.
+        options["rescale_betas_zero_snr"] = True
+    return cls.from_config(config, **options)
 
 
 def as_ddpm(scheduler: SchedulerMixin) -> DDPMSchedulerCustom:
     """`scheduler` itself if it is a DDPMSchedulerCustom, otherwise one with its configuration."""
     if isinstance(scheduler, DDPMSchedulerCustom):
         return scheduler
+    check_scheduler(scheduler)
     config = stock_config(scheduler)
     # DPM-Solver has None there, unless the variance is learned.
     variance_type = config.get("variance_type") or "fixed_small"
+    if config.get("analytic_moments") is not None:
+        variance_type = "analytic"
     return DDPMSchedulerCustom.from_config({**config, "variance_type": variance_type})

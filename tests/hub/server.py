@@ -504,15 +504,25 @@ class Api(_Handler):
                 oid = hashlib.sha1(parent.encode()).hexdigest()
                 folders[parent] = {"type": "directory", "path": parent, "size": 0, "oid": oid}
             if is_recursive or not parents:
-                entry = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.git_oid}
-                if blob.is_lfs:
-                    entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)}
-                    if blob.sha256 in self.hub.xet.names:
-                        entry["xetHash"] = self.hub.xet.names[blob.sha256]
-                files.append(entry)
+                files.append(self._file_entry(path, blob))
         if prefix and not folders and not files:
             raise HubError(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
         return json_answer([*folders.values(), *files])
+
+    @route("POST", REPO + "/paths-info/(?P<revision>[^/]+)")
+    def paths_info(self, request: Request, repo: Repo, revision: str) -> Answer:
+        """Only of files; paths that do not exist are left out."""
+        files = repo.at(revision).files
+        paths = parse_qs(request.body.decode())["paths"]
+        return json_answer([self._file_entry(path, files[path]) for path in paths if path in files])
+
+    def _file_entry(self, path: str, blob: Blob) -> dict:
+        entry = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.git_oid}
+        if blob.is_lfs:
+            entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)}
+            if blob.sha256 in self.hub.xet.names:
+                entry["xetHash"] = self.hub.xet.names[blob.sha256]
+        return entry
 
     @route("GET", PAGE + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, request: Request, repo: Repo, revision: str, path: str) -> Answer:

@@ -5,6 +5,7 @@ Nothing is lost and nothing is uploaded twice.
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,80 @@ def test_a_file_damaged_twice_is_named_and_not_kept(tmp_path):
     contents = [file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()]
     assert files["model_index.json"] in contents
     assert not any(len(content) == len(files[WEIGHTS]) for content in contents)
+
+
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """Outcomes of loading from copies of a cache, by copy: first with the Hub, then with none, and what the Hub was asked.
+
+    "plain" copies have no links, as on Windows, and are made by `cp -rL`.
+    """
+    tmp = tmp_path_factory.mktemp("copies")
+    files = make_pipeline(tmp / "model", seed=1)
+    with HubServer() as hub:
+        common = {"call": "load", "repo_id": "user/m", "token": hub.add_user("user")}
+        commit = hub.add_repo("user/m", files).at().oid
+        assert "folder" in calls(hub, tmp, "lfs", [{**common, "cache_dir": str(tmp / "linked")}])[0]
+        for name in ("plain", "plain, damaged", "plain, foreign file", "plain, gone", "plain, partly gone"):
+            shutil.copytree(tmp / "linked", tmp / name, symlinks=False)
+        shutil.copytree(tmp / "linked", tmp / "linked, damaged", symlinks=True)
+        snapshot = Path("models--user--m/snapshots") / commit
+        damage(tmp / "plain, damaged" / snapshot / WEIGHTS)
+        (tmp / "plain, foreign file" / snapshot / "unet/other.safetensors").write_bytes(b"other")
+        damage((tmp / "linked, damaged" / snapshot / WEIGHTS).resolve())
+        online = ["plain", "plain, damaged", "plain, foreign file"]
+        hub.requests.clear()
+        outcomes = calls(hub, tmp, "lfs", [{**common, "cache_dir": str(tmp / name)} for name in online])
+        found = {f"online, {name}": outcome for name, outcome in zip(online, outcomes)}
+        asked = [request.path for request in hub.requests]
+        # The Hub is gone as soon as the files, or some of them, are downloaded: nothing tells whether they are intact.
+        (tmp / "plain, partly gone" / snapshot / WEIGHTS).unlink()
+        hub.faults.append(Fault("POST .*/paths-info/", status=503, times=100))
+        gone = ["empty", "plain, gone", "plain, partly gone"]
+        loads = [{**common, "cache_dir": str(tmp / name)} for name in gone]
+        outcomes = calls(hub, tmp, "lfs", loads, HF_HUB_DISABLE_SYMLINKS="1")
+        found |= {name: outcome for name, outcome in zip(gone, outcomes)}
+    stopped = {"plain": {}, "plain, by commit": {"revision": commit}, "linked": {}, "linked, damaged": {}}
+    loads = [{**common, "cache_dir": str(tmp / name.split(", by")[0]), **more} for name, more in stopped.items()]
+    return found | dict(zip(stopped, calls(hub, tmp, "lfs", loads))), asked, files
+
+
+@pytest.mark.parametrize(
+    "name", ["online, plain", "online, plain, damaged", "plain, gone", "plain", "plain, by commit"]
+)
+def test_cache_without_links_loads_with_and_without_a_network(copies, name):
+    outcomes, _, files = copies
+    folder = Path(outcomes[name].get("folder", str(outcomes[name])))
+    assert {file: (folder / file).read_bytes() for file in files} == files
+    links = [path.name for path in folder.rglob("*") if path.is_symlink()]
+    assert links == ([Path(WEIGHTS).name] if "damaged" in name else [])  # downloaded again, where links are possible
+
+
+def test_checksums_that_a_cache_does_not_know_are_one_request(copies):
+    outcomes, asked, _ = copies
+    assert sum("/paths-info/" in path for path in asked) == 3 and len(outcomes) == 10
+
+
+@pytest.mark.parametrize("name", ["empty", "plain, partly gone"])
+def test_download_whose_checksum_cannot_be_asked_is_refused(copies, name):
+    assert "the Hub answered 503" in copies[0][name]["error"]
+
+
+def test_damaged_file_of_a_cache_with_links_is_refused(copies):
+    error = copies[0]["linked, damaged"]["error"]
+    assert f"{WEIGHTS} of user/m is damaged in the cache (/" in error and "cannot be reached" in error
+    assert "folder" in copies[0]["linked"]
+
+
+def test_file_of_a_cache_that_the_hub_does_not_have_is_named(copies):
+    error = copies[0]["online, plain, foreign file"]["error"]
+    assert "unet/other.safetensors in the cache is not a file of user/m: delete /" in error
 
 
 def test_concurrent_uploads_with_lost_responses_lose_no_commit(tmp_path):

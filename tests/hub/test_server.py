@@ -120,6 +120,14 @@ def test_the_tree_lists_a_folder_recursively_or_not(hub):
     assert paths("?recursive=true") == ["a", "a/b", ".gitattributes", "a/b/c.txt", "a/w.safetensors", "top.txt"]
 
 
+def test_information_on_paths_is_that_of_the_tree(hub):
+    tree = ask(hub, "GET", "/api/models/user/open/tree/main?recursive=true")[2]
+    asked = b"paths=a%2Fw.safetensors&paths=none&paths=top.txt&expand=False"
+    found = ask(hub, "POST", "/api/models/user/open/paths-info/main", asked)[2]
+    assert found == [entry for entry in tree if entry["path"] in ("a/w.safetensors", "top.txt")]
+    assert found[0]["lfs"]["oid"] == hashlib.sha256(WEIGHTS).hexdigest()
+
+
 def test_large_files_are_on_another_port_and_small_ones_are_not(hub):
     status, headers, _ = ask(hub, "HEAD", "/user/open/resolve/main/a/w.safetensors")
     sha256 = hashlib.sha256(WEIGHTS).hexdigest()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch._inductor.cpp_builder import get_cpp_compiler
 
 from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
@@ -600,6 +600,27 @@ def test_weights_are_in_channels_last_memory(tiny_unet, tmp_path, low_cpu_mem_us
     for unet in (tiny_unet, loaded):
         kernels = [p for p in unet.parameters() if p.ndim == 4]
         assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+def test_state_dict_shares_memory_with_the_parameters(tiny_unet):
+    """For averages of weights that are copied into the tensors of a state dict."""
+    for tensor in tiny_unet.state_dict().values():
+        tensor.fill_(0.25)
+    assert all((p == 0.25).all() for p in tiny_unet.parameters())
+
+
+@pytest.mark.parametrize("reader", [UNet2DModelCustom, UNet2DModel])
+def test_save_model_of_safetensors_writes_weights_for_both(tiny_unet, unet_config, tmp_path, reader):
+    save_model(tiny_unet, tmp_path / "weights.safetensors")
+    loaded = reader(**unet_config).eval()
+    assert load_model(loaded, tmp_path / "weights.safetensors") == (set(), [])
+    assert_stocks_output(tiny_unet, loaded)
+    tiny_unet.save_pretrained(tmp_path)
+    saved, whole = (
+        load_file(tmp_path / "weights.safetensors"),
+        load_file(tmp_path / "diffusion_pytorch_model.safetensors"),
+    )
+    assert saved.keys() == whole.keys() and all(torch.equal(saved[name], whole[name]) for name in whole)
 
 
 def has_compiler() -> bool:

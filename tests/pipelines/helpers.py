@@ -3,6 +3,7 @@
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
 from tests.conftest import TINY_SCHEDULER
@@ -42,6 +43,18 @@ def images(pipe, **kwargs) -> torch.Tensor:
 
 def to_unit(x: torch.Tensor) -> torch.Tensor:
     return (x / 2 + 0.5).clamp(0, 1)
+
+
+def spoil(unet: torch.nn.Module, value: float, from_timestep: int, images: tuple[int, ...] = ()) -> None:
+    """Let the network return `value` for these images of a batch (all if none are given) from this timestep on."""
+
+    def hook(module, args, output):
+        x, t = args
+        chosen = [not images or i in images for i in range(len(x))]
+        bad = torch.tensor(chosen).reshape(-1, 1, 1, 1) & (torch.as_tensor(t) <= from_timestep)
+        return UNet2DOutput(torch.where(bad, value, output.sample))
+
+    unet.register_forward_hook(hook)
 
 
 def stock_unet(unet: UNet2DModelCustom) -> UNet2DModel:

@@ -11,7 +11,7 @@ from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, in
 from ddpm_hf.pipelines.inversion import decode, encode, interpolate_seeds, reconstruct
 from ddpm_hf.schedulers.samplers import make_sampler
 from tests.gaussian_unet import MEAN, STD, gaussian_pipeline
-from tests.pipelines.helpers import ROUNDING, to_unit
+from tests.pipelines.helpers import ROUNDING, spoil, to_unit
 
 # ---------------------------------------------------------------------- image to image, interpolation
 
@@ -102,6 +102,18 @@ def test_inpainted_pixels_have_the_moments_of_the_data(gaussian_images):
     new = 2 * inpaint(gaussian_pipeline(), black, mask, 100, 10, 2, seed=0, output_type="pt")[..., 32:] - 1
     assert new.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert new.std().item() == pytest.approx(STD, rel=0.15)
+
+
+@pytest.mark.parametrize("jumps, step", [((1, 1), "3 of 5"), ((2, 2), "7 of 13")])
+def test_editing_names_the_step_at_which_images_became_nan(tiny_pipeline, photos, jumps, step):
+    """5 timesteps: 19 15 11 7 3, levels 4 to 0. Timestep 11 is first left for level 1 after 4 3 2, or after 4 3 2 3 4 3 2."""
+    spoil(tiny_pipeline.unet, float("nan"), from_timestep=11, images=(1,))
+    mask = torch.ones(8, 8)
+    message = rf"in 1 of 2 images \(number 1 of the batch\), from step {step} on \(timestep 11\)"
+    with pytest.raises(ValueError, match=message):
+        inpaint(tiny_pipeline, photos, mask, 5, *jumps, seed=0)
+    with pytest.raises(ValueError, match=r"from step 5 of 16 on \(timestep 11\)"):
+        image_to_image(tiny_pipeline, photos, 15, seed=0)
 
 
 def test_inpainting_with_an_empty_or_a_full_mask(tiny_pipeline, photos):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.files import staging_folder
+from ddpm_hf.pipelines.guidance import mark_null_class, null_class_of
 from ddpm_hf.pipelines.loading import move_saved
 from tests.pipelines.helpers import ROUNDING, SHORT, images, seeded, stock_unet
 
@@ -283,6 +284,59 @@ def test_conversion_keeps_the_same_parameter_objects(make_pipeline, changes, dif
         stock.unet.conv_in.weight += 1
     assert torch.equal(pipe.unet.conv_in.weight, stock.unet.conv_in.weight)
     assert back.unet.to_json_string() == pipe.unet.to_json_string()
+
+
+def compile_wrapped(pipe) -> None:
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+
+
+def compile_in_place(pipe) -> None:
+    pipe.unet.compile(backend="eager")
+
+
+each_compilation = pytest.mark.parametrize("compile_unet", [compile_wrapped, compile_in_place])
+
+
+@each_compilation
+def test_conversion_of_a_compiled_network_gives_the_network_itself(make_pipeline, compile_unet):
+    pipe, stock = make_pipeline(num_class_embeds=4), make_pipeline(num_class_embeds=4).to_diffusers()
+    network, stock_network = pipe.unet, stock.unet
+    compile_unet(pipe), compile_unet(stock)
+    mark_null_class(pipe.unet)
+    converted, back, own = pipe.to_diffusers(), DDPMPipelineCustom.from_diffusers(stock), pipe.from_diffusers(pipe)
+    assert type(converted.unet) is UNet2DModel and type(back.unet) is UNet2DModelCustom and own.unet is network
+    assert storages(converted.unet) == storages(network) and storages(back.unet) == storages(stock_network)
+    assert null_class_of(converted.unet) == null_class_of(network) == 3
+
+
+@each_compilation
+def test_compiled_network_is_saved_as_the_network_itself(make_pipeline, tmp_path, compile_unet):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "plain")
+    compile_unet(pipe)
+    pipe.save_pretrained(tmp_path / "compiled")
+    DDPMPipelineCustom.from_pipe(pipe).save_pretrained(tmp_path / "from_pipe")
+    plain, *others = (
+        {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()}
+        for name in ("plain", "compiled", "from_pipe")
+    )
+    assert len(plain) == 4 and others == [plain, plain]
+
+
+@each_compilation
+def test_compiled_network_samples_with_labels_and_dropout_off(make_pipeline, compile_unet):
+    pipe = make_pipeline(num_class_embeds=4, dropout=0.5)
+    options = {"seed": 0, "num_inference_steps": 3, "class_labels": 1, "guidance_scale": 2.0, "null_class": 3}
+    expected = images(pipe, **options)
+    pipe.unet.train()
+    compile_unet(pipe)
+    mark_null_class(pipe.unet)
+    assert torch.equal(images(pipe, **options | {"null_class": None}), expected)
+    shared = DDPMPipelineCustom.from_pipe(pipe)
+    shared.set_progress_bar_config(disable=True)
+    assert torch.equal(images(shared, **options), expected) and pipe.unet.training
+    pipe.compile(backend="eager")
+    torch.testing.assert_close(images(pipe, **options), expected, rtol=0, atol=ROUNDING)
 
 
 def test_converted_pipeline_makes_the_same_images(tiny_pipeline):

@@ -21,7 +21,7 @@ from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
 from ddpm_hf.diffusion.schedules import BETA_SCHEDULES, make_betas, scale_betas_for_timesteps
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
-from ddpm_hf.schedulers.ddpm import ANALYTIC_MARK, TIMESTEP_SPACINGS, dynamic_threshold
+from ddpm_hf.schedulers.base import ANALYTIC_MARK, TIMESTEP_SPACINGS, dynamic_threshold
 
 FIXED = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED = ("learned", "learned_range")

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from ddpm_hf.scripts import sample as sample_script
 from PIL import Image
 
@@ -66,6 +68,40 @@ def test_two_processes_write_the_files_of_one(model, tmp_path):
     for format in formats:
         one, two = ({f.name: f.read_bytes() for f in (tmp_path / n / format).iterdir()} for n in ("one", "two"))
         assert len(one) == (6 if format == "png" else 2) and one == two
+
+
+@pytest.fixture
+def options_of_nan_for_class_1(make_pipeline, tmp_path) -> list[str]:
+    """Options for a model that makes NaN of class 1. Image i has class i modulo 4, so that of three batches of one image
+    the second is bad."""
+    pipe = make_pipeline(num_class_embeds=4)
+    with torch.no_grad():
+        pipe.unet.class_embedding.weight[1] = float("nan")
+    pipe.save_pretrained(tmp_path / "nan")
+    options = ["--model", str(tmp_path / "nan"), "--steps", "3", "--num_images", "3", "--batch_size", "1"]
+    return [*options, "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+
+
+NAN_MESSAGE = (
+    "sample.py: error: in the batch of images 1 to 1, samples must be finite, got NaN or infinite values in 1 of 1 images "
+    "(number 0 of the batch), from step 1 of 3 on (timestep 12). Likely causes: "
+)
+
+
+@pytest.mark.parametrize("format, written", [("png", "seed0-000000.png"), ("npz", "000000-000001.npy")])
+def test_bad_batch_is_one_sentence_and_is_not_written(options_of_nan_for_class_1, tmp_path, format, written):
+    with pytest.raises(SystemExit, match=re.escape(NAN_MESSAGE)):
+        sample_script.main([*options_of_nan_for_class_1, "--format", format])
+    assert [f.name for f in (tmp_path / "out").rglob("*") if f.suffix in (".png", ".npy", ".npz")] == [written]
+
+
+def test_bad_batch_of_the_second_process_is_said_by_the_first(options_of_nan_for_class_1, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29638"]
+    command += ["-m", "ddpm_hf.scripts.sample", *options_of_nan_for_class_1]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 1 and ran.stderr.count(NAN_MESSAGE) == 1, ran.stderr[-3000:]
+    assert "images written" not in ran.stdout
+    assert list(pixels(tmp_path / "out")) == ["seed0-000000.png", "seed0-000002.png"]
 
 
 def test_stopped_run_is_resumed_and_ends_with_the_same_file(model, tmp_path, monkeypatch):
