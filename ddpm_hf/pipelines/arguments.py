@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 from ddpm_hf.checks import check_choice, check_float, check_int
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
@@ -87,7 +87,7 @@ def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> D
 
 def check_network(unet) -> None:
     """The network must be one that is called with x_t and t, and possibly class labels."""
-    plain = getattr(unet, "_orig_mod", unet)  # of a compiled module
+    plain = unwrap_module(unet)
     parameters = list(inspect.signature(plain.forward).parameters.values())[2:]
     if needed := [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]:
         name = type(plain).__name__

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DDPMPipeline, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
 
 from ddpm_hf.checks import check_choice
@@ -29,7 +29,6 @@ from ddpm_hf.pipelines.denoising import (
     denoising_loop,
 )
 from ddpm_hf.schedulers.compatibility import check_scheduler
-from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
 
 class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
@@ -37,7 +36,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
 
     Args:
         unet: the network, `UNet2DModelCustom` or diffusers' `UNet2DModel`.
-        scheduler: `DDPMSchedulerCustom` or a diffusers scheduler that can run the model. The model is taken to be
+        scheduler: `DDPMSchedulerCustom`, `DDIMSchedulerCustom` or a diffusers scheduler that can run the model. The model is taken to be
             trained with its betas; another scheduler assigned later must have the same.
 
     Example:
@@ -130,9 +129,10 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         infinite. The U-Net is in eval mode while a step runs, and the pipeline's scheduler is not changed.
         """
         inputs = prepare_inputs(self, batch_size, generator, num_inference_steps, **options)
-        return DenoisingIterator(self._denoise(inputs), len(inputs.scheduler.timesteps))
+        return DenoisingIterator(self.denoise_inputs(inputs), len(inputs.scheduler.timesteps))
 
-    def _denoise(self, inputs: SamplingInputs) -> Iterator[DenoisingStep]:
+    def denoise_inputs(self, inputs: SamplingInputs) -> Iterator[DenoisingStep]:
+        """`denoise` with arguments that are checked and prepared."""
         x = draw_noise(self, inputs.shape, inputs.generator) if inputs.latents is None else inputs.latents
         x = x.to(self._execution_device, torch.float32) * inputs.scheduler.init_noise_sigma
         try:
@@ -166,17 +166,17 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
     def to_diffusers(self) -> DDPMPipeline:
         """A diffusers pipeline with the same weights, not a copy: training or moving one trains or moves both.
 
-        This package's scheduler becomes a `DDPMScheduler`; other schedulers are kept. The network is not compiled. Raises
+        This package's schedulers become those of diffusers; others are kept. The network is not compiled. Raises
         NotImplementedError for what diffusers cannot express (analytic variance).
         """
         unet = loading.convert_unet(self.unet, UNet2DModel)
-        return DDPMPipeline(unet, loading.convert_scheduler(self.scheduler, DDPMScheduler))
+        return DDPMPipeline(unet, loading.to_stock_scheduler(self.scheduler))
 
     @classmethod
     def from_diffusers(cls, stock: DiffusionPipeline) -> "DDPMPipelineCustom":
         """The counterpart of `to_diffusers`, for any pipeline with a `unet` and a `scheduler`: same weights, no copy."""
         unet = loading.convert_unet(stock.unet, UNet2DModelCustom)
-        return cls(unet, loading.convert_scheduler(stock.scheduler, DDPMSchedulerCustom))
+        return cls(unet, loading.to_own_scheduler(stock.scheduler))
 
     # ------------------------------------------------------------------ saving and loading
 

@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ddpm_hf.pipelines.arguments import SamplingInputs
 from ddpm_hf.pipelines.guidance import Denoiser
-from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
+from ddpm_hf.schedulers.base import ChainScheduler
 
 MAX_LISTED = 10  # images listed in an error
 
@@ -91,10 +91,10 @@ def eval_mode(module: torch.nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def reverse_step(denoiser: Denoiser, scheduler: DDPMSchedulerCustom, t: torch.Tensor, x, noise):
+def reverse_step(denoiser: Denoiser, scheduler: ChainScheduler, t: torch.Tensor, x, noise, options: dict):
     """Network and scheduler in one function of tensors. The caller draws the noise, since `torch.compile` cannot
     trace generators. Returns x_{t−1} and the predicted x_0."""
-    return scheduler.step(denoiser(x, t), t, x, variance_noise=noise, return_dict=False)
+    return scheduler.step(denoiser(x, t), t, x, variance_noise=noise, return_dict=False, **options)
 
 
 @dataclass
@@ -117,16 +117,17 @@ def denoising_loop(inputs: SamplingInputs, x: torch.Tensor, functions: StepFunct
     The network is in eval mode while a step runs.
     """
     denoiser, scheduler, generator = inputs.denoiser, inputs.scheduler, inputs.generator
-    is_own = isinstance(scheduler, DDPMSchedulerCustom)
+    is_own = isinstance(scheduler, ChainScheduler)
+    options = {name: value for name, value in inputs.step_options.items() if name != "generator"}
     # An int saves this package's scheduler a table lookup on the device; others expect their own tensors.
     timesteps = scheduler.timesteps.tolist() if is_own else scheduler.timesteps
     for i, (t, t_model) in enumerate(zip(timesteps, scheduler.timesteps)):
         with torch.no_grad(), eval_mode(denoiser.unet):
             if is_own and functions.reverse_step is not None:
-                # The last step draws no noise, so that a generator ends in the same state as in eager mode.
-                is_last = i == len(timesteps) - 1
-                noise = torch.zeros_like(x) if is_last else randn_tensor(x.shape, generator, x.device, x.dtype)
-                x, x_0 = functions.reverse_step(denoiser, scheduler, t_model, x, noise)
+                # Noise is drawn where eager mode draws it, so that a generator ends in the same state.
+                is_drawn = i < len(timesteps) - 1 and scheduler.adds_noise(**options)
+                noise = randn_tensor(x.shape, generator, x.device, x.dtype) if is_drawn else torch.zeros_like(x)
+                x, x_0 = functions.reverse_step(denoiser, scheduler, t_model, x, noise, options)
             else:
                 output = functions.predict(denoiser, scheduler.scale_model_input(x, t), t_model)
                 result = scheduler.step(output, t, x, **inputs.step_options)

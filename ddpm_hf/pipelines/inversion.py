@@ -7,17 +7,17 @@ the pipeline returns (`output_type`). Sampling uses the betas of the pipeline's 
 raised before the first step.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
 import torch
 
 from ddpm_hf.checks import check_int
-from ddpm_hf.diffusion.gaussian import GaussianDiffusion
 from ddpm_hf.pipelines import arguments
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
-from ddpm_hf.pipelines.denoising import eval_mode
-from ddpm_hf.pipelines.guidance import Denoiser
+from ddpm_hf.pipelines.denoising import RecordedSteps, eval_mode
+from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
 from ddpm_hf.schedulers.samplers import as_ddpm
 from ddpm_hf.seeds import seed_generators
 
@@ -38,21 +38,23 @@ def encode(
     """
     arguments.check_images(pipe, "images", images)
     iterations = check_int("iterations", iterations, 1)
-    denoiser, diffusion, timesteps, x = _prepare(pipe, images, num_inference_steps, condition)
+    denoiser = arguments.prepare_denoiser(pipe, len(images), **condition)
+    diffusion, x = as_ddpm(pipe.scheduler).diffusion, images.to(pipe._execution_device, torch.float32)
+    timesteps = arguments.timesteps_from(pipe, len(diffusion) - 1, num_inference_steps)
     bar_t, rest_t = 1.0, 0.0  # √ᾱ and √(1−ᾱ) of the image itself
     with eval_mode(pipe.unet):
         for s in timesteps[::-1]:
             bar_s, rest_s = diffusion.sqrt_alphas_cumprod[s].item(), diffusion.sqrt_one_minus_alphas_cumprod[s].item()
             x_s = x
             for _ in range(iterations):
-                _, epsilon = _x_0_and_epsilon(denoiser, diffusion, x_s, s)
+                output = denoiser(x_s, torch.tensor(s, device=x.device))[:, : x.shape[1]]
+                epsilon = diffusion.predict_epsilon(output, x_s, s)
                 x_s = bar_s / bar_t * x + (rest_s - bar_s / bar_t * rest_t) * epsilon
             x, bar_t, rest_t = x_s, bar_s, rest_s
     pipe.maybe_free_model_hooks()
     return x
 
 
-@torch.no_grad()
 def decode(
     pipe: DDPMPipelineCustom,
     latents: torch.Tensor,
@@ -63,14 +65,20 @@ def decode(
     """The images that DDIM with η = 0 and no clipping makes of x_T, (B, C, H, W)."""
     arguments.check_images(pipe, "latents", latents, in_range=False)
     arguments.check_output_type(output_type, latents.shape[1])
-    denoiser, diffusion, timesteps, x = _prepare(pipe, latents, num_inference_steps, condition)
-    with eval_mode(pipe.unet), pipe.progress_bar(total=len(timesteps)) as bar:
-        for s, t in zip(timesteps, [*timesteps[1:], None]):
-            x_0, epsilon = _x_0_and_epsilon(denoiser, diffusion, x, s)
-            x = x_0 if t is None else diffusion.q_sample(x_0, t, epsilon)
+    deterministic = copy.copy(pipe)
+    deterministic.scheduler = DDIMSchedulerCustom.from_config(
+        as_ddpm(pipe.scheduler).config, clip_sample=False, thresholding=False, analytic_moments=None
+    )
+    denoiser = arguments.prepare_denoiser(deterministic, len(latents), **condition)
+    timesteps = arguments.timesteps_from(pipe, len(deterministic.scheduler) - 1, num_inference_steps)
+    scheduler = arguments.prepare_scheduler(deterministic.scheduler, None, timesteps, pipe._execution_device)
+    # Not a call of the pipeline, which takes latents of the network's sample_size alone.
+    inputs, recorded = arguments.SamplingInputs(denoiser, scheduler, latents.shape, None, latents, {}), RecordedSteps()
+    with pipe.progress_bar(total=len(timesteps)) as bar:
+        for step in deterministic.denoise_inputs(inputs):
+            recorded.add(step.t, step.x)
             bar.update()
-    pipe.maybe_free_model_hooks()
-    return pipe.to_images(x, output_type)
+    return pipe.to_images(step.x, output_type, recorded)
 
 
 def reconstruct(
@@ -111,20 +119,3 @@ def slerp(x: torch.Tensor, y: torch.Tensor, weight: float) -> torch.Tensor:
     if math.sin(theta) < 1e-4:  # (anti)parallel: the circle is undefined, or the same as the line
         return (1 - weight) * x + weight * y
     return (math.sin((1 - weight) * theta) * x + math.sin(weight * theta) * y) / math.sin(theta)
-
-
-def _prepare(
-    pipe: DDPMPipelineCustom, x: torch.Tensor, num_inference_steps: int | None, condition: dict
-) -> tuple[Denoiser, GaussianDiffusion, list[int], torch.Tensor]:
-    """The network, the formulas, the timesteps (descending), and x as the network's device wants it."""
-    denoiser = arguments.prepare_denoiser(pipe, len(x), **condition)
-    diffusion = as_ddpm(pipe.scheduler).diffusion
-    timesteps = arguments.timesteps_from(pipe, len(diffusion) - 1, num_inference_steps)
-    return denoiser, diffusion, timesteps, x.to(pipe._execution_device, torch.float32)
-
-
-def _x_0_and_epsilon(
-    denoiser: Denoiser, diffusion: GaussianDiffusion, x: torch.Tensor, t: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    output = denoiser(x, torch.tensor(t, device=x.device))[:, : x.shape[1]]
-    return diffusion.predict_x_0(output, x, t), diffusion.predict_epsilon(output, x, t)

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
 
 from ddpm_hf.interop import stock_config
 from ddpm_hf.models.unet import UNet2DModelCustom
+from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
 from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 from ddpm_hf.transfer import Retries, download_snapshot
 
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?P<variant>\.[^.]+?)?(-\d+-of-\d+)?\.(safetensors|bin)$")
 INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?P<variant>\.[^.]+)?\.json$")
+OWN_SCHEDULERS = (DDPMSchedulerCustom, DDIMSchedulerCustom)
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -51,11 +53,12 @@ def find_component(folder: Path, component: str, config_name: str, source: str) 
 
 
 def load_scheduler(folder: Path, source: str) -> SchedulerMixin:
-    """The scheduler of a saved pipeline; a DDPMScheduler becomes a DDPMSchedulerCustom."""
+    """The scheduler of a saved pipeline; a DDPMScheduler or DDIMScheduler becomes the one of this package."""
     folder = find_component(folder, "scheduler", "scheduler_config.json", source)
     name = json.loads((folder / "scheduler_config.json").read_text()).get("_class_name", "DDPMScheduler")
-    if name in ("DDPMScheduler", "DDPMSchedulerCustom"):
-        return DDPMSchedulerCustom.from_pretrained(folder)
+    for cls in OWN_SCHEDULERS:
+        if name in (cls.__name__, cls.stock_class.__name__):
+            return cls.from_pretrained(folder)
     if not hasattr(diffusers, name):
         raise ValueError(f"{folder}/scheduler_config.json names the scheduler {name!r}, which diffusers does not have.")
     return getattr(diffusers, name).from_pretrained(folder)
@@ -87,11 +90,17 @@ def convert_unet(unet, cls: type[UNet2DModel] | type[UNet2DModelCustom]) -> UNet
     return converted.train(unet.training)
 
 
-def convert_scheduler(scheduler: SchedulerMixin, cls: type[SchedulerMixin]) -> SchedulerMixin:
-    """A DDPM scheduler as an instance of `cls`; schedulers of other classes are returned unchanged."""
-    if type(scheduler) is cls or not isinstance(scheduler, (DDPMScheduler, DDPMSchedulerCustom)):
-        return scheduler
-    return cls.from_config(stock_config(scheduler))
+def to_own_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A DDPMScheduler or DDIMScheduler as the one of this package; others unchanged."""
+    classes = {cls.stock_class: cls for cls in OWN_SCHEDULERS}
+    cls = classes.get(type(scheduler))
+    return scheduler if cls is None else cls.from_config(stock_config(scheduler))
+
+
+def to_stock_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """A scheduler of this package as the one of diffusers; others unchanged."""
+    is_own = isinstance(scheduler, OWN_SCHEDULERS)
+    return scheduler.stock_class.from_config(stock_config(scheduler)) if is_own else scheduler
 
 
 def move_saved(staged: Path, folder: Path, variant: str | None) -> None:

@@ -160,6 +160,10 @@ class ChainScheduler(SavesAsStock, SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ sampling
 
+    def adds_noise(self) -> bool:
+        """Whether `step`, called with these options, draws noise in all steps but the last."""
+        return True
+
     def _draw(
         self,
         step: ReverseStep,

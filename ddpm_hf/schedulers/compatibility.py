@@ -16,6 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES
+from ddpm_hf.diffusion.timesteps import spaced_timesteps
 from ddpm_hf.interop import stock_config
 from ddpm_hf.schedulers.base import ChainScheduler, warn_of_early_start
 from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
@@ -28,7 +29,7 @@ MAX_SHIFT = STD / 4
 MAX_SPREAD = 2.0  # times the right one
 MIN_SPREAD = 0.5  # times that of DDIM with as many steps
 PIXELS = 1000
-MAX_TRIALS = 4  # of other numbers of steps, to name in an error message
+SEARCHED, MAX_TRIALS = 20, 4  # for another number of steps to name in an error message
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
@@ -53,15 +54,17 @@ def output_channels(scheduler: SchedulerMixin, channels: int) -> tuple[tuple[int
 def set_timesteps(scheduler: SchedulerMixin, device, steps: int | None, timesteps: Sequence[int] | None) -> None:
     """`scheduler.set_timesteps` of one of the two. Raises ValueError if sampling would be wrong; the message names
     numbers of steps that are right. Of `timesteps`, less is checked."""
+    is_own = isinstance(scheduler, ChainScheduler)
     if timesteps is not None:
         scheduler.set_timesteps(timesteps=timesteps, device=device)
-    elif isinstance(scheduler, ChainScheduler):
+        problem = None if is_own else _problem_of_levels(scheduler, None)
+    elif is_own:
         scheduler.set_timesteps(steps, device=device)
-    if isinstance(scheduler, ChainScheduler):
-        return
-    problem = _problem_of_levels(scheduler, None) if steps is None else _problem(scheduler, steps, device)
+        problem = None
+    else:
+        problem = _problem(scheduler, steps, device)
     if problem is None:
-        if steps is not None:
+        if not is_own and steps is not None:
             warn_of_early_start(scheduler, int(torch.as_tensor(scheduler.timesteps)[0]), steps)
         return
     name, spacing = type(scheduler).__name__, scheduler.config.get("timestep_spacing")
@@ -75,10 +78,11 @@ def set_timesteps(scheduler: SchedulerMixin, device, steps: int | None, timestep
 
 
 def _right_numbers_near(scheduler: SchedulerMixin, steps: int) -> Iterator[int]:
-    """The nearest right number of steps below `steps`, and above, as far as there are."""
-    scheduler = copy.deepcopy(scheduler)
-    for numbers in (range(steps - 1, 0, -1), range(steps + 1, scheduler.config.num_train_timesteps + 1)):
-        looks_right = (n for n in numbers if _problem_of_setting(scheduler, n) is None)
+    """The nearest right number of steps below `steps` and above, of those within SEARCHED and the divisors of T."""
+    scheduler, T = copy.deepcopy(scheduler), scheduler.config.num_train_timesteps
+    numbers = [n for n in range(1, T + 1) if abs(n - steps) <= SEARCHED or T % n == 0]
+    for side in ([n for n in reversed(numbers) if n < steps], [n for n in numbers if n > steps]):
+        looks_right = (n for n in side if _problem_of_setting(scheduler, n) is None)
         tried = itertools.islice(looks_right, MAX_TRIALS)
         yield from itertools.islice((n for n in tried if _problem(scheduler, n) is None), 1)
 
@@ -133,26 +137,25 @@ def _problem_of_samples(cls: type[SchedulerMixin], config: str, steps: int) -> s
     scale = STD / math.sqrt(bar * STD**2 + 1 - bar)
     lowest_mean = MEAN * (1 - math.sqrt(bar) * scale)
     try:
-        mean, std = _mean_and_std(scheduler)
-        least = min(_mean_and_std(ddim)[1] for ddim in _ddim_of(scheduler, steps))
+        x = sample_gaussian(scheduler)
+        least = min(
+            _spread_of_ddim(scheduler, steps, spacing) for spacing in (scheduler.config.timestep_spacing, "trailing")
+        )
     except Exception as error:
         return f"it fails ({type(error).__name__}: {error})"
+    mean, std = x.mean().item(), x.std(correction=0).item()
     if lowest_mean - MAX_SHIFT < mean < MEAN + MAX_SHIFT and MIN_SPREAD * least <= std < MAX_SPREAD * scale:
         return None
     return f"it turns data with mean {MEAN} and standard deviation {STD} into {mean:.3g} and {std:.3g}"
 
 
-def _ddim_of(scheduler: SchedulerMixin, steps: int) -> Iterator[DDIMSchedulerCustom]:
-    """DDIM on the chain of a scheduler, with its spacing and with the trailing one."""
-    for spacing in {scheduler.config.get("timestep_spacing", "trailing"), "trailing"}:
-        ddim = DDIMSchedulerCustom.from_config(stock_config(scheduler), timestep_spacing=spacing)
-        ddim.set_timesteps(steps)
-        yield ddim
-
-
-def _mean_and_std(scheduler: SchedulerMixin) -> tuple[float, float]:
-    x = sample_gaussian(scheduler)
-    return x.mean().item(), x.std(correction=0).item()
+def _spread_of_ddim(scheduler: SchedulerMixin, steps: int, spacing: str) -> float:
+    """The standard deviation of DDIM's samples (η = 0), whose steps scale x: those of x_0 and ε, in its eq. 12."""
+    bars = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
+    bars = bars[spaced_timesteps(len(bars), steps, spacing, scheduler.config.get("steps_offset", 0))]
+    to = torch.cat([bars[1:], torch.ones(1, dtype=torch.float64)])
+    variance = bars * STD**2 + 1 - bars
+    return (((to * bars).sqrt() * STD**2 + ((1 - to) * (1 - bars)).sqrt()) / variance).prod().item()
 
 
 class GaussianNetwork:

@@ -66,6 +66,9 @@ class DDIMSchedulerCustom(ChainScheduler):
             return super()._sub_chain(timesteps)
         return super()._sub_chain(torch.cat([timesteps, timesteps.new_zeros(1)]).unique()).ending_at_timestep_0()
 
+    def adds_noise(self, eta: float = 0.0) -> bool:
+        return eta > 0 or self.diffusion.variance_type == "analytic"
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -92,7 +95,8 @@ class DDIMSchedulerCustom(ChainScheduler):
         Returns `DDIMSchedulerOutput(prev_sample, pred_original_sample)` in the dtype of `sample`, or a tuple of the two.
         Raises ValueError or TypeError that names the argument.
         """
-        eta = check_float("eta", eta, "[0, 1]")
+        if not torch.compiler.is_compiling():
+            eta = check_float("eta", eta, "[0, 1]")
         generator = check_noise_arguments(sample, generator, variance_noise)
         if sample.ndim > 1 and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]

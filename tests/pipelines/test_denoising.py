@@ -104,7 +104,7 @@ def test_recording_steps_on_a_device_reads_nothing_from_it():
 
 def test_values_read_by_a_call_do_not_depend_on_the_steps(tiny_pipeline):
     seen = []
-    for timesteps in ([19, 9], range(19, -1, -1)):
+    for timesteps in ([19, 9], range(19, 0, -1)):
         with CopiesBetweenDevices() as copies:
             tiny_pipeline(2, seed=0, timesteps=list(timesteps))
         seen.append(copies.seen)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.files import staging_folder
 from ddpm_hf.pipelines.guidance import mark_null_class, null_class_of
 from ddpm_hf.pipelines.loading import move_saved
@@ -56,10 +56,20 @@ def test_diffusers_repository_loads_as_this_packages_classes(stock_pipeline, tmp
     torch.testing.assert_close(images(pipe, batch_size=2, generator=seeded(0)), expected, rtol=0, atol=2e-3)
 
 
-def test_other_schedulers_load_as_they_were_saved(make_pipeline, tmp_path):
-    make_pipeline(DDIMScheduler(**SHORT, clip_sample=False)).save_pretrained(tmp_path)
-    loaded = DDPMPipelineCustom.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is DDIMScheduler and loaded.scheduler.config.clip_sample is False
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (DDIMScheduler, DDIMSchedulerCustom),
+        (DDIMSchedulerCustom, DDIMSchedulerCustom),
+        (DPMSolverMultistepScheduler, DPMSolverMultistepScheduler),
+    ],
+)
+def test_other_schedulers_load_with_their_configuration(make_pipeline, tmp_path, saved, loaded):
+    scheduler = saved(**SHORT, timestep_spacing="trailing")
+    make_pipeline(scheduler).save_pretrained(tmp_path)
+    found = DDPMPipelineCustom.from_pretrained(tmp_path).scheduler
+    assert type(found) is loaded and found.config.timestep_spacing == "trailing"
+    assert found.config.num_train_timesteps == scheduler.config.num_train_timesteps
 
 
 def test_given_components_replace_the_saved_ones(make_pipeline, make_unet, tmp_path):

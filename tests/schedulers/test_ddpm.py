@@ -679,10 +679,10 @@ FORMS = {
 }
 
 
-def compiled_step(dynamic=None, **arguments):
+def compiled_step(dynamic=None, cls=DDPMSchedulerCustom, **arguments):
     """A scheduler, its compiled `step`, and a counter of the graphs compiled."""
     torch._dynamo.reset()
-    scheduler, graphs = DDPMSchedulerCustom(**arguments), CompileCounter()
+    scheduler, graphs = cls(**arguments), CompileCounter()
     return scheduler, torch.compile(scheduler.step, fullgraph=True, backend=graphs, dynamic=dynamic), graphs
 
 
