@@ -108,9 +108,10 @@ def make_frechet_criterion(args: EMAArguments, config, pipe) -> tuple[str, Crite
     source = {name: getattr(config, name) for name in ("dataset", "dataset_config", "split")}
     of_training = measures.real_features(backbone, training, source, args.batch_size, args.cache_dir)
     reference = moments(of_training, "the training split")
+    conditions = measures.draw_conditions(pipe, training, args.num_samples, args.seed)
 
     def distance(pipe) -> tuple[float, None]:
-        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size)
+        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size, conditions)
         of_samples = measures.features_of(backbone, lambda i: samples[i], len(samples), args.batch_size)
         return frechet_distance(moments(of_samples), reference), None
 
@@ -162,8 +163,10 @@ def sweep(args: EMAArguments, config, accelerator) -> tuple[dict, "ddpm_hf.DDPMP
 def write(folder: Path, config, ema: dict, pipe, batch_size: int) -> None:
     """Replace the weights, their pictures and metrics, metrics.json and the card. Metrics of the old weights are dropped."""
     from ddpm_hf.training.artifacts import read_metrics, show, write_metrics_and_card
+    from ddpm_hf.training.run_data import open_images, preview_conditions
 
-    pictures, quality = show(pipe, config, batch_size)
+    conditions = preview_conditions(open_images(config)[0], config) if config.class_embed_type else None
+    pictures, quality = show(pipe, config, batch_size, conditions)
     metrics = {"training": read_metrics(folder)["training"], **quality, "ema": ema}
     with atomic_folder(folder / PENDING) as staged:
         pipe.save_pretrained(staged)

@@ -35,12 +35,12 @@ class EvaluateArguments:
     )
     image_column: str | None = HfArg(default=None, help="column of images; None: the only one")
     label_column: str | None = HfArg(
-        default=None, help="column of classes, for a class-conditional model; None: the run's"
+        default=None, help="column of labels, for a class-conditional model; None: the run's"
     )
     features: str | None = HfArg(
         default=None,
         help="'inception', a vision model of transformers, or a built-in data set that has features of its own; "
-        "None: the data set's own, or facebook/dinov2-base",
+        "None: the data set's own, or facebook/dinov2-base; images of 2, 4 or more channels have none",
     )
     num_samples: int = HfArg(default=500, help="number of samples")
     samples: str | None = HfArg(default=None, help="folder of images to measure; None: sample from the model")
@@ -87,9 +87,14 @@ def evaluate(args: EvaluateArguments) -> dict:
         return measures.model_images(dataset, config, run, args.image_column, args.label_column)
 
     training, validation, validation_split = measures.real_images(open_split, run, args.split, args.validation_split)
-    backbone = features.load_backbone(args.features or features.default_features(args.dataset), state.device)
-    metrics.check_enough(args.num_samples, backbone.dim, "num_samples")
-    metrics.check_enough(len(training), backbone.dim, f"split {args.split!r}")
+    backbone = None
+    if config.in_channels in (1, 3):
+        backbone = features.load_backbone(args.features or features.default_features(args.dataset), state.device)
+        metrics.check_enough(args.num_samples, backbone.dim, "num_samples")
+        metrics.check_enough(len(training), backbone.dim, f"split {args.split!r}")
+    elif args.features is not None:
+        only = "the bound and distances in pixels can be measured without them"
+        raise ValueError(f"features need images of 1 or 3 channels, the model has {config.in_channels}: {only}.")
     samples = None
     if args.samples is not None:
         samples = measures.read_samples(args.samples, args.num_samples, training.size, config.in_channels)
@@ -98,19 +103,24 @@ def evaluate(args: EvaluateArguments) -> dict:
 
     bounds = measure_bounds(args, pipe, training, validation)
     if samples is None:
-        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size)
+        conditions = measures.draw_conditions(pipe, training, args.num_samples, args.seed)
+        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size, conditions)
 
     def real_features(images, split: str):
         source = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
         return measures.real_features(backbone, images, source, args.batch_size, args.cache_dir)
 
-    feature_sets = (
+    feature_sets = backbone and (
         measures.features_of(backbone, lambda i: samples[i], len(samples), args.batch_size),
         real_features(validation, validation_split),
         real_features(training, args.split),
     )
     protocol = describe_protocol(args, pipe, training, validation_split, run)
-    if config.in_channels == 1 and backbone.channels == 3:
+    if backbone is None:
+        state.print(
+            f"Images of {config.in_channels} channels have no features: the bound and distances in pixels follow."
+        )
+    elif config.in_channels == 1 and backbone.channels == 3:
         state.print("Gray images are repeated to RGB for the backbone.")
         protocol["channels"] = "gray repeated to RGB"
     pictures = {"bound.png": plots.figure_bytes(plots.bound_by_timestep(bounds))}
@@ -119,7 +129,7 @@ def evaluate(args: EvaluateArguments) -> dict:
         "protocol": protocol,
         "dataset": args.dataset,
         "bits_per_dim": {name: asdict(bound) for name, bound in bounds.items()},
-        "figures": compute_metrics(*feature_sets, backbone, protocol),
+        "figures": compute_metrics(*feature_sets, backbone, protocol) if backbone else [],
         "memorization": memorization,
     }
     return {"evaluation": evaluation, "pictures": pictures | closest}
@@ -142,6 +152,7 @@ def describe_protocol(args: EvaluateArguments, pipe, training, validation_split:
         "steps": args.steps,
         "seed": args.seed,
         "labels": training.label_column,
+        "conditions": f"drawn from the {args.split} split" if pipe.unet.config.class_embed_type else None,
         "weights": f"averaged {average_of_weights(run, read_metrics(Path(args.model)))}" if run else None,
         "resolution": list(training.size),
         "dataset_resize": measures.resizing(training),
@@ -195,13 +206,13 @@ def compute_metrics(samples, validation, training, backbone, protocol: dict) -> 
 
 
 def compare_with_training(samples, validation, training, feature_sets) -> tuple[dict, dict[str, bytes]]:
-    """How close samples are to training images in pixels and in features, and pictures of the closest pairs."""
+    """How close samples are to training images in pixels and, unless None, in features, and pictures of the closest pairs."""
     from ddpm_hf.evaluation import metrics, plots
 
     validation, training = (images[range(len(images))]["images"] for images in (validation, training))
     pixels = (images.flatten(1).float() / 255 for images in (samples, validation, training))
     results, pictures = {}, {}
-    for space, rows in (("pixels", pixels), ("features", feature_sets)):
+    for space, rows in (("pixels", pixels), *([("features", feature_sets)] if feature_sets else [])):
         result = metrics.memorization(*rows)
         ours, theirs, distances = zip(*result.closest)
         cells = [x[list(i)].permute(0, 2, 3, 1).numpy() / 255 for x, i in ((samples, ours), (training, theirs))]

@@ -5,6 +5,7 @@ Image i of a seed is the same on any number of processes. The same command resum
 `--num_images` adds images.
 """
 
+import hashlib
 import io
 import json
 import shutil
@@ -36,8 +37,10 @@ class SampleArguments:
     )
     steps: int | None = HfArg(default=None, help="sampling steps; None: the model's T")
     seed: int = HfArg(default=0, help="seed; an image depends on it and on the image's index")
-    class_label: int | None = HfArg(
-        default=None, help="of a class-conditional model; None: image i gets class i modulo their number"
+    class_label: str | None = HfArg(
+        default=None,
+        help="of a class-conditional model: a class, a number for class_embed_type 'timestep', or a .npy file with one "
+        "label per row, of which image i gets row i modulo their number; None: the classes in turn",
     )
     guidance_scale: float = HfArg(default=1.0, help="of classifier-free guidance; 1: no guidance")
     format: str = HfArg(
@@ -117,11 +120,27 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     return pipe
 
 
-def labels_of(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices: range) -> list[int] | None:
-    """The class of each image, which depends on the image's index alone, as its noise does."""
-    from ddpm_hf.pipelines.guidance import cycled_classes
+def labels_of(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices: range) -> list | None:
+    """The label of each image, which depends on the image's index alone, as its noise does."""
+    from ddpm_hf.pipelines.guidance import cycled_labels
 
-    return cycled_classes(pipe.unet, indices) if args.class_label is None else [args.class_label] * len(indices)
+    if args.class_label is None:
+        return cycled_labels(pipe.unet, indices)
+    labels = read_labels(args.class_label)
+    return [labels[i % len(labels)] for i in indices]
+
+
+def read_labels(class_label: str) -> list:
+    """The number, or the rows of the .npy file, that `--class_label` gives. Raises ValueError if it is neither."""
+    if not class_label.endswith(".npy"):
+        try:
+            return [float(class_label) if set(class_label) & set(".einEIN") else int(class_label)]
+        except ValueError as error:
+            raise ValueError(f"class_label must be a number or a .npy file, got {class_label!r}.") from error
+    labels = np.load(class_label, allow_pickle=False)
+    if labels.ndim == 0 or not len(labels):
+        raise ValueError(f"class_label {class_label!r} must hold at least one row, got shape {labels.shape}.")
+    return labels.tolist()
 
 
 def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch: range) -> np.ndarray:
@@ -149,7 +168,15 @@ def record_name(args: SampleArguments) -> str:
 
 def record(args: SampleArguments) -> str:
     names = ("model", "scheduler", "steps", "seed", "class_label", "guidance_scale", "bits")
-    return json.dumps({name: asdict(args)[name] for name in names}, indent=2) + "\n"
+    options = {name: asdict(args)[name] for name in names}
+    if args.class_label is not None:
+        is_file = args.class_label.endswith(".npy")
+        options["class_label"] = file_digest(args.class_label) if is_file else read_labels(args.class_label)[0]
+    return json.dumps(options, indent=2) + "\n"
+
+
+def file_digest(path: str) -> str:
+    return "sha256 " + hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def check_record(folder: Path, args: SampleArguments) -> None:
@@ -201,7 +228,7 @@ def write_batch(folder: Path, args: SampleArguments, batch: range, images: np.nd
         atomic_file(part_file(folder, args, batch), stream.getvalue())
 
 
-def gather(folder: Path, args: SampleArguments, batches: list[range], labels: list[int] | None) -> Path:
+def gather(folder: Path, args: SampleArguments, batches: list[range], labels: list | None) -> Path:
     """Join the parts into the output file, unless the format is PNG. Returns where the images are."""
     if args.format == "png":
         return folder
@@ -219,7 +246,7 @@ def gather(folder: Path, args: SampleArguments, batches: list[range], labels: li
     return target
 
 
-def write_parquet(stream: io.BytesIO, images: np.ndarray, labels: list[int] | None) -> None:
+def write_parquet(stream: io.BytesIO, images: np.ndarray, labels: list | None) -> None:
     """A data set with a column `image` and, for a class-conditional model, `label`."""
     import datasets
 
@@ -229,7 +256,8 @@ def write_parquet(stream: io.BytesIO, images: np.ndarray, labels: list[int] | No
         columns = {"image": [{"bytes": png_bytes(image), "path": None} for image in images]}
         features = {"image": datasets.Image()}
     if labels is not None:
-        columns["label"], features["label"] = labels, datasets.Value("int64")
+        value = datasets.Value("int64" if np.array(labels).dtype.kind == "i" else "float64")
+        columns["label"], features["label"] = labels, datasets.List(value) if np.ndim(labels) == 2 else value
     datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(stream)
 
 

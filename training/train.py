@@ -23,6 +23,7 @@ from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignal
 # torch and the libraries on top of it take seconds to import. The functions below import them when they run, after the
 # options were parsed, so that --help and an unknown option are answered at once.
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
     from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """What `prepare` sets up. `restored`: tensors and state of the checkpoint to resume from."""
+    """What `prepare` sets up. `conditions`: see `preview_conditions`. `restored`: tensors and state of the checkpoint to
+    resume from."""
 
     config: TrainingConfig
     accelerator: Accelerator
@@ -43,6 +45,7 @@ class Run:
     images: Images | StreamedImages
     validation: Images | None
     validation_subset: Images | None
+    conditions: torch.Tensor | None
     restored: tuple[dict, dict] | None
     uploader: Uploader
 
@@ -106,7 +109,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     from ddpm_hf.pipelines.guidance import mark_class_names
     from ddpm_hf.training.build import build
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
-    from ddpm_hf.training.run_data import load_images
+    from ddpm_hf.training.run_data import load_images, preview_conditions
     from ddpm_hf.training.uploads import Uploader
     from ddpm_hf.training.validation import load_validation_images
 
@@ -125,6 +128,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
         validation_subset = load_validation_images(config, validation, accelerator.device)
+        conditions = preview_conditions(images, config)
     if images.class_names is not None:
         mark_class_names(unet, images.class_names)
     output_dir = Path(config.output_dir)
@@ -136,7 +140,8 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
     check_same_data(images.num_examples, restored)
     uploader.start(config.overwrite)
-    return Run(config, accelerator, unet, scheduler, images, validation, validation_subset, restored, uploader)
+    data = (images, validation, validation_subset, conditions)
+    return Run(config, accelerator, unet, scheduler, *data, restored, uploader)
 
 
 def build_training(run: Run):
@@ -150,7 +155,8 @@ def build_training(run: Run):
 
     config, accelerator, unet = run.config, run.accelerator, run.unet
     device, betas = accelerator.device, (0.9, config.adam_beta2)
-    optimizer = torch.optim.Adam(unet.parameters(), config.learning_rate, betas, fused=device.type != "mps")
+    options = {"weight_decay": config.weight_decay, "fused": device.type != "mps"}
+    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, betas, **options)  # Adam for a decay of 0
     # FSDP accepts weights in torch's default memory format only.
     unet.to(device, memory_format=torch.contiguous_format if is_sharded(accelerator) else torch.channels_last)
     if config.gradient_checkpointing:
@@ -199,7 +205,7 @@ def train(run: Run, signals: StopSignals) -> None:
         run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
     )
     parts = (run.unet, run.scheduler, state.averages, run.validation_subset)
-    run_logger = RunLogger(config, accelerator, *parts, first_step, logged, num_examples)
+    run_logger = RunLogger(config, accelerator, *parts, first_step, logged, num_examples, run.conditions)
     last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
     exit_code = 0
     model.train()
@@ -284,7 +290,7 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
         if run.images.class_names is not None:
             mark_class_names(unet, run.images.class_names)
     unet.load_state_dict(averaged)
-    write_artifacts(config, unet, run.scheduler, run_logger.log.rows, training)
+    write_artifacts(config, unet, run.scheduler, run_logger.log.rows, training, run.conditions)
     run.uploader.finish()
 
 

@@ -63,7 +63,7 @@ def _shut_down(loader: weakref.ref) -> None:
 
 class MicroBatches:
     """Iterator over this process's micro-batches of steps first_step .. num_steps−1: dicts of "images" (B, C, H, W) and,
-    with a label column, "labels" (B,).
+    with a label column, "labels" (B,) or (B, D).
 
     Images in memory are indexed there. Others are decoded ahead by `num_workers` processes (a stream: by threads of one
     process), into pinned memory if the device is a GPU.

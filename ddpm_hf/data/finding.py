@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 
 import datasets
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
 
 from ddpm_hf.data.builtin import BUILTIN
 
+ARRAYS = {".npy", ".npz"}
 TABLES = {".parquet", ".arrow", ".tar", ".zip"}
 STREAM_SHARDS = 64  # into which a local data set is divided to be read as a stream
 
@@ -26,8 +29,8 @@ def open_dataset(
     """Open a split of a data set.
 
     Args:
-        name: "digits" or "photos" (built in), a folder of images or of Parquet, Arrow, tar or zip files, a folder that
-            `save_to_disk` wrote, or a data set on the Hub.
+        name: "digits" or "photos" (built in), a folder of pictures, of arrays (.npy, .npz), or of Parquet, Arrow, tar or zip
+            files, a folder that `save_to_disk` wrote, or a data set on the Hub.
         config_name: the configuration, or subset, of a data set on the Hub.
         split: the name of the split. A single split saved to disk is "train".
         revision: a branch, tag or commit of a data set on the Hub.
@@ -35,7 +38,8 @@ def open_dataset(
 
     Raises:
         NoSuchSplit: a ValueError that names the splits there are.
-        ValueError: for a folder without images, an unknown data set or revision, and a revision of local data.
+        ValueError: for a folder without images, or with pictures and arrays, an unknown data set or revision, and a revision
+            of local data.
     """
     folder = Path(name)
     is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -49,8 +53,14 @@ def open_dataset(
         found = datasets.load_from_disk(str(folder))
     elif folder.is_dir():
         suffixes = {Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files}
-        if suffixes & set(Image.registered_extensions()):
+        is_picture, is_array = suffixes & set(Image.registered_extensions()), suffixes & ARRAYS
+        if is_picture and is_array:
+            kinds = f"pictures ({min(is_picture)}) and arrays ({min(is_array)})"
+            raise ValueError(f"the folder {name!r} holds both {kinds}: move one kind to a folder of its own.")
+        if is_picture:
             found = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=streaming)
+        elif is_array:
+            found = _open_arrays(str(folder.resolve()), streaming)
         elif suffixes & TABLES:
             found = datasets.load_dataset(str(folder.resolve()), config_name, streaming=streaming)
         else:
@@ -74,6 +84,21 @@ def open_dataset(
     return found.to_iterable_dataset(min(STREAM_SHARDS, len(found))) if streaming else found
 
 
+class ArrayFolder(ImageFolder):
+    """The "imagefolder" of `datasets`, for files with arrays: the same splits, classes and metadata files."""
+
+    EXTENSIONS = sorted(ARRAYS)
+
+
+def _open_arrays(folder: str, streaming: bool) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    files = DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder)
+    builder = ArrayFolder(data_files=files, dataset_name="arrayfolder")
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
 def dataset_files(folder: str) -> list[Path]:
     """The image files in a folder, sorted by name. Raises ValueError if there are none."""
     files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in Image.registered_extensions())
@@ -83,7 +108,7 @@ def dataset_files(folder: str) -> list[Path]:
 
 
 def _no_image(folder: str) -> ValueError:
-    return ValueError(f"the folder {folder!r} holds no image (no file with a suffix such as .png or .jpg).")
+    return ValueError(f"the folder {folder!r} holds no image (no file with a suffix such as .png, .jpg or .npy).")
 
 
 def find_column(dataset: datasets.Dataset | datasets.IterableDataset, kind, name: str | None, argument: str) -> str:

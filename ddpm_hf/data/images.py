@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, match_d
 from ddpm_hf.data.finding import find_column
 
 logger = logging.getLogger("train")
+LABELS = 64  # read and checked at a time; of a stream, at its start only
 MIN_IMAGES_FOR_WORKERS = 2000  # fewer small images are checked sooner than worker processes start
 
 
@@ -29,7 +31,7 @@ def validation_hash(data: bytes) -> float:
 
 @dataclass(eq=False)
 class ImageColumns:
-    """A data set with a column of images, undecoded, and optionally a column of labels.
+    """A data set with a column of images, undecoded, and optionally a column of labels: classes, numbers or vectors.
 
     Args:
         dataset: with a column of images.
@@ -50,7 +52,8 @@ class ImageColumns:
         self.size, self.channels = self.format.size, self.format.channels
         self.image_column = find_column(self.dataset, datasets.Image, self.image_column, "image_column")
         if self.label_column is not None:
-            find_column(self.dataset, (datasets.ClassLabel, datasets.Value), self.label_column, "label_column")
+            kinds = (datasets.ClassLabel, datasets.Value, datasets.List, datasets.LargeList)
+            find_column(self.dataset, kinds, self.label_column, "label_column")
         # Undecoded, so that an error about a broken image can name its path.
         self.dataset = self.dataset.cast_column(self.image_column, datasets.Image(decode=False))
 
@@ -58,11 +61,16 @@ class ImageColumns:
         """The image (C, H, W) of an entry of the column of images."""
         return decode_image(read_entry(entry), self.format)
 
-    def to_batch(self, images: Sequence[torch.Tensor], labels: Sequence[int] | None) -> dict[str, torch.Tensor]:
-        """A dict of "images" (B, C, H, W) and, with a label column, "labels" (B,)."""
+    def to_batch(self, images: Sequence[torch.Tensor], labels: Sequence | None) -> dict[str, torch.Tensor]:
+        """A dict of "images" (B, C, H, W) and, with a label column, "labels" (B,), or (B, D) if they are vectors."""
         batch = {"images": torch.stack(match_depth(images))}
         if self.label_column is not None:
-            batch["labels"] = torch.tensor(labels)
+            try:
+                batch["labels"] = torch.tensor(labels)
+            except (TypeError, ValueError) as error:  # of a stream: those of `Images` are checked
+                raise ValueError(
+                    f"the labels in the column {self.label_column!r} do not fit together: {error}."
+                ) from error
         return batch
 
     @property
@@ -78,12 +86,39 @@ class ImageColumns:
             classes = f"the classes of the column {self.label_column!r} ({_abbreviate(names)})"
             raise ValueError(f"num_classes must be {len(names)}, {classes}, got {num_classes}.")
 
+    def label_batches(self, size: int) -> Iterator[list]:
+        """The labels of all images in order, `size` at a time."""
+        return (rows[self.label_column] for rows in self.dataset.select_columns([self.label_column]).iter(size))
+
+    def first_labels(self, count: int) -> torch.Tensor:
+        """The labels of the first images, at most `count`."""
+        return torch.tensor(next(self.label_batches(count)))
+
+    def check_conditions(self, width: int | None) -> None:
+        """Raises ValueError unless every label is a finite number or, if `width` is given, a list of that many. Of a stream,
+        only the first labels are read."""
+        shape = () if width is None else (width,)
+        accepted = (
+            "finite numbers" if width is None else f"lists of {width} finite numbers, the width of the time embedding"
+        )
+        is_stream = isinstance(self.dataset, datasets.IterableDataset)
+        for k, labels in enumerate(islice(self.label_batches(LABELS), 1 if is_stream else None)):
+            if not _are_finite(labels, (len(labels), *shape)):
+                i, wrong = next((i, label) for i, label in enumerate(labels) if not _are_finite(label, shape))
+                found = (
+                    f"{len(wrong)}: {_abbreviate(list(map(repr, wrong)))}" if isinstance(wrong, list) else repr(wrong)
+                )
+                where = f"for image {k * LABELS + i} of the data set"
+                raise ValueError(
+                    f"the labels in the column {self.label_column!r} must be {accepted}, got {found} {where}."
+                )
+
 
 @dataclass(eq=False)
 class Images(ImageColumns, torch.utils.data.Dataset):
-    """Images as uint8 tensors, or uint16 if a gray image has 16 bits.
+    """Images as uint8 tensors, or uint16 if one of them has 16 bits.
 
-    `images[[3, 5]]` is a dict of "images" (2, C, H, W) and, with a label column, "labels" (2,).
+    `images[[3, 5]]` is a dict of "images" (2, C, H, W) and, with a label column, "labels" (2,), or (2, D) for vectors.
 
     Args:
         dataset, format, image_column, label_column: see `ImageColumns`.
@@ -126,13 +161,13 @@ class Images(ImageColumns, torch.utils.data.Dataset):
 
     def broken(self) -> list[int]:
         """Indices of the images that cannot be decoded. Reads every image once; `datasets` caches the result."""
-        return np.flatnonzero(self._check()["broken"]).tolist()
+        return np.flatnonzero(self._check()["problem"] != "").tolist()
 
     def _check(self) -> dict[str, np.ndarray]:
         if self._checks is None:
             is_spread = self.num_workers > 1 and len(self) >= MIN_IMAGES_FOR_WORKERS
             checks = self.dataset.select_columns([self.image_column]).map(
-                _check_image,
+                _inspect_image,
                 input_columns=[self.image_column],
                 remove_columns=[self.image_column],
                 fn_kwargs={"form": self.format},
@@ -176,11 +211,20 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         """Raises ValueError unless every label is an integer in 0..num_classes−1, and `num_classes` the number of class
         names, if there are any."""
         super().check_labels(num_classes)
-        labels = np.asarray(self.dataset[self.label_column][:])
-        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= num_classes:
+        labels = self.dataset[self.label_column][:]
+        if not all(type(label) is int and 0 <= label < num_classes for label in labels):
             accepted = f"integers in 0..num_classes−1 = {num_classes - 1}"
-            found = _abbreviate(sorted(map(repr, set(labels.tolist()))))
+            found = _abbreviate(sorted(set(map(repr, labels))))
             raise ValueError(f"the labels in the column {self.label_column!r} must be {accepted}, got {found}.")
+
+
+def _are_finite(labels, shape: tuple[int, ...]) -> bool:
+    """Whether they are real numbers in this shape, all of them finite."""
+    try:
+        values = np.asarray(labels)
+    except ValueError:  # lists of different lengths
+        return False
+    return values.shape == shape and values.dtype.kind in "biuf" and bool(np.isfinite(values).all())
 
 
 def _abbreviate(names: list[str]) -> str:
@@ -188,27 +232,29 @@ def _abbreviate(names: list[str]) -> str:
 
 
 def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> None:
-    """Remove the images that cannot be decoded, and log which. Raises ValueError, naming them, if that is not allowed
-    or no image is left."""
+    """Remove the images that cannot be decoded, and log which and why. Raises ValueError, naming them, if that is not
+    allowed or no image is left."""
     reduced, broken = np.flatnonzero(images._check()["reduced"]), images.broken()
     if len(reduced):
         message = "%d color images have 16 bits and are read at 8 bits, as Pillow does; the first is %s."
         logger.warning(message, len(reduced), images.describe(int(reduced[0])))
     if not broken:
         return
-    names = "\n".join(f"  {images.describe(i)}" for i in broken[:20])
+    names = "\n".join(f"  {images.describe(i)}: {images._check()['problem'][i]}" for i in broken[:20])
     more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
     if not is_allowed or len(broken) == len(images):
         advice = "Repair or remove them, or leave them out with --skip_broken_images."
         raise ValueError(f"{len(broken)} of {len(images)} {what} cannot be read:\n{names}{more}\n{advice}")
     logger.warning("Leaving out %d %s that cannot be read:\n%s%s", len(broken), what, names, more)
-    images._keep(np.flatnonzero(~images._check()["broken"]))
+    images._keep(np.flatnonzero(images._check()["problem"] == ""))
 
 
-def _check_image(entry: dict, form: ImageFormat) -> dict[str, bool | float]:
+# `datasets` finds the results in its cache by the name of this function: with other results, it needs another name.
+def _inspect_image(entry: dict, form: ImageFormat) -> dict[str, str | bool | float]:
     try:
         data = read_entry(entry)
         is_deep = decode_image(data, form).dtype == torch.uint16
-    except UNREADABLE:
-        return {"broken": True, "deep": False, "reduced": False, "hash": 1.0}
-    return {"broken": False, "deep": is_deep, "reduced": reads_at_8_bits(data), "hash": validation_hash(data)}
+    except UNREADABLE as error:
+        problem = str(error) or type(error).__name__
+        return {"problem": problem, "deep": False, "reduced": False, "hash": 1.0}
+    return {"problem": "", "deep": is_deep, "reduced": reads_at_8_bits(data), "hash": validation_hash(data)}

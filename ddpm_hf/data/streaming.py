@@ -110,7 +110,7 @@ class StreamedImages(ImageColumns):
 
 
 class StreamBatch(NamedTuple):
-    """A micro-batch: "images" (B, C, H, W) and "labels" (B,), and after the last one of a step the states of the lanes."""
+    """A micro-batch: "images" (B, C, H, W) and "labels" (B,) or (B, D), and after the last one of a step the states of the lanes."""
 
     tensors: dict[str, torch.Tensor]
     lane_states: list[dict] | None
@@ -138,12 +138,13 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             for _ in range(self.num_steps):
                 try:
                     pairs = [pair for lane in lanes for pair in self._take(lane, pool)]
-                except (StreamError, OSError) as error:
+                    parts = (pairs[start : start + size] for start in range(0, self.batch_size, size))
+                    *others, last = [self.images.to_batch(*zip(*part)) for part in parts]
+                except (ValueError, OSError) as error:
                     yield StreamError(str(error))
                     return
-                for end in range(size, self.batch_size + 1, size):
-                    states = [lane.state for lane in self.lanes] if end == self.batch_size else None
-                    yield StreamBatch(self.images.to_batch(*zip(*pairs[end - size : end])), states)
+                yield from (StreamBatch(batch, None) for batch in others)
+                yield StreamBatch(last, [lane.state for lane in self.lanes])
 
     def _take(self, lane: Iterator[dict], pool: ThreadPoolExecutor) -> list[tuple[torch.Tensor, int | None]]:
         """The next images of a lane, decoded, with their labels."""

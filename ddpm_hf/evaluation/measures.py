@@ -28,6 +28,7 @@ from ddpm_hf.evaluation.encoding import quantize
 from ddpm_hf.evaluation.features import Backbone, dataset_revision
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
+from ddpm_hf.models.builders import temb_channels
 from ddpm_hf.seeds import make_generator
 
 
@@ -51,19 +52,22 @@ def model_images(
 ) -> Images:
     """The images of a data set at the model's size, resized as in training, with the labels of a class-conditional model.
 
-    Raises ValueError if the model is class-conditional and neither `label_column` nor the run names the labels.
+    Raises ValueError if the model is class-conditional and neither `label_column` nor the run names the labels, and for
+    labels that do not fit the model.
     """
-    labels = None
-    if unet_config["num_class_embeds"] is not None:
+    labels, embed_type = None, unet_config.get("class_embed_type")
+    if unet_config["num_class_embeds"] is not None or embed_type is not None:
         labels = label_column or run.get("label_column")
         if labels is None:
-            raise ValueError("the model is class-conditional: label_column must say which column holds the classes.")
+            raise ValueError("the model is class-conditional: label_column must say which column holds the labels.")
     size = unet_config["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     crop, background = run.get("crop", "center"), run.get("background", "white")
     form = ImageFormat(size, unet_config["in_channels"], crop, background, bits=8)
     images = Images(dataset, form, image_column, labels)
-    if labels is not None:
+    if embed_type is not None:
+        images.check_conditions(temb_channels(unet_config) if embed_type == "identity" else None)
+    elif labels is not None:
         images.check_labels(run.get("num_classes") or unet_config["num_class_embeds"])
     return images
 
@@ -154,9 +158,23 @@ def measure_bound(
 # ---------------------------------------------------------------------- samples and features
 
 
-def make_samples(pipe: DDPMPipelineCustom, num_samples: int, steps: int, seed: int, batch_size: int) -> torch.Tensor:
-    """Samples of the model, uint8 (N, C, H, W), rounded as in a PNG file."""
-    images = sample_images(pipe, process_share(num_samples), steps, seed, batch_size)
+def draw_conditions(pipe: DDPMPipelineCustom, images: Images, count: int, seed: int) -> torch.Tensor | None:
+    """The conditions of `count` random images, or of all if there are fewer. None for a model without `class_embed_type`."""
+    if pipe.unet.config.class_embed_type is None:
+        return None
+    return images.subset(random_indices(images, seed, "conditions")[:count]).first_labels(count)
+
+
+def make_samples(
+    pipe: DDPMPipelineCustom,
+    num_samples: int,
+    steps: int,
+    seed: int,
+    batch_size: int,
+    conditions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Samples of the model, uint8 (N, C, H, W), rounded as in a PNG file. `conditions`: see `sample_images`."""
+    images = sample_images(pipe, process_share(num_samples), steps, seed, batch_size, conditions)
     return gather_rows(torch.from_numpy(quantize(images, 8)).permute(0, 3, 1, 2).contiguous())
 
 

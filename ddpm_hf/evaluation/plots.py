@@ -1,6 +1,7 @@
 """Matplotlib figures: grids of images, the denoising process, and curves. The caller saves them.
 
-Images are arrays (..., H, W, C) in [0, 1], as a pipeline returns them with output_type="np".
+Images are arrays (..., H, W, C) in [0, 1], as a pipeline returns them with output_type="np". Of images with 2 channels, or
+more than 4, the first three are shown as red, green and blue; a channel that is missing is black.
 """
 
 import io
@@ -14,11 +15,13 @@ from matplotlib.figure import Figure
 from ddpm_hf.diffusion.likelihood import VariationalBound
 from ddpm_hf.pipelines.arguments import check_shape
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
-from ddpm_hf.pipelines.guidance import cycled_classes
+from ddpm_hf.pipelines.guidance import cycled_labels
 
 
 def image_grid(images: np.ndarray, columns: int = 10, cell_inches: float = 0.6, titles: Sequence[str] = ()) -> Figure:
     """Images (N, H, W, C) in rows of `columns`, with titles above the first row."""
+    if images.shape[-1] not in (1, 3, 4):
+        images = np.pad(images[..., :3], [(0, 0)] * 3 + [(0, max(0, 3 - images.shape[-1]))])
     rows, (height, width) = -(-len(images) // columns), images.shape[1:3]
     top = 0.3 if titles else 0.0
     size = (columns * cell_inches * width / height, rows * cell_inches + top)
@@ -44,12 +47,19 @@ def figure_bytes(figure: Figure) -> bytes:
     return stream.getvalue()
 
 
-def denoising_strip(pipe: DDPMPipelineCustom, rows: int, steps: int | None, seed: int, columns: int = 11) -> Figure:
+def denoising_strip(
+    pipe: DDPMPipelineCustom,
+    rows: int,
+    steps: int | None,
+    seed: int,
+    columns: int = 11,
+    conditions: torch.Tensor | None = None,
+) -> Figure:
     """The way of `rows` images from x_T to x_0, shown at `columns` evenly spaced steps. `steps`: sampling steps; None for
-    the model's T. Of a class-conditional model, one image of each of the first classes."""
+    the model's T. Of a class-conditional model, one image of each of the first classes, or of `conditions` (n,) or (n, D)."""
     latents = torch.randn(check_shape(pipe.unet, rows, None), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
-    labels = cycled_classes(pipe.unet, range(rows))
+    labels = cycled_labels(pipe.unet, range(rows), conditions)
     states, titles = [to_display(latents)], ["$x_T$"]
     for step in pipe.denoise(rows, generator, steps, latents=latents, class_labels=labels):
         states.append(to_display(step.x))

@@ -1,12 +1,14 @@
-"""Class labels, the null class, and classifier-free guidance with one call of the network per step."""
+"""Labels (classes, or conditions of `class_embed_type`), the null class, and classifier-free guidance with one call of the
+network per step."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from ddpm_hf.checks import check_float, check_int
+from ddpm_hf.models.builders import temb_channels
 
-Labels = int | Sequence[int] | torch.Tensor | None
+Labels = float | Sequence | torch.Tensor | None
 
 
 def mark_null_class(unet, null_class: int | None = None) -> None:
@@ -35,9 +37,14 @@ def class_names_of(unet) -> list[str] | None:
     return unet.config.get("_class_names")
 
 
-def cycled_classes(unet, indices: Iterable[int]) -> list[int] | None:
-    """A label for each image by its index, cycling through the classes without the null class; None for an
-    unconditional network."""
+def cycled_labels(
+    unet, indices: Iterable[int], conditions: torch.Tensor | None = None
+) -> list[int] | torch.Tensor | None:
+    """A label for each image by its index, cycling through the classes without the null class or, for a network with
+    `class_embed_type`, through the rows of `conditions` (n,) or (n, D). None for an unconditional network, and without
+    the conditions that a network needs."""
+    if unet.config.class_embed_type is not None:
+        return None if conditions is None else conditions[[i % len(conditions) for i in indices]]
     classes = unet.config.num_class_embeds
     if classes is None:
         return None
@@ -104,20 +111,25 @@ def _check_labels(unet, batch_size: int, class_labels: Labels) -> torch.Tensor |
     if class_labels is None:
         known = f"labels in 0..{classes - 1}" if kind is None else f"class_embed_type={kind!r}"
         raise ValueError(f"class_labels must be given: the model is class-conditional ({known}).")
+    shape = (temb_channels(unet.config),) if kind == "identity" else ()
+    each = {None: "an integer", "timestep": "a number", "identity": f"a vector of {shape} numbers"}[kind]
     try:
         labels = torch.as_tensor(class_labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"class_labels must be an integer or {batch_size} of them, got {class_labels!r}.") from error
-    labels = labels.expand(batch_size) if labels.ndim == 0 else labels
-    if labels.shape[0] != batch_size or (kind != "identity" and labels.ndim != 1):
-        raise ValueError(f"class_labels must be one, or {batch_size} (one per image), got shape {tuple(labels.shape)}.")
-    if kind is None:
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"class_labels must be integers, got {labels.dtype}.")
-        if ((labels < 0) | (labels >= classes)).any():
-            raise ValueError(f"class_labels must lie in 0..{classes - 1}, got {labels.tolist()}.")
-        labels = labels.long()
-    return labels
+        raise TypeError(f"class_labels must be {each}, or {batch_size} of them, got {class_labels!r}.") from error
+    labels = labels.expand(batch_size, *shape) if labels.shape == shape else labels
+    if labels.shape != (batch_size, *shape):
+        given = f"got shape {tuple(labels.shape)}"
+        raise ValueError(f"class_labels must be {each}, or {batch_size} (one per image), {given}.")
+    if labels.is_complex() or (kind is None and (labels.is_floating_point() or labels.dtype == torch.bool)):
+        raise TypeError(f"class_labels must be {'integers' if kind is None else 'real numbers'}, got {labels.dtype}.")
+    if kind is not None:
+        if not labels.isfinite().all():
+            raise ValueError("class_labels must be finite, got an infinite number or NaN.")
+        return labels.float()
+    if ((labels < 0) | (labels >= classes)).any():
+        raise ValueError(f"class_labels must lie in 0..{classes - 1}, got {labels.tolist()}.")
+    return labels.long()
 
 
 def _check_null_class(unet, null_class: int) -> int:

@@ -4,10 +4,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.data.builtin import BUILTIN
+from ddpm_hf.evaluation.encoding import PNG_CHANNELS
 from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, loss_curve
 from ddpm_hf.evaluation.sampling import sample_images
@@ -20,7 +22,12 @@ GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 
 
 def write_artifacts(
-    config: TrainingConfig, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, log: list[dict], training: dict
+    config: TrainingConfig,
+    unet: UNet2DModelCustom,
+    scheduler: DDPMSchedulerCustom,
+    log: list[dict],
+    training: dict,
+    conditions: torch.Tensor | None = None,
 ) -> None:
     """Write all files into `config.output_dir` and print what can be done with them.
 
@@ -28,12 +35,13 @@ def write_artifacts(
         unet: with the averaged weights.
         log: the rows of log.jsonl.
         training: the entry "training" of metrics.json.
+        conditions: see `show`.
     """
     output_dir = Path(config.output_dir)
     pipe = DDPMPipelineCustom(unet, scheduler)
     pipe.save_pretrained(output_dir)
 
-    pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]))
+    pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]), conditions)
     for name, content in (pictures | {"loss.png": figure_bytes(loss_figure(log))}).items():
         atomic_file(output_dir / name, content)
     if names := class_names_of(unet):
@@ -41,21 +49,26 @@ def write_artifacts(
     write_metrics_and_card(output_dir, config.to_yaml(), {"training": training} | quality)
 
     print(f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/")
-    print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64")
+    options = "" if config.channels in PNG_CHANNELS else " --format npz"
+    options += "" if config.class_embed_type is None else " --class_label <condition>"
+    print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64{options}")
     if config.dataset in BUILTIN or training["validation_examples"]:  # images that were not trained on
         print(f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}")
     print(f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>")
 
 
-def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> tuple[dict[str, bytes], dict]:
+def show(
+    pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int, conditions: torch.Tensor | None = None
+) -> tuple[dict[str, bytes], dict]:
     """samples.png and denoising.png, and {"quality": ...} of the data set's judge, if there is one and
-    `quality_samples` are asked for; else {}. `batch_size`: images sampled at once."""
+    `quality_samples` are asked for; else {}. `batch_size`: images sampled at once. `conditions`: for a model with
+    `class_embed_type`, those of the first training images."""
     pipe.set_progress_bar_config(desc="Sampling", unit="step")
     indices = range(max(GRID, config.quality_samples))
-    samples = sample_images(pipe, indices, config.sample_steps, config.seed, batch_size)
+    samples = sample_images(pipe, indices, config.sample_steps, config.seed, batch_size, conditions)
     pictures = {
         "samples.png": figure_bytes(image_grid(samples[:GRID])),
-        "denoising.png": figure_bytes(denoising_figure(pipe, config.sample_steps, config.seed)),
+        "denoising.png": figure_bytes(denoising_figure(pipe, config.sample_steps, config.seed, conditions)),
     }
     judge = judge_of(config.dataset)
     if judge is None or not config.quality_samples:
@@ -63,9 +76,12 @@ def show(pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int) -> t
     return pictures, {"quality": judge.judge(samples[: config.quality_samples], config.sample_steps, config.seed)}
 
 
-def denoising_figure(pipe: DDPMPipelineCustom, num_inference_steps: int, seed: int) -> Figure:
-    """Images at several steps from noise to sample; of a class-conditional model, one of each of the first classes."""
-    return denoising_strip(pipe, STRIP, num_inference_steps, seed)
+def denoising_figure(
+    pipe: DDPMPipelineCustom, num_inference_steps: int, seed: int, conditions: torch.Tensor | None = None
+) -> Figure:
+    """Images at several steps from noise to sample; of a class-conditional model, one of each of the first classes or
+    `conditions`."""
+    return denoising_strip(pipe, STRIP, num_inference_steps, seed, conditions=conditions)
 
 
 def loss_figure(log: Sequence[dict]) -> Figure:

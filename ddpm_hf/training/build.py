@@ -7,7 +7,7 @@ from ddpm_hf.training.config import TrainingConfig
 
 def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
     """The U-Net and the scheduler that a configuration describes."""
-    names = ("num_train_timesteps", "beta_schedule", "prediction_type", "variance_type")
+    names = ("num_train_timesteps", "beta_schedule", "rescale_betas_zero_snr", "prediction_type", "variance_type")
     return build_unet(config), DDPMSchedulerCustom(**{name: getattr(config, name) for name in names})
 
 
@@ -18,7 +18,7 @@ def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
     """
     names = (
         "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-        "norm_num_groups", "dropout", "resnet_time_scale_shift", "num_class_embeds",
+        "norm_num_groups", "dropout", "resnet_time_scale_shift", "class_embed_type", "num_class_embeds",
     )  # fmt: skip
     height, width = config.resolution
     unet = UNet2DModelCustom(

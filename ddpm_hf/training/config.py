@@ -6,7 +6,7 @@ Nothing here imports torch at module level, so that `--help` answers quickly.
 import importlib.resources
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -40,16 +40,19 @@ class TrainingConfig:
     overwrite: MayChange[bool] = _option(False, "delete the checkpoints in output_dir and start again")
 
     # Data
-    dataset: str = _option("", "'digits', 'photos', a folder of images, or a data set on the Hub")
+    dataset: str = _option("", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub")
     dataset_config: str | None = _option(None, "configuration of a data set on the Hub")
     dataset_revision: str | None = _option(None, "branch, tag or commit of a data set on the Hub")
     split: str = _option("train", "split to train on")
     validation_split: MayChange[str | None] = _option(None, "split for validation; None: 'test' if there is one")
     image_column: str | None = _option(None, "column of the images; None: the only image column")
-    label_column: str | None = _option(None, "column of classes 0, 1, ...; makes the model class-conditional")
-    num_classes: int | None = _option(None, "number of classes in label_column")
+    label_column: str | None = _option(None, "column of labels; makes the model class-conditional")
+    num_classes: int | None = _option(None, "number of classes 0, 1, ... in label_column")
+    class_embed_type: Literal["timestep", "identity"] | None = _option(
+        None, "instead of classes, label_column has numbers ('timestep') or vectors ('identity')"
+    )
     resolution: list[int] = _option([32], "one number, or height and width")
-    channels: int = _option(3, "1 gray, 3 RGB, 4 RGBA")
+    channels: int = _option(3, "1 gray, 3 RGB, 4 RGBA; or the number that arrays have, 1 to 8")
     crop: str = _option("center", "fill the resolution and crop at the 'center', or 'pad' to it")
     background: str = _option("white", "color behind transparent images and around padded ones")
     random_flip: bool = _option(False, "mirror each image with probability 1/2")
@@ -78,6 +81,7 @@ class TrainingConfig:
     # Diffusion (the names of DDPMScheduler)
     num_train_timesteps: int = _option(1000, "length T of the diffusion chain")
     beta_schedule: str = _option("linear", "schedule of the variances β")
+    rescale_betas_zero_snr: bool = _option(False, "end the chain in pure noise; not with prediction_type 'epsilon'")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = _option("epsilon", "what the network predicts")
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = _option(
         "fixed_small", "variance of the reverse steps; learned_range: predicted by the network and trained with L_vlb"
@@ -103,6 +107,7 @@ class TrainingConfig:
     micro_batch_size: MayChange[int | None] = _option(None, "images per process at a time (gradient accumulation)")
     learning_rate: float = _option(2e-4, "Adam's learning rate after warm-up")
     adam_beta2: float = _option(0.999, "Adam's β₂")
+    weight_decay: float = _option(0.0, "decoupled weight decay, as in AdamW; 0: off")
     warmup_steps: int = _option(5000, "steps over which the learning rate rises linearly")
     learning_rate_schedule: Literal["constant", "cosine"] = _option("constant", "after warm-up; cosine: falls to 0")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
@@ -181,8 +186,9 @@ class TrainingConfig:
             raise ValueError(f"stream_lanes = {self.stream_lanes} must divide batch_size = {self.batch_size}.")
 
     def _check_data(self) -> None:
-        from ddpm_hf.data.decoding import check_crop_and_background
+        from ddpm_hf.data.decoding import MAX_CHANNELS, check_crop_and_background
 
+        check_int("channels", self.channels, 1, MAX_CHANNELS)
         check_crop_and_background(self.crop, self.background)
         if not self.dataset:
             raise ValueError(
@@ -197,19 +203,24 @@ class TrainingConfig:
         """ValueError for an objective that does not exist, and for a value that would be ignored."""
         self.objective  # noqa: B018  its own checks
         learned, bound = self.variance_type == "learned_range", self.loss_weighting == "vlb"
-        conditional = self.label_column is not None
+        conditional, has_classes = self.label_column is not None, self.class_embed_type is None
+        check_choice("class_embed_type", self.class_embed_type, (None, "timestep", "identity"))
         uses = [
             ("loss_weighting='min_snr'", self.loss_weighting == "min_snr", ["min_snr_gamma"]),
             ("loss_weighting='p2'", self.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
             ("variance_type='learned_range' without loss_weighting='vlb'", learned and not bound, ["hybrid_lambda"]),
-            ("label_column", conditional, ["num_classes", "label_dropout"]),
+            ("label_column", conditional, ["num_classes", "label_dropout", "class_embed_type"]),
+            ("class_embed_type=None", has_classes, ["num_classes", "label_dropout"]),
         ]
         for user, is_given, names in uses:
             for name in names:
                 if not is_given and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(f"{name} = {getattr(self, name)} is for {user} only: leave it out.")
-        if conditional:
+        if conditional and has_classes:
             check_int("num_classes", self.num_classes, 1, note=f"the number of classes in {self.label_column!r}")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            why = "ε of pure noise says nothing about the image; use 'v_prediction' or 'sample'"
+            raise ValueError(f"rescale_betas_zero_snr = True excludes prediction_type = 'epsilon': {why}.")
         if (bound and self.input_perturbation) or ((bound or learned) and self.offset_noise):
             name = "offset_noise" if self.offset_noise else "input_perturbation"
             with_what = "loss_weighting='vlb'" if bound else "variance_type='learned_range'"
@@ -238,7 +249,12 @@ class TrainingConfig:
     @property
     def num_class_embeds(self) -> int | None:
         """Rows of the network's class embedding: the classes, and the null class with `label_dropout`."""
-        return None if self.label_column is None else self.num_classes + (self.label_dropout > 0)
+        return None if self.num_classes is None else self.num_classes + (self.label_dropout > 0)
+
+    @property
+    def condition_width(self) -> int | None:
+        """Numbers in a condition of class_embed_type "identity", which is added to the time embedding; else None."""
+        return 4 * self.block_out_channels[0] if self.class_embed_type == "identity" else None
 
     @property
     def num_steps(self) -> int:
@@ -278,8 +294,9 @@ class TrainingConfig:
         free = {name for name, hint in hints.items() if get_origin(hint) is Annotated}
         free |= {"total_images"} if self.learning_rate_schedule == "constant" else set()
         free -= {"micro_batch_size"} if self.dropout else set()
-        if saved.get("crop") == "centre":
-            saved = saved | {"crop": "center"}
+        # An option that an earlier version did not have is at its default, which changes nothing.
+        saved = {option.name: option.default for option in fields(self) if option.default is not MISSING} | saved
+        saved["crop"] = saved["crop"].replace("centre", "center")
         mine = asdict(self)
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
@@ -297,7 +314,7 @@ MINIMUM |= dict.fromkeys(("total_images", "batch_size", "checkpoint_every_steps"
 MINIMUM |= dict.fromkeys(("log_every_steps", "max_nonfinite_steps", "push_every_checkpoints"), 1)
 MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes"), 1)
 INTERVALS = dict.fromkeys(("validation_fraction", "label_dropout"), "[0, 1)")
-INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise"), "[0, inf)") | {"ema_decay": "(0, 1)"}
+INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay"), "[0, inf)") | {"ema_decay": "(0, 1)"}
 
 
 def presets() -> list[str]:

@@ -8,6 +8,7 @@ from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.training.config import TrainingConfig
 
+PREVIEWS = 100  # conditions of samples.png
 RunImages = tuple[Images | StreamedImages, Images | None]
 
 
@@ -43,7 +44,14 @@ def open_split(config: TrainingConfig, split: str, streaming: bool = False) -> I
     return Images(*source, num_workers=config.num_workers)
 
 
+def preview_conditions(images: Images | StreamedImages, config: TrainingConfig) -> torch.Tensor | None:
+    """The conditions of a run's sample pictures: those of the first images. None without `class_embed_type`."""
+    return None if config.class_embed_type is None else images.first_labels(PREVIEWS)
+
+
 def check_labels(images: Images | StreamedImages, config: TrainingConfig) -> None:
-    """Raise ValueError for labels that are not among the run's classes."""
-    if config.label_column is not None:
+    """Raise ValueError for labels that are not among the run's classes, or not conditions of its `class_embed_type`."""
+    if config.class_embed_type is not None:
+        images.check_conditions(config.condition_width)
+    elif config.label_column is not None:
         images.check_labels(config.num_classes)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from PIL import Image
@@ -46,6 +47,7 @@ class RunLogger:
         first_step: step at which this part of the run begins; files that an earlier part wrote after it are removed.
         restored: `state()` from the checkpoint that the run resumes from; None at the start.
         train_examples: for the summary; None for a stream, whose length is unknown.
+        conditions: for the samples of a run with `class_embed_type`, those of the first training images.
     """
 
     config: TrainingConfig
@@ -57,6 +59,7 @@ class RunLogger:
     first_step: int
     restored: dict | None
     train_examples: int | None
+    conditions: torch.Tensor | None = None
 
     def __post_init__(self):
         config, accelerator, first_step = self.config, self.accelerator, self.first_step
@@ -163,8 +166,9 @@ class RunLogger:
         config, pipe = self.config, DDPMPipelineCustom(self.unet, self.scheduler)
         pipe.set_progress_bar_config(disable=True)
         with self.averages["ema"].in_place_of(self.unet):
-            samples = sample_images(pipe, range(GRID), config.sample_steps, config.seed, self.images_at_a_time)
-            denoising = denoising_figure(pipe, config.sample_steps, config.seed)
+            options = (config.sample_steps, config.seed, self.images_at_a_time, self.conditions)
+            samples = sample_images(pipe, range(GRID), *options)
+            denoising = denoising_figure(pipe, config.sample_steps, config.seed, self.conditions)
         if not self.is_writer:
             return
         for name, figure in (("", image_grid(samples, columns=5)), ("-denoising", denoising)):

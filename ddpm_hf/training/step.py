@@ -56,7 +56,7 @@ def training_step(
 
     Args:
         micro_batches: `config.micro_batches(num_processes)` dicts, accumulated into one gradient, with "images", uint8
-            or uint16 (B, C, H, W), and "labels" (B,) if the configuration has a `label_column`.
+            or uint16 (B, C, H, W), and "labels" (B,) or (B, D) if the configuration has a `label_column`.
         sampler: timestep sampler of the run.
     """
     positions = process_positions(config.batch_size, accelerator.process_index, accelerator.num_processes)
@@ -71,8 +71,9 @@ def training_step(
             x_0 = torch.where(part.flip[:, None, None, None], x_0.flip(-1), x_0)
         labels = None
         if config.label_column is not None:
-            # The index of the null class is num_classes (see `build_unet`).
-            labels = torch.where(part.drop_label, config.num_classes, batch["labels"].to(device, non_blocking=True))
+            labels = batch["labels"].to(device, non_blocking=True)
+            if config.label_dropout:  # the index of the null class is num_classes (see `build_unet`)
+                labels = torch.where(part.drop_label, config.num_classes, labels)
         if config.dropout:
             seed_dropout(config.seed, step, positions.start + i * size)
         # Gradients are synchronized once per step, with the last micro-batch.

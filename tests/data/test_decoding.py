@@ -1,5 +1,6 @@
 """Images of every depth, transparency, palette and shape are decoded to what they show."""
 
+import contextlib
 import io
 import struct
 import warnings
@@ -180,10 +181,130 @@ def test_images_of_unknown_range_raise(values):
         pixels(Image.fromarray(values), (4, 4), 1, "TIFF")
 
 
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def npz(*arrays: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, *arrays)
+    return stream.getvalue()
+
+
+def random_array(*shape: int, dtype=np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, ">u2"])
+@pytest.mark.parametrize("channels", range(1, 9))
+def test_an_array_of_the_size_keeps_every_value(channels, dtype):
+    array = random_array(6, 10, channels, dtype=np.dtype(dtype).newbyteorder("=")).astype(dtype)
+    for data in (npy(array), npz(np.asfortranarray(array))):
+        found = decode_image(data, ImageFormat((6, 10), channels))
+        assert found.dtype == (torch.uint8 if dtype == np.uint8 else torch.uint16)
+        np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), array)
+    if channels == 1:
+        np.testing.assert_array_equal(decode_image(npy(array[..., 0]), ImageFormat((6, 10), 1)), found)
+
+
+@pytest.mark.parametrize("crop", ["center", "pad"])
+@pytest.mark.parametrize("into", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_array_of_8_bits_is_converted_as_the_picture_of_its_pixels(channels, into, crop):
+    array, form = random_array(20, 30, channels), ImageFormat((8, 8), into, crop, background="#204060")
+    if channels == into == 4:
+        array[..., 3] = 255  # otherwise, a picture's colors are weighted by its alpha
+    picture = decode_image(file(Image.fromarray(array.squeeze())), form)
+    found = decode_image(npy(array), form)
+    np.testing.assert_allclose(found.int(), picture.int(), atol=1 if channels == into == 4 else 0)
+
+
+@pytest.mark.parametrize("into", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_array_of_16_bits_is_converted_like_one_of_8_bits(channels, into):
+    array, form = random_array(8, 8, channels), ImageFormat((8, 8), into, background="#204060")
+    deep = decode_image(npy(array.astype(np.uint16) * 257), form)
+    assert deep.dtype == torch.uint16
+    np.testing.assert_allclose(deep.float() / 257, decode_image(npy(array), form).float(), atol=1.01)
+
+
+def test_a_16_bit_array_is_resized_as_the_png_of_its_values():
+    for form in (ImageFormat((8, 12), 1), ImageFormat((8, 12), 1, bits=8)):
+        png_file, array = (decode_image(data, form) for data in (file(Image.fromarray(RAMP)), npy(RAMP)))
+        assert png_file.dtype == array.dtype and torch.equal(png_file, array)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_channels_of_an_array_are_resized_one_by_one(channels, dtype):
+    array = random_array(20, 30, channels, dtype=dtype)
+    found = decode_image(npy(array), ImageFormat((8, 12), channels))
+    for plane in range(channels):
+        exact = Image.fromarray(array[..., plane].astype(np.float32)).resize((12, 8), Image.Resampling.LANCZOS)
+        expected = np.asarray(exact).clip(0, np.iinfo(dtype).max)
+        np.testing.assert_allclose(found[plane].float(), expected, atol=0.51)
+
+
+def test_padding_of_an_array_is_gray_in_every_channel():
+    found = decode_image(npy(random_array(4, 8, 5)), ImageFormat((8, 8), 5, "pad", "#102030"))
+    assert (found[:, :2] == 29).all() and (found[:, 6:] == 29).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "channels", "message"),
+    [
+        (npy(np.zeros((4, 4, 5), np.uint8)), 3, "the array has 5 channels, and channels = 3"),
+        (npy(np.zeros((4, 4, 3), np.uint16)), 5, "the array has 3 channels, and channels = 5"),
+        (file(Image.new("RGB", (4, 4))), 5, "a picture has 1, 3 or 4 channels, and channels = 5: use arrays"),
+        (npy(np.zeros((4, 4), np.float32)), 1, r"uint8 or uint16, got float32.*converts floats x in \[0, 1\]"),
+        (npy(np.zeros((4, 4), np.int64)), 1, "an array must be uint8 or uint16, got int64"),
+        (npy(np.zeros((4, 4), bool)), 1, "an array must be uint8 or uint16, got bool"),
+        (npy(np.zeros((5, 4, 9), np.uint8)), 5, r"\(H, W, C\) with C of 1 to 8, got \(5, 4, 9\)"),
+        (npy(np.zeros((1, 4, 4, 3), np.uint8)), 3, r"got \(1, 4, 4, 3\)"),
+        (npy(np.zeros((0, 4), np.uint8)), 1, r"got \(0, 4\)"),
+        (npz(np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)), 1, "nor a .npz file with one array"),
+        (npy(np.zeros((4, 4), np.uint8))[:90], 1, "not a .npy file, nor a .npz file"),
+        (npz(np.zeros((4, 4), np.uint8))[:90], 1, "not a .npy file, nor a .npz file"),
+    ],
+)
+def test_arrays_that_are_not_accepted_raise_with_what_is(data, channels, message):
+    with pytest.raises(ValueError, match=message):
+        decode_image(data, ImageFormat((4, 4), channels))
+
+
+class Opened:
+    """An object whose unpickling would be noticed."""
+
+    def __reduce__(self):
+        return exec, ("import tests.data.test_decoding as t; t.OPENED.append(1)",)
+
+
+OPENED = []
+
+
+@pytest.mark.parametrize("pack", [npy, npz])
+def test_an_array_of_pickled_objects_is_refused_unopened(pack):
+    with pytest.raises(ValueError, match="Object arrays cannot be loaded when allow_pickle=False"):
+        decode_image(pack(np.array([[Opened()]], dtype=object)), ImageFormat((4, 4), 1))
+    assert not OPENED
+
+
+def test_damaged_arrays_raise_as_unreadable():
+    random = np.random.default_rng(0)
+    for data in (npy(random_array(6, 6, 3)), npz(random_array(6, 6, 3))):
+        for _ in range(300):
+            damaged = bytearray(data)
+            damaged[random.integers(4, len(data))] ^= 1 << random.integers(8)
+            with contextlib.suppress(*UNREADABLE):
+                assert decode_image(bytes(damaged), ImageFormat((6, 6), 3)).shape == (3, 6, 6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 2}, r"channels must be one of \[1, 3, 4\], got 2"),
+        ({"channels": 9}, "channels must be an integer in 1..8, got 9"),
         ({"crop": "left"}, r"crop must be one of \['center', 'pad'\], got 'left'"),
         ({"size": (0, 8)}, "size must be an integer of at least 1, got 0"),
         ({"size": (8.0, 8)}, "size must be an integer of at least 1, got 8.0"),

@@ -1,6 +1,7 @@
 """Data sets are opened from every supported source, and errors say what was found."""
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -33,6 +34,38 @@ def test_a_folder_named_like_a_built_in_data_set_raises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="'photos' is built in and is a folder too: write './photos' for the folder"):
         open_dataset("photos")
+
+
+def save_arrays(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        (np.savez if name.endswith("npz") else np.save)(folder / name, np.full((4, 4, 5), i, np.uint8))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_arrays_has_splits_and_classes_like_one_of_images(tmp_path, streaming):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            save_arrays(tmp_path / split / name, "0.npy", "1.npz")
+    found = open_dataset(str(tmp_path), split="test", streaming=streaming)
+    assert found.features["label"].names == ["a", "b"]
+    rows = list(found.cast_column("image", datasets.Image(decode=False)))
+    assert [row["label"] for row in rows] == [0, 0, 1, 1]
+    assert rows[3]["image"] == {"bytes": None, "path": str(tmp_path / "test" / "b" / "1.npz")}
+
+
+def test_arrays_that_are_added_are_found(tmp_path):
+    save_arrays(tmp_path, "0.npy")
+    assert len(open_dataset(str(tmp_path))) == 1
+    save_arrays(tmp_path, "0.npy", "1.npy")
+    assert len(open_dataset(str(tmp_path))) == 2
+
+
+def test_a_folder_of_pictures_and_arrays_raises(tmp_path):
+    save_arrays(tmp_path, "0.npy")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match=r"holds both pictures \(.png\) and arrays \(.npy\)"):
+        open_dataset(str(tmp_path))
 
 
 def test_a_folder_without_images_raises(tmp_path):

@@ -156,6 +156,24 @@ def test_labels_are_checked_against_the_number_of_classes():
         images.check_labels(5)
 
 
+@pytest.mark.parametrize(("kind", "width"), [("number", None), ("vector", 3)])
+def test_labels_of_numbers_and_vectors_are_the_same_in_memory(kind, width):
+    values = np.random.default_rng(0).random((10, *([width] if width else []))).tolist()
+    pictures = [Image.new("L", (8, 8), i) for i in range(10)]
+    dataset = datasets.Dataset.from_dict({"image": pictures, "label": values}).cast_column("image", datasets.Image())
+    images = Images(dataset, ImageFormat((8, 8), 1), label_column="label")
+    images.check_conditions(width)
+    assert images.class_names is None
+    expected = torch.tensor(values)
+    assert torch.equal(images.first_labels(4), expected[:4]) and torch.equal(images.first_labels(99), expected)
+    for _ in range(2):
+        assert torch.equal(images[[7, 2]]["labels"], expected[[7, 2]])
+        assert torch.equal(images.subset([7, 2]).first_labels(9), expected[[7, 2]])
+        images.keep_in_memory()
+    with pytest.raises(ValueError, match="the labels in the column 'label' must be lists of 4 finite numbers"):
+        images.check_conditions(4)
+
+
 def test_image_checks_are_the_same_on_any_number_of_workers(tmp_path, monkeypatch):
     for i, row in enumerate(digits()["test"].select(range(12))):
         row["image"].save(tmp_path / f"{i:02d}.png")
@@ -187,12 +205,38 @@ def test_broken_images_raise_unless_they_may_be_left_out(tmp_path, caplog):
         (tmp_path / f"{name}.png").write_bytes(b"no image")
     images = Images(open_dataset(str(tmp_path)), ImageFormat((8, 8), 1))
     for is_allowed in (False, True):  # no image would be left
-        with pytest.raises(ValueError, match="2 of 2 photos cannot be read:\n.*a.png\n.*b.png\n.*--skip_broken_images"):
+        with pytest.raises(
+            ValueError, match="2 of 2 photos cannot be read:\n.*a.png: neither an.*\n.*b.png: .*\n.*--skip_br"
+        ):
             leave_out_broken(images, is_allowed, "photos")
     Image.new("L", (8, 8)).save(tmp_path / "c.png")
     images = Images(open_dataset(str(tmp_path)), ImageFormat((8, 8), 1))
     leave_out_broken(images, is_allowed=True)
     assert len(images) == 1 and "Leaving out 2 images" in caplog.text and "b.png" in caplog.text
+
+
+def test_arrays_are_checked_split_and_kept_in_memory_like_pictures(tmp_path):
+    r = np.random.default_rng(0)
+    for i in range(40):
+        (tmp_path / f"class{i % 2}").mkdir(exist_ok=True)
+        np.save(tmp_path / f"class{i % 2}" / f"{i:02d}.npy", r.integers(0, 256, (8, 8, 5), np.uint8))
+    np.save(tmp_path / "class0" / "z3.npy", np.zeros((8, 8, 3), np.uint8))
+    np.save(tmp_path / "class1" / "z4.npy", np.zeros((8, 8, 5), np.float32))
+    images = Images(open_dataset(str(tmp_path)), ImageFormat((8, 8), 5), label_column="label", num_workers=2)
+    images.check_labels(2)
+    with pytest.raises(
+        ValueError, match="z3.npy: the array has 3 channels, and channels = 5\n.*must be uint8 or uint16"
+    ):
+        leave_out_broken(images, is_allowed=False)
+    leave_out_broken(images, is_allowed=True)
+    validation = images.split_validation(0.3)
+    on_demand = [part[range(len(part))] for part in (images, validation)]
+    assert len(images) + len(validation) == 40 and images.num_bytes == len(images) * 8 * 8 * 5
+    for part, expected in zip((images, validation), on_demand):
+        part.keep_in_memory()
+        assert all(torch.equal(part[range(len(part))][key], expected[key]) for key in ("images", "labels"))
+    first = np.load(images.describe(0))
+    np.testing.assert_array_equal(images[[0]]["images"][0].permute(1, 2, 0), first)
 
 
 def test_a_subset_leaves_the_images_it_is_taken_from_unchanged():

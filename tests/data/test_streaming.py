@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_hf.data.batches import MicroBatches
@@ -70,6 +71,35 @@ def keys(found) -> list[bytes]:
 
 def every_image(folder) -> Counter:
     return Counter(keys([Images(open_dataset(str(folder)), ImageFormat((8, 8), 1))[range(EXAMPLES)]]))
+
+
+def test_conditions_of_a_stream_are_batched_and_checked_at_its_start(tmp_path):
+    some = digits()["train"].select(range(EXAMPLES)).remove_columns("label")
+    vectors = np.random.default_rng(0).random((EXAMPLES, 3)).tolist()
+    some.add_column("label", vectors).to_parquet(tmp_path / "train.parquet")
+    images = stream(tmp_path)
+    images.check_conditions(3)
+    torch.testing.assert_close(images.first_labels(5), torch.tensor(vectors[:5]))
+    by_image = dict(zip(keys([Images(open_dataset(str(tmp_path)), ImageFormat((8, 8), 1))[range(EXAMPLES)]]), vectors))
+    for batch in batches(images, steps=3):
+        expected = torch.tensor([by_image[key] for key in keys([batch])])
+        torch.testing.assert_close(batch["labels"], expected)
+    with pytest.raises(ValueError, match="must be finite numbers, got 3: "):
+        images.check_conditions(None)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_vector_of_another_length_later_in_a_stream_ends_the_run(tmp_path, num_workers):
+    some = digits()["train"].select(range(EXAMPLES)).remove_columns("label")
+    some.add_column("label", [[0.5] * (2 if i == 80 else 3) for i in range(EXAMPLES)]).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    images = stream(tmp_path)
+    images.check_conditions(3)
+    with pytest.raises(
+        StreamError, match="labels in the column 'label' do not fit together: expected sequence of length"
+    ):
+        list(batches(images, num_workers=num_workers))
 
 
 @pytest.mark.parametrize("shards", [5, 1])

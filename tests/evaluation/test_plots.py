@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -30,6 +31,13 @@ def test_image_grid_shows_every_image_once_in_reading_order():
     figure = image_grid(images, columns=5)
     assert len(figure.axes) == 25 and len(shown(figure)) == 23
     assert all(np.array_equal(a, b[..., 0]) for a, b in zip(shown(figure), images))
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_other_numbers_of_channels_show_the_first_three_as_colors(channels):
+    images = np.random.default_rng(0).random((3, 8, 6, channels))
+    for cell, image in zip(shown(image_grid(images)), images, strict=True):
+        assert np.array_equal(cell[..., :channels], image[..., :3]) and not cell[..., channels:].any()
 
 
 def test_figure_bytes_are_a_png_file():

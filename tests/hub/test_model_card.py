@@ -1,5 +1,6 @@
 """Model cards: metadata for the Hub, figures from metrics.json, and example code that runs."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -76,6 +77,19 @@ def test_every_figure_of_the_quality_table_is_the_measured_one(card):
     for figure in ("81.2 % | 87.5 %", "6.1 %, 13.9 %", "0.710 | 0.700", "1.050 | 1.040", "4.3 % | 5.0 %", "p = 0.42"):
         assert figure in text, figure
     assert "500 samples (100 steps, seed 0" in text
+
+
+def test_optimizer_and_schedule_are_named_with_their_options(tmp_path):
+    for changes, words in (
+        ({}, ("| Adam, β₂", f"{CONFIG.beta_schedule} β schedule, predicts")),
+        (
+            {"weight_decay": 0.01, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            ("| AdamW, weight decay 0.01, β₂", "β schedule rescaled to zero terminal SNR, predicts v_prediction"),
+        ),
+    ):
+        config = dataclasses.replace(CONFIG, **changes).to_yaml()
+        write_metrics_and_card(tmp_path, config, {"training": TRAINING})
+        assert all(text in (tmp_path / "README.md").read_text() for text in words)
 
 
 def test_a_card_without_quality_figures_says_so(card):

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.pipelines.guidance import Denoiser, mark_null_class, null_class_of
+from ddpm_hf.pipelines.guidance import Denoiser, cycled_labels, mark_null_class, null_class_of
 from tests.pipelines.helpers import ROUNDING
 
 OPTIONS = {"num_inference_steps": 4, "output_type": "pt"}
@@ -137,6 +137,39 @@ def test_null_class_must_be_a_label(tiny_unet, make_unet):
     ):
         with pytest.raises(ValueError, match="null_class"):
             mark_null_class(unet, label)
+
+
+@pytest.mark.parametrize(("kind", "condition"), [("timestep", 2.5), ("identity", [0.5] * 32)])
+def test_one_condition_is_that_of_every_image(make_pipeline, kind, condition):
+    pipe = make_pipeline(class_embed_type=kind)
+    one = pipe(2, seed=0, class_labels=condition, **OPTIONS).images
+    assert torch.equal(one, pipe(2, seed=0, class_labels=torch.tensor([condition] * 2), **OPTIONS).images)
+    other = pipe(2, seed=0, class_labels=(2 * torch.tensor(condition)), **OPTIONS).images
+    assert (one - other).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        ("timestep", None, "class_labels must be given.*class_embed_type='timestep'"),
+        ("timestep", [1.0, 2.0, 3.0], r"class_labels must be a number, or 2 \(one per image\), got shape \(3,\)"),
+        ("timestep", [1.0, float("nan")], "class_labels must be finite, got an infinite number or NaN"),
+        ("timestep", torch.ones(2, dtype=torch.complex64), "class_labels must be real numbers, got torch.complex64"),
+        ("identity", [0.5] * 31, r"class_labels must be a vector of \(32,\) numbers, or 2 .*got shape \(31,\)"),
+        ("identity", torch.zeros(2, 33), r"class_labels must be a vector of \(32,\) numbers, .*got shape \(2, 33\)"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused_by_name(make_pipeline, kind, given, message):
+    pipe = make_pipeline(class_embed_type=kind)
+    pipe.unet.register_forward_pre_hook(lambda *_: pytest.fail("the network ran"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe(2, class_labels=given, **OPTIONS)
+
+
+def test_conditions_cycle_by_index(make_unet):
+    unet, rows = make_unet(class_embed_type="timestep"), torch.tensor([5.0, 6.0, 7.0])
+    assert cycled_labels(unet, [0, 4, 8], rows).tolist() == [5.0, 6.0, 7.0]
+    assert cycled_labels(unet, [0]) is None and cycled_labels(make_unet(), [0], rows) is None
 
 
 def test_timestep_embeddings_can_be_labels(make_pipeline):

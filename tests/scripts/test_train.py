@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from ddpm_hf.scripts import evaluate, sample, train
 from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -59,6 +61,34 @@ def test_the_saved_pipeline_has_the_averaged_weights(straight):
     assert any(not torch.equal(weights[name], saved["model"][name]) for name in weights)
 
 
+def weights_after_a_step(output_dir, *options):
+    """Weights before a step on gradients of 1, after one of the run's optimizer, and after one of torch's Adam."""
+    with ExitStack() as stack:
+        run = train.prepare(parse_config([*TINY, "--output_dir", str(output_dir), *options]), stack)
+        model, optimizer, _ = train.build_training(run)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    options = {name: optimizer.defaults[name] for name in ("lr", "betas")}
+    adam = torch.optim.Adam([p.clone().requires_grad_() for p in before], **options, fused=True)
+    for p in adam.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    adam.step(), optimizer.step()
+    return before, list(model.parameters()), adam.param_groups[0]["params"]
+
+
+def test_without_weight_decay_a_step_is_bit_identical_to_adam(tmp_path):
+    _, ours, adam = weights_after_a_step(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(ours, adam))
+
+
+def test_weight_decay_shrinks_weights_apart_from_the_gradient(tmp_path):
+    """Loshchilov and Hutter (2019), algorithm 2: θ − η·(Adam's step) − η·λ·θ."""
+    before, ours, adam = weights_after_a_step(tmp_path, "--weight_decay", "30", "--learning_rate", "0.01")
+    for start, mine, plain in zip(before, ours, adam):
+        torch.testing.assert_close(mine, plain - 0.01 * 30 * start, rtol=1e-5, atol=1e-6)
+
+
 def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
     folder, _ = straight
     config = parse_config([*TINY, "--config", str(folder / "config.yaml")])
@@ -73,6 +103,30 @@ def test_the_first_loss_of_a_zero_initialized_network_is_one(straight):
     ]
     # The network gives 0, so each loss is the mean square of its noise; the rate is 0, so it stays so.
     assert sum(losses) / 8 == pytest.approx(1.0, abs=4 * (2 / (8 * 16 * 64)) ** 0.5)
+
+
+@pytest.mark.parametrize(("channels", "options"), [(2, []), (5, ["--streaming"])])
+def test_arrays_of_any_number_of_channels_are_trained_on(tmp_path, channels, options, capsys):
+    """Trained, sampled and measured: the bound, and distances in pixels."""
+    values = np.random.default_rng(0).integers(0, 65536, (60, 8, 8, channels), np.uint16)
+    (tmp_path / "arrays").mkdir()
+    for i, array in enumerate(values):
+        np.save(tmp_path / "arrays" / f"{i}.npy", array)
+    folder, data = tmp_path / "out", ["--dataset", str(tmp_path / "arrays")]
+    run(folder, *data, *options, "--channels", str(channels), "--validation_fraction", "0.3", "--cpu_threads", "1")
+    assert ("--format npz" in capsys.readouterr().out) == (channels == 5)
+    sample.main(["--model", str(folder), "--steps=2", "--num_images=3", "--format=npz"])
+    with np.load(folder / "samples" / "seed0-3.npz") as samples:
+        assert samples["arr_0"].shape == (3, 8, 8, channels)
+    small = ["--num_samples=10", "--steps=2", "--bound_images=4", "--bound_stride=2"]
+    with pytest.raises(SystemExit, match=f"features need images of 1 or 3 channels, the model has {channels}"):
+        evaluate.main(["--model", str(folder), *data, *small, "--features=inception"])
+    evaluate.main(["--model", str(folder), *data, *small])
+    evaluation = json.loads((folder / "metrics.json").read_text())["evaluation"]
+    assert evaluation["figures"] == [] and list(evaluation["memorization"]) == ["pixels"]
+    assert all(bound["bits_per_dim"] > 8 for bound in evaluation["bits_per_dim"].values())  # of uniform noise
+    card = (folder / "README.md").read_text()
+    assert card.count(', output_type="np").images') == 2 and "first three channels as red, green and blue" in card
 
 
 def test_resuming_is_bit_identical_to_not_stopping(straight, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from ddpm_hf.pipelines.guidance import null_class_of
 from ddpm_hf.training.build import build, build_unet
@@ -33,6 +34,13 @@ def test_the_scheduler_has_the_options_of_the_configuration():
     options = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
     _, scheduler = build(make_config(*flags(**options)))
     assert {name: scheduler.config[name] for name in options} == options
+
+
+def test_rescaled_betas_end_the_chain_in_pure_noise():
+    _, scheduler = build(make_config("--rescale_betas_zero_snr", "--prediction_type", "v_prediction"))
+    stock = DDPMScheduler(rescale_betas_zero_snr=True)
+    assert scheduler.diffusion.alphas_cumprod[-1] == 0 and scheduler.config.rescale_betas_zero_snr
+    torch.testing.assert_close(scheduler.alphas_cumprod, stock.alphas_cumprod, rtol=1e-5, atol=1e-6)
 
 
 def test_the_null_class_follows_the_classes_if_labels_are_dropped():

@@ -139,6 +139,11 @@ def test_an_unknown_flag_is_refused():
         ),
         ({"variance_type": "learned_range", "offset_noise": 0.1}, "offset_noise = 0.1 changes the chain"),
         ({"loss_weighting": "vlb", "input_perturbation": 0.1}, "input_perturbation = 0.1 changes the chain"),
+        (
+            {"rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr = True excludes prediction_type = 'epsilon'",
+        ),
+        ({"weight_decay": -0.1}, r"weight_decay must be a finite number in \[0, inf\), got -0.1"),
         ({"offset_noise": -0.1}, r"offset_noise must be a finite number in \[0, inf\), got -0.1"),
         ({"label_dropout": 0.1}, "label_dropout = 0.1 is for label_column only"),
         ({"num_classes": 10}, "num_classes = 10 is for label_column only"),
@@ -149,6 +154,19 @@ def test_an_unknown_flag_is_refused():
         (
             {"label_column": "label", "num_classes": 2, "label_dropout": 1.0},
             r"label_dropout must be a finite number in \[0, 1\)",
+        ),
+        ({"class_embed_type": "timestep"}, "class_embed_type = timestep is for label_column only"),
+        (
+            {"label_column": "label", "class_embed_type": "text"},
+            r"class_embed_type must be one of \[None, 'timestep', 'identity'\], got 'text'",
+        ),
+        (
+            {"label_column": "label", "class_embed_type": "timestep", "num_classes": 3},
+            "num_classes = 3 is for class_embed_type=None only",
+        ),
+        (
+            {"label_column": "label", "class_embed_type": "identity", "label_dropout": 0.1},
+            "label_dropout = 0.1 is for class_embed_type=None only",
         ),
         ({"ema_decay": 1.0}, r"ema_decay must be a finite number in \(0, 1\), got 1.0"),
         ({"ema_decay": 0.99, "ema_halflife_images": 10}, "exclude each other; --ema_halflife_images 0 removes"),
@@ -213,6 +231,15 @@ def test_options_that_change_the_weights_are_fixed_on_resume():
         dataclasses.replace(config, seed=1).check_same_run(saved, Path("there"))
 
 
+def test_an_option_that_an_earlier_version_lacked_is_at_its_default():
+    config = TrainingConfig(**TINY)
+    saved = dataclasses.asdict(config)
+    del saved["weight_decay"]
+    config.check_same_run(saved, Path("there"))
+    with pytest.raises(ValueError, match="weight_decay: 0.0 there, 0.1 here"):
+        dataclasses.replace(config, weight_decay=0.1).check_same_run(saved, Path("there"))
+
+
 def test_micro_batch_size_may_change_on_resume_without_dropout():
     for dropout in (0.0, 0.1):
         config = TrainingConfig(**TINY, dropout=dropout, batch_size=24)
@@ -233,12 +260,12 @@ def test_total_images_may_change_on_resume_with_a_constant_rate():
 
 
 OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision split validation_split image_column
-label_column num_classes resolution channels crop background random_flip skip_broken_images validation_fraction
+label_column num_classes class_embed_type resolution channels crop background random_flip skip_broken_images validation_fraction
 memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
-prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
-input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 warmup_steps
-learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images ema_decay ema_warmup
+rescale_betas_zero_snr prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
+input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 weight_decay
+warmup_steps learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images ema_decay ema_warmup
 ema_snapshot_every_images cpu_threads mixed_precision tf32 compile dry_run checkpoint_every_steps keep_checkpoints
 log_every_steps validate_every_steps validation_images sample_every_steps report_to sample_steps quality_samples
 push_to_hub hub_model_id hub_private push_every_checkpoints"""

@@ -16,7 +16,7 @@ from ddpm_hf.pipelines.guidance import class_names_of, null_class_of
 from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints
 from ddpm_hf.training.config import parse_config
-from ddpm_hf.training.run_data import load_images
+from ddpm_hf.training.run_data import load_images, open_images
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.step_randomness import draw_randomness
 from tests.training.helpers import TINY, assert_bit_identical, assert_same_run, checkpoint, launch, run
@@ -137,6 +137,26 @@ def test_without_label_dropout_no_label_is_changed():
     config, _, (_, _, labels), _, true_labels = conditional_step(label_dropout=0.0)
     assert torch.equal(labels, true_labels) and config.num_class_embeds == 10
     assert null_class_of(build(config)[0]) is None
+
+
+def test_a_step_on_vectors_minimizes_the_objective_of_each_vector():
+    config = parse_config([*TINY, "--label_column", "label", "--class_embed_type", "identity"])
+    unet, scheduler = build(config)
+    for parameter in unet.parameters():  # some are initialized to 0
+        torch.nn.init.normal_(parameter, std=0.1)
+    images, _ = open_images(parse_config(TINY))
+    batch = {"images": images[range(16)]["images"], "labels": torch.randn(16, config.condition_width)}
+    sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
+    random = draw_randomness(config, 0, range(16), torch.device("cpu"), sampler)
+    x_0 = batch["images"] / 127.5 - 1
+    expected, other = (
+        config.objective(unet, scheduler.diffusion, x_0, random.t, random.noise, labels).objective
+        for labels in (batch["labels"], batch["labels"].flip(0))
+    )
+    optimizer = torch.optim.Adam(unet.parameters(), lr=0.0)
+    report = training_step(Accelerator(), unet, optimizer, scheduler.diffusion, config, 0, [batch], sampler)
+    torch.testing.assert_close(report.losses, expected.detach())
+    assert not torch.allclose(report.losses, other.detach(), rtol=1e-3)
 
 
 def test_the_report_has_l_simple_and_the_minimized_objective():
