@@ -81,7 +81,7 @@ def _decoder_by_last_jump(diffusion: GaussianDiffusion, bound: VariationalBound,
 
 
 def best_timesteps(costs: Tensor, steps: int) -> list[int]:
-    """The `steps` timesteps with the least bound (Watson et al. 2021, algorithms 1 and 2), descending, from T−1 to 0.
+    """The `steps` timesteps with the least bound (Watson et al. 2021), descending, from T−1 to 0.
 
     This is the form that `pipe(timesteps=...)` takes. Computed by dynamic programming in O(steps·T²).
 
