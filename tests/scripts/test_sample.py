@@ -224,7 +224,7 @@ def test_best_timesteps_are_those_of_the_model_and_are_recorded(with_table, tmp_
         (["best", "--steps", "4"], "steps must be one of 3, .*got 4"),
         (["best", "--steps", "3", "--scheduler", "ddim"], "timesteps='best' is for scheduler='ddpm', got 'ddim'"),
         (["19,4,0", "--steps", "3"], "steps=3 and a list of timesteps exclude each other"),
-        (["19,4,0", "--scheduler", "ddim"], "timesteps cannot be given to DDIMScheduler"),
+        (["19,4,0", "--scheduler", "lms"], "timesteps cannot be given to LMSDiscreteScheduler"),
         (["0,4,19"], "timesteps must be 'best' or a descending list in 0..19, got '0,4,19'"),
         (["19,4,4,0"], "descending list in 0..19, got '19,4,4,0'"),
         (["20,4,0", "--scheduler", "dpmsolver++"], "descending list in 0..19, got '20,4,0'"),
