@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
             results = evaluate.evaluate(one)
             evaluate.write(folder, **results)
             evaluation = results["evaluation"]
-            bound = list(evaluation["bits_per_dim"].values())[-1]
+            bound = evaluation["bits_per_dim"][f"validation, {steps} steps"]
             values = {figure["name"].split("-")[0]: figure["value"] for figure in evaluation["figures"]}
             row = {"steps": steps, "variance_type": variance} | {
                 k: bound[k] for k in ("bits_per_dim", "standard_error")

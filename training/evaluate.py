@@ -101,7 +101,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     if args.variance_type not in (None, pipe.scheduler.config.variance_type):
         measures.set_variance(pipe, args.variance_type, training, args.analytic_images, args.seed)
 
-    bounds = measure_bounds(args, pipe, training, validation)
+    bounds, table = measure_bounds(args, pipe, training, validation)
     if samples is None:
         conditions = measures.draw_conditions(pipe, training, args.num_samples, args.seed)
         samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size, conditions)
@@ -129,6 +129,7 @@ def evaluate(args: EvaluateArguments) -> dict:
         "protocol": protocol,
         "dataset": args.dataset,
         "bits_per_dim": {name: asdict(bound) for name, bound in bounds.items()},
+        "best_timesteps": table,
         "figures": compute_metrics(*feature_sets, backbone, protocol) if backbone else [],
         "memorization": memorization,
     }
@@ -159,23 +160,32 @@ def describe_protocol(args: EvaluateArguments, pipe, training, validation_split:
     }
 
 
-def measure_bounds(args: EvaluateArguments, pipe, training, validation) -> dict:
-    """The full chain's bound on training and validation images, and the respaced chain's on validation images."""
+def measure_bounds(args: EvaluateArguments, pipe, training, validation) -> tuple[dict, dict | None]:
+    """The full chain's bound on training and validation images, and on the latter that of two respaced chains: the sampling
+    steps, and as many best timesteps. Also the table of best timesteps."""
     from ddpm_hf.diffusion.timesteps import spaced_timesteps
+    from ddpm_hf.evaluation.best_timesteps import best_timesteps_table, timesteps_in_table
     from ddpm_hf.evaluation.measures import measure_bound
 
     full, config = pipe.scheduler.diffusion, pipe.scheduler.config
+
+    def measure(chain, images, stride: int, purpose: str):
+        return measure_bound(pipe, chain, images, args.bound_images, stride, args.seed, purpose, args.batch_size)
+
     bounds = {
-        f"training, {len(full)} steps": (full, training, args.bound_stride, "training bound"),
-        f"validation, {len(full)} steps": (full, validation, args.bound_stride, "validation bound"),
+        f"training, {len(full)} steps": measure(full, training, args.bound_stride, "training bound"),
+        f"validation, {len(full)} steps": measure(full, validation, args.bound_stride, "validation bound"),
     }
-    timesteps = spaced_timesteps(len(full), args.steps, config.timestep_spacing, config.steps_offset)
+    table = best_timesteps_table(full, *bounds.values(), args.steps)
+    chosen = {}
     if args.steps < len(full):
-        bounds[f"validation, {args.steps} steps"] = (full.respace(timesteps), validation, 1, "validation bound")
-    return {
-        name: measure_bound(pipe, chain, images, args.bound_images, stride, args.seed, purpose, args.batch_size)
-        for name, (chain, images, stride, purpose) in bounds.items()
-    }
+        spacing = (config.timestep_spacing, config.steps_offset)
+        chosen[f"validation, {args.steps} steps"] = spaced_timesteps(len(full), args.steps, *spacing)
+    if best := timesteps_in_table(table, args.steps):
+        chosen[f"validation, best {args.steps} steps"] = best
+    for name, timesteps in chosen.items():
+        bounds[name] = measure(full.respace(timesteps), validation, 1, "validation bound")
+    return bounds, table
 
 
 def compute_metrics(samples, validation, training, backbone, protocol: dict) -> list[dict]:
@@ -247,6 +257,11 @@ def report(evaluation: dict) -> str:
             f"{'bits/dim, ' + name:44s} {bound['bits_per_dim']:9.4f} ± {bound['standard_error']:.4f}  "
             f"L_T {bound['prior']:.5f}, L_0 {bound['terms'][0]:.4f}; {bound['num_images']} images{share}"
         )
+    if table := evaluation["best_timesteps"]:
+        rows = ", ".join(f"{row['steps']} steps {row['predicted_bits_per_dim']:.4f}" for row in table["rows"])
+        lines.append(f"{'bits/dim predicted for the best timesteps':44s} {rows}")
+    else:
+        lines.append("no best timesteps: they are for fixed variances, the model's is learned")
     for figure in evaluation["figures"]:
         error = f" ± {figure['standard_error']:.4g}" if "standard_error" in figure else ""
         validation = "" if figure["validation"] is None else f"  (validation images: {figure['validation']:.4f})"

@@ -36,6 +36,12 @@ class SampleArguments:
         help="ddpm, ddim, dpmsolver++, dpmsolver++sde, unipc, heun, euler, lms, pndm, deis; None: the saved one",
     )
     steps: int | None = HfArg(default=None, help="sampling steps; None: the model's T")
+    timesteps: str | None = HfArg(
+        default=None,
+        help="timesteps instead of evenly spaced ones: 'best' for those of evaluate.py with the best likelihood in --steps "
+        "steps of ddpm; 'ddimN' for N in equal strides from 0, as improved-diffusion names them; or a descending list "
+        "such as 900,500,100,0",
+    )
     seed: int = HfArg(default=0, help="seed; an image depends on it and on the image's index")
     class_label: str | None = HfArg(
         default=None,
@@ -100,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
-    """The pipeline, after all checks that can be made before sampling."""
+    """The pipeline, after all checks that can be made before sampling. `args.timesteps` becomes a list in place of `steps`."""
     from ddpm_hf.schedulers.samplers import make_sampler
 
     for name, minimum in {"num_images": 1, "batch_size": 1, "seed": 0}.items():
@@ -115,9 +121,35 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
         raise ValueError(f"format={args.format!r} is for 1 to 4 channels, the model has {channels}: use npz.")
     if args.format == "png" and args.bits == 16 and channels != 1:
         raise ValueError(f"format='png' with bits=16 is for gray images, not {channels} channels: use npz or parquet.")
-    labels = labels_of(pipe, args, range(1))
-    pipe.check_inputs(1, None, args.steps, output_type="np", class_labels=labels, guidance_scale=args.guidance_scale)
+    if args.timesteps is not None:
+        args.timesteps, args.steps = ",".join(map(str, choose_timesteps(args, pipe.scheduler))), None
+    pipe.check_inputs(1, None, args.steps, output_type="np", **sampling_options(pipe, args, range(1)))
     return pipe
+
+
+def choose_timesteps(args: SampleArguments, scheduler) -> list[int]:
+    """The timesteps that the option names. Raises ValueError for those that the scheduler or the model does not have."""
+    from ddpm_hf import DDPMSchedulerCustom
+    from ddpm_hf.diffusion.timesteps import parse_timesteps
+    from ddpm_hf.evaluation.best_timesteps import read_best_timesteps
+
+    T = scheduler.config.num_train_timesteps
+    if args.timesteps != "best":
+        if args.steps is not None:
+            raise ValueError(f"steps={args.steps} and a list of timesteps exclude each other: give one of them.")
+        return parse_timesteps(args.timesteps, T)
+    if not isinstance(scheduler, DDPMSchedulerCustom):
+        name = args.scheduler or type(scheduler).__name__
+        raise ValueError(f"timesteps='best' is for scheduler='ddpm', got {name!r}.")
+    steps = check_int("steps", args.steps, 2, T, note="with timesteps='best'")
+    return read_best_timesteps(Path(args.model), steps, scheduler.config.variance_type)
+
+
+def sampling_options(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices: range) -> dict:
+    """Arguments of the pipeline's call for the images with these indices, besides their number, noise and `steps`."""
+    timesteps = None if args.timesteps is None else [int(t) for t in args.timesteps.split(",")]
+    labels = labels_of(pipe, args, indices)
+    return {"timesteps": timesteps, "class_labels": labels, "guidance_scale": args.guidance_scale}
 
 
 def labels_of(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices: range) -> list | None:
@@ -147,8 +179,7 @@ def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch:
     """The images with these indices, (B, H, W, C) in [0, 1]."""
     from ddpm_hf.evaluation.sampling import sample_images
 
-    options = {"class_labels": labels_of(pipe, args, batch), "guidance_scale": args.guidance_scale}
-    return sample_images(pipe, batch, args.steps, args.seed, len(batch), **options)
+    return sample_images(pipe, batch, args.steps, args.seed, len(batch), **sampling_options(pipe, args, batch))
 
 
 # ---------------------------------------------------------------------- files
@@ -167,7 +198,7 @@ def record_name(args: SampleArguments) -> str:
 
 
 def record(args: SampleArguments) -> str:
-    names = ("model", "scheduler", "steps", "seed", "class_label", "guidance_scale", "bits")
+    names = ("model", "scheduler", "steps", "timesteps", "seed", "class_label", "guidance_scale", "bits")
     options = {name: asdict(args)[name] for name in names}
     if args.class_label is not None:
         is_file = args.class_label.endswith(".npy")
@@ -181,11 +212,13 @@ def file_digest(path: str) -> str:
 
 def check_record(folder: Path, args: SampleArguments) -> None:
     """Raise ValueError if the folder has images of this seed that were made with other options."""
-    file = folder / record_name(args)
-    if file.is_file() and (before := json.loads(file.read_text())) != (now := json.loads(record(args))):
-        changed = ", ".join(
-            f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
-        )
+    file, now = folder / record_name(args), json.loads(record(args))
+    before = json.loads(file.read_text()) if file.is_file() else now
+    # A record of an earlier version lacks an option that was not there yet, and whose default is None.
+    changed = ", ".join(
+        f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
+    )
+    if changed:
         raise ValueError(
             f"output_dir {str(folder)!r} has images of seed {args.seed} made with other options ({changed}): "
             "give another output_dir."

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.checks import check_int
-from ddpm_hf.diffusion.gaussian import Clip, GaussianDiffusion
+from ddpm_hf.diffusion.gaussian import FIXED_VARIANCES, Clip, GaussianDiffusion
 
 Model = Callable[..., Tensor]
 LEVELS = 256  # of an 8-bit image
+DECODER_VARIANCES = 5  # at which L_0 is measured, for sub-chains
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class VariationalBound:
         terms: (T,) L_0, L_1, …, L_{T−1}.
         epsilon_mse, x_0_mse: (T,) mean squared error per pixel, of images in [-1, 1]: of the predicted ε, and of the
             predicted x_0 after `clip`.
+        decoder_terms: L_0 with each of `decoder_log_variances` in place of the chain's own variance, for sub-chains.
+            Empty for a learned variance.
     """
 
     num_images: int
@@ -43,6 +46,7 @@ class VariationalBound:
     terms: list[float]
     epsilon_mse: list[float]
     x_0_mse: list[float]
+    decoder_terms: list[float]
 
 
 class BoundSums:
@@ -60,12 +64,12 @@ class BoundSums:
     def __init__(self, T: int, stride: int = 1):
         check_int("stride", stride, 1, max(T - 1, 1), f"for a chain of {T} steps")
         self.T, self.stride = T, stride
-        self.values = torch.zeros(1 + 4 * T + 3 * stride, dtype=torch.float64)
         # Views: the prior; for each t the count, term and both squared errors; for each offset the count, and the sum
-        # and sum of squares of the images' bounds.
-        self._prior = self.values[:1]
-        self._by_t = self.values[1 : 1 + 4 * T].view(4, T)
-        self._by_offset = self.values[1 + 4 * T :].view(3, stride)
+        # and sum of squares of the images' bounds; L_0 by variance.
+        sizes = (1, 4 * T, 3 * stride, DECODER_VARIANCES)
+        self.values = torch.zeros(sum(sizes), dtype=torch.float64)
+        self._prior, by_t, by_offset, self._decoder = self.values.split(sizes)
+        self._by_t, self._by_offset = by_t.view(4, T), by_offset.view(3, stride)
 
     @torch.no_grad()
     def add(
@@ -96,7 +100,7 @@ class BoundSums:
         """
         offsets = torch.zeros(len(x_0), dtype=torch.int64) if offsets is None else offsets
         self._check(diffusion, x_0, generator, offsets)
-        parts = []
+        parts, decoder = [], None
         for k in range(-1, -(-(self.T - 1) // self.stride)):
             t = torch.zeros_like(offsets) if k < 0 else 1 + offsets + k * self.stride
             rows = (t < self.T).nonzero()[:, 0]
@@ -106,13 +110,18 @@ class BoundSums:
             x = x_0 if len(rows) == len(x_0) else x_0[rows.to(x_0.device)]
             noise = _noise(x, generator if not isinstance(generator, Sequence) else [generator[i] for i in rows])
             condition = () if labels is None else (labels[rows.to(labels.device)],)
-            parts.append((t, rows, _measure(diffusion, model, x, t, noise, clip, condition)))
+            measured, predicted = _measure(diffusion, model, x, t, noise, clip, condition)
+            parts.append((t, rows, measured))
+            if k < 0 and diffusion.variance_type in FIXED_VARIANCES:
+                decoder = decoder_terms(diffusion, x, predicted)
         t, rows, measured = (torch.cat(part, -1).cpu() for part in zip(*parts))
         measured = measured.double()
         if not bool(measured.isfinite().all()):
             bad = diffusion.timesteps[t[~measured.isfinite().all(0)].unique()]
             where = f"at {len(bad)} of {self.T} timesteps, the first of them {bad[0]}"
             raise ValueError(f"the model's output must be finite: the bound is not finite {where}.")
+        if decoder is not None:
+            self._decoder += decoder.sum(1)
         prior = prior_bits(diffusion, x_0)
         weight = torch.where(t == 0, 1.0, float(self.stride))
         totals = prior.index_add(0, rows, measured[0] * weight)
@@ -157,11 +166,13 @@ class BoundSums:
             terms=terms.tolist(),
             epsilon_mse=epsilon_mse.tolist(),
             x_0_mse=x_0_mse.tolist(),
+            decoder_terms=(self._decoder / n).tolist() if diffusion.variance_type in FIXED_VARIANCES else [],
         )
 
 
-def _measure(diffusion, model, x_0, t, noise, clip, condition) -> Tensor:
-    """(3, B): the term in bits/dim and the squared errors of ε and x_0, at timesteps t (B,): all of them 0, or none."""
+def _measure(diffusion, model, x_0, t, noise, clip, condition) -> tuple[Tensor, Tensor]:
+    """(3, B), the term in bits/dim and the squared errors of ε and x_0, and the predicted x_0. Of the timesteps t (B,)
+    all are 0, or none."""
     like = x_0
     x_t = diffusion.q_sample(x_0, t, noise)
     output = model(x_t, diffusion.timesteps[t].to(x_0.device), *condition).to(x_0.dtype)
@@ -171,7 +182,7 @@ def _measure(diffusion, model, x_0, t, noise, clip, condition) -> Tensor:
     terms, predicted = bound_terms(diffusion, output, x_0, x_t, t, clip)
     epsilon = diffusion.predict_epsilon(output[:, : x_0.shape[1]], x_t, t)
     errors = ((epsilon - noise).square(), (predicted - x_0).square())
-    return torch.stack([terms, *(error.flatten(1).mean(1) for error in errors)]).to(like)
+    return torch.stack([terms, *(error.flatten(1).mean(1) for error in errors)]).to(like), predicted
 
 
 def bound_terms(
@@ -198,6 +209,26 @@ def bound_terms(
     decoder = -discretized_gaussian_log_likelihood(x_0, mean, log_variance)
     nats = torch.where((t == 0).reshape(-1, 1, 1, 1), decoder, kl)
     return nats.flatten(1).mean(1) / math.log(2), predicted
+
+
+def decoder_log_variances(diffusion: GaussianDiffusion) -> Tensor:
+    """Evenly spaced log-variances of the decoder L_0: float64 (DECODER_VARIANCES,).
+
+    The first is that of the chain, the last that of its sub-chain of both ends. Those of all sub-chains with both ends lie
+    between, because the variance at index 0 is β̃ of index 1, which grows with the jump. They are less than ln 2 apart if
+    β_1 ≥ β_0, and equal for most analytic variances.
+    """
+    table, ends = FIXED_VARIANCES[diffusion.variance_type][1], sorted({0, len(diffusion) - 1})
+    low, high = (chain.tables[table][0].item() for chain in (diffusion, diffusion.respace(ends)))
+    return torch.linspace(low, high, DECODER_VARIANCES, dtype=torch.float64)
+
+
+def decoder_terms(diffusion: GaussianDiffusion, x_0: Tensor, predicted: Tensor) -> Tensor:
+    """L_0 of images (B, C, H, W) and of the x_0 predicted at t = 0, which is the decoder's mean, for each of
+    `decoder_log_variances`: (DECODER_VARIANCES, B) in bits/dim, float64 on the CPU."""
+    x_0, predicted = x_0.cpu().double(), predicted.cpu().double()
+    terms = [discretized_gaussian_log_likelihood(x_0, predicted, v) for v in decoder_log_variances(diffusion)]
+    return -torch.stack([term.flatten(1).mean(1) for term in terms]) / math.log(2)
 
 
 def prior_bits(diffusion: GaussianDiffusion, x_0: Tensor) -> Tensor:

@@ -31,6 +31,23 @@ def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> Tensor:
     return timesteps
 
 
+def parse_timesteps(text: str, T: int) -> list[int]:
+    """The timesteps, descending, that a text names: "ddimN", the N multiples of the smallest stride that gives N of them
+    (as in improved-diffusion), or a list such as "900,500,100,0". Raises ValueError for other texts and for timesteps
+    beyond T−1."""
+    if text.startswith("ddim") and text[4:].isdecimal():
+        lengths = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
+        if (n := int(text[4:])) not in lengths:
+            near = sorted(lengths, key=lambda length: abs(length - n))[:2]
+            raise ValueError(f"timesteps={text!r}: no stride gives {n} of {T} timesteps; {sorted(near)} are possible.")
+        return list(range(0, T, lengths[n]))[::-1]
+    words = text.split(",")
+    timesteps = [int(word) for word in words if word.strip().isdecimal()]
+    if len(timesteps) < len(words) or timesteps != sorted({*timesteps}, reverse=True) or timesteps[0] >= T:
+        raise ValueError(f"timesteps must be a descending list in 0..{T - 1}, or 'ddimN', got {text!r}.")
+    return timesteps
+
+
 def to_index_device(t: Timestep, like: Tensor) -> Timestep:
     """t in a form that indexes tables on the device of `like` without a synchronization.
 

@@ -12,7 +12,13 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES, PREDICTION_TYPES, VARIANCE_TYPES, GaussianDiffusion
-from ddpm_hf.diffusion.likelihood import BoundSums, discretized_gaussian_log_likelihood, gaussian_kl, prior_bits
+from ddpm_hf.diffusion.likelihood import (
+    DECODER_VARIANCES,
+    BoundSums,
+    discretized_gaussian_log_likelihood,
+    gaussian_kl,
+    prior_bits,
+)
 from ddpm_hf.diffusion.schedules import make_betas, rescale_zero_terminal_snr
 from tests.diffusion.helpers import gaussian_denoiser, gaussian_moments, random_images, variational_bound
 
@@ -259,6 +265,27 @@ def test_bound_of_a_shifted_prediction_is_the_kl_and_0_after_clipping():
     torch.testing.assert_close(torch.tensor(off.terms[1:]), expected.float(), rtol=1e-5, atol=0)
     clipped = variational_bound(chain, lambda x, t: torch.full_like(x, 4.0), [x_0], clip=lambda x: x.clamp(-1, 1))
     assert max(clipped.terms[1:]) == 0 and max(clipped.x_0_mse) == 0 and min(clipped.epsilon_mse) > 0
+
+
+@pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
+def test_decoder_terms_go_from_the_chains_l_0_to_that_of_both_ends(variance_type):
+    moments = torch.linspace(0.3, 0.9, 10) if variance_type == "analytic" else None
+    betas = make_betas("linear", 10, 0.01, 0.3)
+    chain = GaussianDiffusion(betas, variance_type=variance_type, analytic_moments=moments)
+    is_learned = variance_type in LEARNED_VARIANCES
+
+    def bound(chain):
+        # Noise is drawn at t = 0 first: it is the same for both chains.
+        model = Recorder(1, is_learned, positive=is_learned)
+        return variational_bound(chain, model, [pictures(3, 1, 4, 4)], torch.Generator().manual_seed(0))
+
+    full, ends = bound(chain), bound(chain.respace([0, 9]))
+    if is_learned:
+        assert full.decoder_terms == []
+    else:
+        assert len(full.decoder_terms) == DECODER_VARIANCES and full.decoder_terms[0] == pytest.approx(full.terms[0])
+        assert full.decoder_terms[-1] == pytest.approx(ends.terms[0])
+        assert (ends.terms[0] == full.terms[0]) == (variance_type == "analytic")
 
 
 # ---------------------------------------------------------------------- strides and processes

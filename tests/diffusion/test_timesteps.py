@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpm_hf.diffusion.timesteps import as_timesteps, check_timestep, spaced_timesteps, to_index_device
+from ddpm_hf.diffusion.timesteps import as_timesteps, check_timestep, parse_timesteps, spaced_timesteps, to_index_device
 
 SPACINGS = ("linspace", "leading", "trailing")
 
@@ -51,6 +51,28 @@ def test_offset_shifts_leading_timesteps_and_must_stay_below_T():
     assert spaced_timesteps(10, 4, "leading", 3).tolist() == [9, 7, 5, 3]
     with pytest.raises(ValueError, match="steps_offset=4 with 4 leading steps reaches timestep 10"):
         spaced_timesteps(10, 4, "leading", 4)
+
+
+@pytest.mark.parametrize("T", [20, 1000])
+def test_ddim_n_is_n_multiples_of_the_smallest_stride(T):
+    possible = {len(range(0, T, stride)) for stride in range(1, T + 1)}
+    for n in range(1, T + 1):
+        if n not in possible:
+            with pytest.raises(ValueError, match=f"no stride gives {n} of {T} timesteps.*are possible"):
+                parse_timesteps(f"ddim{n}", T)
+            continue
+        timesteps = parse_timesteps(f"ddim{n}", T)
+        (stride,) = {a - b for a, b in zip(timesteps, timesteps[1:])} or {T}
+        assert len(timesteps) == n and timesteps[-1] == 0 and len(range(0, T, stride - 1 or T)) != n
+        if T % n == 0:
+            assert timesteps == spaced_timesteps(T, n, "leading").tolist()
+
+
+def test_list_of_timesteps_is_read_or_refused():
+    assert parse_timesteps("900, 500,0", 1000) == [900, 500, 0]
+    for text in ("", "5,7", "5,5", "1000,3", "-1", "5,x", "ddim", "ddimx", "2.5"):
+        with pytest.raises(ValueError, match="timesteps must be a descending list in 0..999, or 'ddimN'"):
+            parse_timesteps(text, 1000)
 
 
 def test_single_timestep_on_the_host_becomes_an_int():

@@ -100,7 +100,7 @@ def test_schedule_curves_show_the_tables():
 
 
 def test_bound_is_drawn_over_the_papers_timesteps():
-    bound = VariationalBound(4, 1, 3.5, 0.1, 0.5, [0, 9, 19], [2.0, 0.7, 0.3], [0.9, 0.1, 0.01], [0.01, 0.1, 0.9])
+    bound = VariationalBound(4, 1, 3.5, 0.1, 0.5, [0, 9, 19], [2.0, 0.7, 0.3], [0.9, 0.1, 0.01], [0.01, 0.1, 0.9], [])
     figure = bound_by_timestep({"training": bound, "validation": bound})
     expected = (bound.terms, [2.0, 2.7, 3.0], bound.epsilon_mse, bound.x_0_mse)
     for axis, curve in zip(figure.axes, expected):

@@ -107,6 +107,17 @@ def test_no_placeholder_is_left(card):
     assert "{{" not in text and "{%" not in text and "None" not in text.split("```yaml")[0]
 
 
+def test_the_card_shows_best_timesteps_where_they_were_measured(card):
+    protocol = {"sampler": "DDPMSchedulerCustom", "steps": 100, "seed": 0, "split": "train"}
+    evaluation = {"protocol": protocol, "dataset": "digits", "bits_per_dim": {}, "figures": [], "memorization": {}}
+    rows = [{"steps": 5, "predicted_bits_per_dim": 13.02257}, {"steps": 20, "predicted_bits_per_dim": 5.24594}]
+    text = card(evaluation=evaluation | {"best_timesteps": {"rows": rows}}).text
+    assert "| 5 | 13.0226 |\n| 20 | 5.2459 |\n" in text and "--timesteps best --steps N" in text
+    # None with a learned variance; missing in files of earlier versions.
+    for without in (evaluation, evaluation | {"best_timesteps": None}):
+        assert "best" not in card(evaluation=without).text.split("## Training")[0]
+
+
 def test_both_examples_of_the_card_run(card, tmp_path, tiny_pipeline):
     tiny_pipeline.save_pretrained(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", card(quality=QUALITY).text, re.DOTALL)

@@ -14,9 +14,11 @@ from huggingface_hub import ModelCard
 from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 from benchmarks import steps_and_variances
+from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.images import Images
+from tests.conftest import TINY_SCHEDULER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +52,8 @@ def measured(folder):
 def test_every_metric_is_written_with_its_protocol_and_to_the_card(model, options, capsys):
     evaluate.main(options)
     printed, evaluation = capsys.readouterr().out, measured(model)
-    assert list(evaluation["bits_per_dim"]) == ["training, 20 steps", "validation, 20 steps", "validation, 5 steps"]
+    names = ["training, 20 steps", *(f"validation, {steps} steps" for steps in ("20", "5", "best 5"))]
+    assert list(evaluation["bits_per_dim"]) == names
     for bound in evaluation["bits_per_dim"].values():
         assert bound["num_images"] == 12 and f"{bound['bits_per_dim']:.4f} ±" in printed
         assert len(bound["epsilon_mse"]) == len(bound["x_0_mse"]) == len(bound["terms"]) == len(bound["timesteps"])
@@ -80,6 +83,29 @@ def test_every_metric_is_written_with_its_protocol_and_to_the_card(model, option
     assert measured(model) == evaluation
 
 
+def test_best_timesteps_are_measured_and_reported(model, options, capsys):
+    evaluate.main(options)
+    printed, evaluation, card = capsys.readouterr().out, measured(model), (model / "README.md").read_text()
+    five, ten = evaluation["best_timesteps"]["rows"]
+    assert (five["steps"], ten["steps"]) == (5, 10) and evaluation["best_timesteps"]["variance_type"] == "fixed_small"
+    best, even = (evaluation["bits_per_dim"][f"validation, {name}"] for name in ("best 5 steps", "5 steps"))
+    assert best["timesteps"][::-1] == five["timesteps"] and best["bits_per_dim"] < even["bits_per_dim"]
+    assert best["bits_per_dim"] == pytest.approx(five["predicted_bits_per_dim"], rel=0.1)
+    for row in (five, ten):
+        assert f"{row['steps']} steps {row['predicted_bits_per_dim']:.4f}" in printed
+        assert f"| {row['steps']} | {row['predicted_bits_per_dim']:.4f} |" in card
+    evaluate.main([*options, "--steps=20"])  # as many as T: there is nothing to choose
+    assert list(measured(model)["bits_per_dim"]) == ["training, 20 steps", "validation, 20 steps"]
+
+
+def test_model_with_a_learned_variance_has_no_best_timesteps(model, options, make_pipeline, capsys):
+    scheduler = DDPMSchedulerCustom(**TINY_SCHEDULER, variance_type="learned_range")
+    make_pipeline(scheduler, in_channels=1, out_channels=2).save_pretrained(model)
+    evaluate.main(options)
+    assert measured(model)["best_timesteps"] is None and len(measured(model)["bits_per_dim"]) == 3
+    assert "no best timesteps" in capsys.readouterr().out and "best timesteps" not in (model / "README.md").read_text()
+
+
 def test_class_conditional_model_is_measured_with_its_labels(model, options, make_pipeline, capsys):
     make_pipeline(in_channels=1, out_channels=1, num_class_embeds=10).save_pretrained(model)
     with pytest.raises(SystemExit, match="evaluate.py: error: the model is class-conditional: label_column must say"):
@@ -88,7 +114,7 @@ def test_class_conditional_model_is_measured_with_its_labels(model, options, mak
         evaluate.main([*options, "--label_column", "digit"])
     evaluate.main([*options, "--label_column", "label", "--variance_type", "analytic"])
     evaluation = measured(model)
-    assert evaluation["protocol"]["labels"] == "label" and len(evaluation["bits_per_dim"]) == 3
+    assert evaluation["protocol"]["labels"] == "label" and len(evaluation["bits_per_dim"]) == 4
 
 
 def test_samples_from_a_folder_give_the_metrics_of_their_model(model, options, tmp_path):
@@ -132,7 +158,7 @@ def test_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp
     evaluate.write(model, measured(model), {})
     card = ModelCard.load(model / "README.md")
     assert "# Somebody's model" in card.text and card.data.license == "mit"
-    assert len(card.data.eval_results) == 2 + 6  # two bounds and six figures, not twice
+    assert len(card.data.eval_results) == 3 + 6  # three bounds and six figures, not twice
 
 
 @pytest.mark.parametrize(
@@ -207,10 +233,12 @@ def test_report_has_a_line_for_every_result():
     lines = evaluate.report(
         {
             "bits_per_dim": {"validation, 20 steps": bound},
+            "best_timesteps": {"rows": [{"steps": n, "predicted_bits_per_dim": 4.25} for n in (5, 10)]},
             "figures": [figure, figure | {"name": "KD-DINOv2, n = 20", "validation": 0.5, "standard_error": 0.01}],
             "memorization": {"pixels": near},
         }
     ).splitlines()
-    assert len(lines) == 4 and "3.5000 ± 0.1000" in lines[0] and "12 images, each at 1 of 3 timesteps" in lines[0]
-    assert "1.2500" in lines[1] and "± 0.01  (validation images: 0.5000)" in lines[2]
-    assert "pixels: 4.0% of samples (p = 0.62" in lines[3]
+    assert len(lines) == 5 and "3.5000 ± 0.1000" in lines[0] and "12 images, each at 1 of 3 timesteps" in lines[0]
+    assert lines[1].endswith("best timesteps    5 steps 4.2500, 10 steps 4.2500")
+    assert "1.2500" in lines[2] and "± 0.01  (validation images: 0.5000)" in lines[3]
+    assert "pixels: 4.0% of samples (p = 0.62" in lines[4]

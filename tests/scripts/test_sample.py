@@ -191,6 +191,70 @@ def test_images_of_other_options_are_not_mixed_into_a_folder(model, tmp_path):
         sample_script.main([*options, "--steps", "3"])
 
 
+@pytest.fixture
+def with_table(model):
+    """The model with a table of best timesteps."""
+    metrics = json.loads((model / "metrics.json").read_text())
+    table = {"variance_type": "fixed_small", "rows": [{"steps": 3, "timesteps": [19, 4, 0]}]}
+    (model / "metrics.json").write_text(json.dumps(metrics | {"evaluation": {"best_timesteps": table}}))
+    return model
+
+
+def test_best_timesteps_are_those_of_the_model_and_are_recorded(with_table, tmp_path):
+    options = ["--model", str(with_table), "--num_images", "2", "--format", "npz", "--output_dir"]
+    best, folder = ["--timesteps", "best", "--steps", "3"], tmp_path / "best"
+    sample_script.main([*options, str(folder), *best])
+    sample_script.main([*options, str(tmp_path / "list"), "--timesteps", "19, 4,0"])
+    sample_script.main([*options, str(tmp_path / "even"), "--steps", "3"])
+    made, listed, even = (np.load(tmp_path / n / "seed0-2.npz")["arr_0"] for n in ("best", "list", "even"))
+    pipe = DDPMPipelineCustom.from_pretrained(with_table)
+    expected = quantize(sample_images(pipe, range(2), None, 0, 2, timesteps=[19, 4, 0]), 8)
+    assert np.array_equal(made, expected) and np.array_equal(listed, expected) and not np.array_equal(even, expected)
+    record = json.loads((folder / "seed0.json").read_text())
+    assert record["timesteps"] == "19,4,0" and record["steps"] is None
+    sample_script.main([*options, str(folder), *best])  # resumed: the same images
+    with pytest.raises(SystemExit, match="made with other options .*timesteps '19,4,0', now '19,3,0'"):
+        sample_script.main([*options, str(folder), "--timesteps", "19,3,0"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["best"], "steps must be an integer in 2..20, with timesteps='best', got None"),
+        (["best", "--steps", "4"], "steps must be one of 3, .*got 4"),
+        (["best", "--steps", "3", "--scheduler", "ddim"], "timesteps='best' is for scheduler='ddpm', got 'ddim'"),
+        (["19,4,0", "--steps", "3"], "steps=3 and a list of timesteps exclude each other"),
+        (["19,4,0", "--scheduler", "lms"], "timesteps cannot be given to LMSDiscreteScheduler"),
+        (["0,4,19"], "timesteps must be a descending list in 0..19, or 'ddimN', got '0,4,19'"),
+        (["19,4,4,0"], "descending list in 0..19, or 'ddimN', got '19,4,4,0'"),
+        (["20,4,0", "--scheduler", "dpmsolver++"], "descending list in 0..19, or 'ddimN', got '20,4,0'"),
+        (["4,-1"], "descending list in 0..19, or 'ddimN', got '4,-1'"),
+        (["good"], "descending list in 0..19, or 'ddimN', got 'good'"),
+    ],
+)
+def test_timesteps_that_cannot_be_sampled_are_refused(with_table, tmp_path, options, message):
+    arguments = ["--model", str(with_table), "--output_dir", str(tmp_path / "out"), "--timesteps", *options]
+    with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}"):
+        sample_script.main(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_best_timesteps_of_a_model_without_them_are_refused(model, tmp_path):
+    options = ["--model", str(model), "--steps", "3", "--timesteps", "best", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="model must be a folder whose metrics.json has a table of best timesteps"):
+        sample_script.main(options)
+
+
+def test_folder_of_an_earlier_version_is_continued(model, tmp_path):
+    options = ["--model", str(model), "--steps", "2", "--output_dir", str(tmp_path / "out"), "--num_images"]
+    sample_script.main([*options, "1"])
+    file = tmp_path / "out" / "seed0.json"
+    earlier = {name: value for name, value in json.loads(file.read_text()).items() if name != "timesteps"}
+    file.write_text(json.dumps(earlier))
+    sample_script.main([*options, "2"])
+    assert len(pixels(tmp_path / "out")) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
