@@ -1,18 +1,18 @@
-"""`DDPMSchedulerCustom.step` against `diffusers.DDPMScheduler.step`: `python -m benchmarks.scheduler_step`
+"""The steps of this package's schedulers against those of diffusers: `python -m benchmarks.scheduler_step`
 
 Time per step in a chain of 50 steps on a 16×3×32×32 batch, with int timesteps after `set_timesteps(50)`. First checks
 that the samples agree. Both schedulers draw the same noise with `torch.randn`, which takes longer than the rest of the
-step, so steps are timed once with this draw and once with noise that is passed in.
+step, so steps are timed once with this draw and once with noise that is passed in. DDIM draws none with η = 0.
 """
 
 from functools import partial
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 
 from benchmarks.harness import describe_machine, interleaved_medians, print_ratios
-from ddpm_hf import DDPMSchedulerCustom
+from ddpm_hf import DDIMSchedulerCustom, DDPMSchedulerCustom
 
 SHAPE, STEPS, ROUNDS = (16, 3, 32, 32), 50, 40
 
@@ -67,6 +67,25 @@ def main() -> None:
         "ddpm_hf, compiled, 0-d tensor timesteps": lambda: run(compiled, timesteps=tensors, variance_noise=noise),
     }
     print_ratios("one step, with given noise", per_step(given), "diffusers")
+    compare_ddim(outputs, x, noise, run)
+
+
+def compare_ddim(outputs: torch.Tensor, x: torch.Tensor, noise: torch.Tensor, run) -> None:
+    stock, ours, ddpm = DDIMScheduler(), DDIMSchedulerCustom(), DDPMSchedulerCustom()
+    for scheduler in (stock, ours, ddpm):
+        scheduler.set_timesteps(STEPS)
+    ints = ours.timesteps.tolist()
+    check("DDIM samples", chain(ours.step, outputs, x, ints), chain(stock.step, outputs, x, ints))
+    eta = {"eta": 0.5, "variance_noise": noise}
+    check("DDIM samples, η = 0.5", *(chain(s.step, outputs, x, ints, **eta) for s in (ours, stock)))
+    steps = {
+        "diffusers, DDIM, η = 0": lambda: run(stock.step, timesteps=ints),
+        "ddpm_hf, DDIM, η = 0": lambda: run(ours.step, timesteps=ints),
+        "diffusers, DDIM, η = 0.5": lambda: run(stock.step, timesteps=ints, **eta),
+        "ddpm_hf, DDIM, η = 0.5": lambda: run(ours.step, timesteps=ints, **eta),
+        "ddpm_hf, DDPM": lambda: run(ddpm.step, timesteps=ints, variance_noise=noise),
+    }
+    print_ratios("one step of DDIM, with given noise", per_step(steps), "ddpm_hf, DDPM")
 
 
 def check(what: str, got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -280,20 +280,23 @@ class GaussianDiffusion:
         """
         x_t, prediction, _ = self._split_output(model_output, x_t, t)
         row = self.lookup("reverse_step", to_index_device(t, x_t), x_t)
-        a, b, c, d, _, free, sqrt_alpha, variance, x_0_variance, sqrt_bar = row
-        x_0 = add_scaled_(a * x_t, b, prediction)
+        a, b, c, d, _, free, sqrt_alpha, variance, x_0_variance, sqrt_bar_prev, noise_x_t, noise_output = row
         # With ε = (x_t − √ᾱ_t·x_0)/√(1−ᾱ_t), eq. 12 is a sum of x_0 and x_t like eq. 11. Its coefficients are written in
         # those of eq. 11, which have η = 1: as sums of positive terms, in which no digits cancel.
         of_x_t = (d**2 + (1 - eta**2) * free) ** 0.5
         of_x_0 = c * (1 + eta**2 * sqrt_alpha * d) / (1 + sqrt_alpha * of_x_t)
-        keeps_epsilon = clip is not None and not use_clipped_model_output
-        clipped = x_0 if clip is None else clip(x_0.clone() if keeps_epsilon else x_0)
-        mean = add_scaled_(of_x_0 * clipped, of_x_t, x_t)
-        if keeps_epsilon:
-            mean = add_scaled_(mean, sqrt_bar * of_x_t, clipped - x_0)
+        x_0 = add_scaled_(a * x_t, b, prediction)
+        if clip is not None:
+            x_0 = clip(x_0)
+        if clip is None or use_clipped_model_output:
+            mean = add_scaled_(of_x_0 * x_0, of_x_t, x_t)
+        else:  # eq. 12 as it stands: ε is that of the prediction, not of the clipped x_0
+            mean = add_scaled_(sqrt_bar_prev * x_0, of_x_t * noise_output, prediction)
+            if self.prediction_type != "epsilon":
+                mean = add_scaled_(mean, of_x_t * noise_x_t, x_t)
         is_deterministic = eta == 0 and self.variance_type != "analytic"
         std = 0.0 if is_deterministic else (eta**2 * variance + of_x_0**2 * x_0_variance) ** 0.5
-        return ReverseStep(mean, std, clipped)
+        return ReverseStep(mean, std, x_0)
 
     def _learned_log_variance(self, variance_output: Tensor, t: Timestep) -> Tensor:
         """The log of the output, or v·log β_t + (1−v)·log β̃_t with v = (output + 1)/2 (Improved DDPM, eq. 15)."""
@@ -332,6 +335,7 @@ class GaussianDiffusion:
         """The chain whose step at index 0 does not go on to x_0: `ddim_mean_std` returns x_t, with x_0 as predicted."""
         table = self.tables["reverse_step"].clone()
         table[0, 2:9] = torch.tensor([0, 1, 0, 0, 1, 0, 0], dtype=table.dtype)
+        table[0, 9] = self.tables["sqrt_alphas_cumprod"][0]
         return self._with_tables(self.tables | {"reverse_step": table})
 
     def _with_tables(self, tables: dict[str, Tensor]) -> "GaussianDiffusion":

@@ -125,7 +125,7 @@ def chain_tables(
 
 
 def reverse_step_table(tables: dict[str, Tensor], prediction_type: str, std: str) -> Tensor:
-    """The coefficients of a reverse step in one table (T, 10), so that a step needs a single lookup.
+    """The coefficients of a reverse step in one table (T, 12), so that a step needs a single lookup.
 
     Columns 0 to 4 are a, b, c, d and σ_t of x_0 = a·x_t + b·output (eq. 9) and x_{t−1} = c·x_0 + d·x_t + σ_t·z (eq. 11).
     The others are for `GaussianDiffusion.ddim_mean_std`.
@@ -135,15 +135,20 @@ def reverse_step_table(tables: dict[str, Tensor], prediction_type: str, std: str
         std: name of the table of σ_t.
     """
     zero, one = torch.zeros_like(tables["betas"]), torch.ones_like(tables["betas"])
-    a, b = zero, one
+    rest = tables["sqrt_one_minus_alphas_cumprod"]
+    to_x_0, to_noise = [zero, one], [zero, rest]  # from (x_t, output) to x_0, and to √(1−ᾱ_t)·ε
     if prediction_type != "sample":
         x_t, sign, output = CONVERSIONS[prediction_type, "sample"]
-        a, b = tables[x_t], sign * tables[output]
-    means = (tables["posterior_mean_coef_x_0"], tables["posterior_mean_coef_x_t"])
+        to_x_0 = [tables[x_t], sign * tables[output]]
+    if prediction_type != "epsilon":
+        x_t, sign, output = CONVERSIONS[prediction_type, "epsilon"]
+        to_noise = [rest * tables[x_t], sign * rest * tables[output]]
+    means = [tables["posterior_mean_coef_x_0"], tables["posterior_mean_coef_x_t"]]
     free = tables["posterior_variance"] / tables["one_minus_alphas_cumprod"]
     x_0_variance = tables.get("x_0_variance", zero) * tables["is_not_last_step"]
-    ddim = (free, tables["sqrt_alphas"], tables["posterior_variance"], x_0_variance, tables["sqrt_alphas_cumprod"])
-    return torch.stack([a, b, *means, tables[std], *ddim], dim=1)
+    ddim = [free, tables["sqrt_alphas"], tables["posterior_variance"], x_0_variance]
+    last = [tables["alphas_cumprod_prev"].sqrt(), *to_noise]
+    return torch.stack([*to_x_0, *means, tables[std], *ddim, *last], dim=1)
 
 
 def check_moments(moments: Tensor | Sequence[float], T: int) -> Tensor:
