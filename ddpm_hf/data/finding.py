@@ -1,6 +1,8 @@
 """Open data sets, and find the columns in them."""
 
+import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,7 @@ from PIL import Image
 
 from ddpm_hf.data.builtin import BUILTIN
 
+logger = logging.getLogger("train")
 ARRAYS = {".npy", ".npz"}
 TABLES = {".parquet", ".arrow", ".tar", ".zip"}
 STREAM_SHARDS = 64  # into which a local data set is divided to be read as a stream
@@ -29,8 +32,8 @@ def open_dataset(
     """Open a split of a data set.
 
     Args:
-        name: "digits" or "photos" (built in), a folder of pictures, of arrays (.npy, .npz), or of Parquet, Arrow, tar or zip
-            files, a folder that `save_to_disk` wrote, or a data set on the Hub.
+        name: "digits" or "photos" (built in), a folder of pictures, or of arrays (.npy, .npz) without pictures, or of
+            Parquet, Arrow, tar or zip files, a folder that `save_to_disk` wrote, or a data set on the Hub.
         config_name: the configuration, or subset, of a data set on the Hub.
         split: the name of the split. A single split saved to disk is "train".
         revision: a branch, tag or commit of a data set on the Hub.
@@ -38,8 +41,7 @@ def open_dataset(
 
     Raises:
         NoSuchSplit: a ValueError that names the splits there are.
-        ValueError: for a folder without images, or with pictures and arrays, an unknown data set or revision, and a revision
-            of local data.
+        ValueError: for a folder without images, an unknown data set or revision, and a revision of local data.
     """
     folder = Path(name)
     is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -52,16 +54,15 @@ def open_dataset(
     elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = datasets.load_from_disk(str(folder))
     elif folder.is_dir():
-        suffixes = {Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files}
-        is_picture, is_array = suffixes & set(Image.registered_extensions()), suffixes & ARRAYS
-        if is_picture and is_array:
-            kinds = f"pictures ({min(is_picture)}) and arrays ({min(is_array)})"
-            raise ValueError(f"the folder {name!r} holds both {kinds}: move one kind to a folder of its own.")
-        if is_picture:
+        suffixes = Counter(Path(file).suffix.lower() for _, _, files in os.walk(folder) for file in files)
+        arrays = sum(suffixes[suffix] for suffix in ARRAYS)
+        if suffixes.keys() & set(Image.registered_extensions()):
+            if arrays:
+                logger.warning("%s holds pictures: its %d files of arrays (.npy, .npz) are left out.", name, arrays)
             found = datasets.load_dataset("imagefolder", data_dir=str(folder), streaming=streaming)
-        elif is_array:
+        elif arrays:
             found = _open_arrays(str(folder.resolve()), streaming)
-        elif suffixes & TABLES:
+        elif suffixes.keys() & TABLES:
             found = datasets.load_dataset(str(folder.resolve()), config_name, streaming=streaming)
         else:
             raise _no_image(name)

@@ -15,6 +15,7 @@ from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, 
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.hub.model_card import make_card
+from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.pipelines.guidance import class_names_of
 from ddpm_hf.training.config import TrainingConfig
 
@@ -41,14 +42,19 @@ def write_artifacts(
     pipe = DDPMPipelineCustom(unet, scheduler)
     pipe.save_pretrained(output_dir)
 
-    pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]), conditions)
+    try:
+        pictures, quality = show(pipe, config, config.images_at_a_time(training["processes"]), conditions)
+    except NonFiniteSamples as error:
+        print(f"\nNo samples.png and denoising.png: {error}")
+        pictures, quality = {}, {}
     for name, content in (pictures | {"loss.png": figure_bytes(loss_figure(log))}).items():
         atomic_file(output_dir / name, content)
     if names := class_names_of(unet):
         training = training | {"class_names": names}
     write_metrics_and_card(output_dir, config.to_yaml(), {"training": training} | quality)
 
-    print(f"\nDone. The model, its figures (samples.png, denoising.png, loss.png) and its card are in {output_dir}/")
+    figures = ", ".join([*pictures, "loss.png"])
+    print(f"\nDone. The model, its figures ({figures}) and its card are in {output_dir}/")
     options = "" if config.channels in PNG_CHANNELS else " --format npz"
     options += "" if config.class_embed_type is None else " --class_label <condition>"
     print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64{options}")

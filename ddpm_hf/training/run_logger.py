@@ -22,10 +22,11 @@ from ddpm_hf.data.images import Images
 from ddpm_hf.evaluation.plots import figure_bytes, image_grid
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
+from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.training.artifacts import denoising_figure
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
-from ddpm_hf.training.log_file import LogFile, warn_if_not_written
+from ddpm_hf.training.log_file import LogFile, logger, warn_if_not_written
 from ddpm_hf.training.posthoc_ema import PowerEMA, drop_snapshots_after, save_snapshot
 from ddpm_hf.training.run_summary import SpeedReport, describe_run
 from ddpm_hf.training.sharding import full_on_cpu
@@ -167,7 +168,11 @@ class RunLogger:
         pipe.set_progress_bar_config(disable=True)
         with self.averages["ema"].in_place_of(self.unet):
             options = (config.sample_steps, config.seed, self.images_at_a_time, self.conditions)
-            samples = sample_images(pipe, range(GRID), *options)
+            try:
+                samples = sample_images(pipe, range(GRID), *options)
+            except NonFiniteSamples as error:  # of every process alike: they make the same samples
+                logger.warning("No sample picture of step %d: %s Training continues.", done, error)
+                return
             denoising = denoising_figure(pipe, config.sample_steps, config.seed, self.conditions)
         if not self.is_writer:
             return

@@ -61,11 +61,12 @@ def test_arrays_that_are_added_are_found(tmp_path):
     assert len(open_dataset(str(tmp_path))) == 2
 
 
-def test_a_folder_of_pictures_and_arrays_raises(tmp_path):
-    save_arrays(tmp_path, "0.npy")
+def test_arrays_beside_pictures_are_left_out_and_said(tmp_path, caplog):
+    """Statistics of the pictures, for example, are often kept in a .npz file beside them."""
+    save_arrays(tmp_path, "0.npy", "statistics.npz")
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    with pytest.raises(ValueError, match=r"holds both pictures \(.png\) and arrays \(.npy\)"):
-        open_dataset(str(tmp_path))
+    assert len(open_dataset(str(tmp_path))) == 1
+    assert "its 2 files of arrays (.npy, .npz) are left out" in caplog.text
 
 
 def test_a_folder_without_images_raises(tmp_path):

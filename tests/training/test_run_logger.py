@@ -26,6 +26,7 @@ from ddpm_hf.seeds import make_generator
 from ddpm_hf.training import log_file
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.log_file import read_log
 from ddpm_hf.training.posthoc_ema import list_snapshots, read_snapshot
 from ddpm_hf.training.run_data import load_images
@@ -187,7 +188,8 @@ def test_a_dry_run_prints_a_summary_and_writes_nothing(logged, tmp_path, capsys)
 
 def log_steps(config, unet, *steps):
     """Log steps of (t, losses, grad_norm, skipped), one at a time."""
-    run_logger = RunLogger(config, Accelerator(cpu=True), unet, None, {}, None, 0, None, 100)
+    scheduler, averages = build(config)[1], {"ema": EMA(unet, 100)}
+    run_logger = RunLogger(config, Accelerator(cpu=True), unet, scheduler, averages, None, 0, None, 100)
     for done, (t, losses, norm, skipped) in enumerate(steps, start=1):
         losses = torch.tensor(losses)
         report = StepReport(torch.tensor(t), losses, torch.tensor(norm), 3 * losses, torch.tensor(skipped))
@@ -210,6 +212,16 @@ def test_skipped_steps_are_counted_and_left_out_of_the_means(tmp_path, make_unet
     assert first["loss_by_t_quartile"] == [1.5, 5.5, 4.0, None] and first["skipped_steps"] == 1
     assert (first["loss"], first["objective"], first["grad_norm"]) == (3.75, 11.25, 6.5)
     assert (second["loss"], second["objective"], second["grad_norm"], second["skipped_steps"]) == (None, None, None, 3)
+
+
+def test_preview_that_is_not_finite_does_not_end_the_training(tmp_path, make_unet, caplog):
+    config = parse_config([*RUN, "--output_dir", str(tmp_path), "--sample_every_steps", "1", "--log_every_steps", "1"])
+    unet = make_unet(in_channels=1, out_channels=1)
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(math.nan)
+    list(log_steps(config, unet, ([0], [1.0], 0.5, 0.0)))
+    assert "No sample picture of step 1: samples must be finite" in caplog.text and not (tmp_path / "samples").exists()
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1]
 
 
 def test_rows_refused_by_a_full_disk_are_written_once_there_is_room(tmp_path, make_unet, caplog, monkeypatch):
