@@ -16,7 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES
-from ddpm_hf.diffusion.timesteps import spaced_timesteps
+from ddpm_hf.diffusion.timesteps import as_timesteps, spaced_timesteps
 from ddpm_hf.interop import stock_config
 from ddpm_hf.schedulers.base import ChainScheduler, warn_of_early_start
 from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
@@ -29,6 +29,7 @@ MAX_SHIFT = STD / 4
 MAX_SPREAD = 2.0  # times the right one
 MIN_SPREAD = 0.5  # times that of DDIM with as many steps
 PIXELS = 1000
+Choice = int | tuple[int, ...]  # a number of steps, or timesteps
 SEARCHED, MAX_TRIALS = 20, 4  # for another number of steps to name in an error message
 
 
@@ -53,27 +54,22 @@ def output_channels(scheduler: SchedulerMixin, channels: int) -> tuple[tuple[int
 
 def set_timesteps(scheduler: SchedulerMixin, device, steps: int | None, timesteps: Sequence[int] | None) -> None:
     """`scheduler.set_timesteps` of one of the two. Raises ValueError if sampling would be wrong; the message names
-    numbers of steps that are right. Of `timesteps`, less is checked."""
-    is_own = isinstance(scheduler, ChainScheduler)
-    if timesteps is not None:
-        scheduler.set_timesteps(timesteps=timesteps, device=device)
-        problem = None if is_own else _problem_of_levels(scheduler, None)
-    elif is_own:
-        scheduler.set_timesteps(steps, device=device)
-        problem = None
-    else:
-        problem = _problem(scheduler, steps, device)
-    if problem is None:
-        if not is_own and steps is not None:
+    numbers of steps that are right."""
+    if isinstance(scheduler, ChainScheduler):
+        scheduler.set_timesteps(steps, device, timesteps)
+        return
+    choice = steps if timesteps is None else tuple(as_timesteps(timesteps).tolist())
+    if (problem := _problem(scheduler, choice, device)) is None:
+        if timesteps is None:
             warn_of_early_start(scheduler, int(torch.as_tensor(scheduler.timesteps)[0]), steps)
         return
     name, spacing = type(scheduler).__name__, scheduler.config.get("timestep_spacing")
-    near = [str(n) for n in _right_numbers_near(scheduler, steps)] if steps is not None else []
+    near = [] if steps is None else [str(n) for n in _right_numbers_near(scheduler, steps)]
     given = "these timesteps do" if steps is None else f"num_inference_steps={steps} does"
-    advice = f"Use {' or '.join(near)} steps, or" if near else "Use"
+    advice = f"{' or '.join(near)} steps, or " if near else ""
     raise ValueError(
         f"{given} not work with {name} (timestep_spacing={spacing!r}): {problem}. "
-        f"{advice} make_sampler('ddim', scheduler) or 'ddpm', which are right on any timesteps."
+        f"Use {advice}'ddim' or 'ddpm' of make_sampler, which are right on any timesteps."
     )
 
 
@@ -87,21 +83,24 @@ def _right_numbers_near(scheduler: SchedulerMixin, steps: int) -> Iterator[int]:
         yield from itertools.islice((n for n in tried if _problem(scheduler, n) is None), 1)
 
 
-def _problem(scheduler: SchedulerMixin, steps: int, device=None) -> str | None:
+def _problem(scheduler: SchedulerMixin, choice: Choice, device=None) -> str | None:
     """Set the timesteps. Returns what is wrong with them, as the end of a sentence."""
-    found = _problem_of_setting(scheduler, steps, device)
-    return found or _problem_of_samples(type(scheduler), json.dumps(stock_config(scheduler)), steps)
+    found = _problem_of_setting(scheduler, choice, device)
+    return found or _problem_of_samples(type(scheduler), json.dumps(stock_config(scheduler)), choice)
 
 
-def _problem_of_setting(scheduler: SchedulerMixin, steps: int, device=None) -> str | None:
+def _problem_of_setting(scheduler: SchedulerMixin, choice: Choice, device=None) -> str | None:
     try:
-        scheduler.set_timesteps(steps, device=device)
+        if isinstance(choice, int):
+            scheduler.set_timesteps(choice, device=device)
+        else:
+            scheduler.set_timesteps(timesteps=list(choice), device=device)
     except Exception as error:  # of any kind: diffusers does not check for what leads to it
         return f"it fails ({type(error).__name__}: {error})"
-    return _problem_of_levels(scheduler, steps)
+    return _problem_of_levels(scheduler, choice)
 
 
-def _problem_of_levels(scheduler: SchedulerMixin, steps: int | None) -> str | None:
+def _problem_of_levels(scheduler: SchedulerMixin, choice: Choice) -> str | None:
     """A problem that the timesteps and noise levels show."""
     timesteps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64, device="cpu")
     if not (timesteps >= 0).all():
@@ -116,8 +115,8 @@ def _problem_of_levels(scheduler: SchedulerMixin, steps: int | None) -> str | No
     elif hasattr(scheduler, "previous_timestep"):
         if timesteps[-1] > 0 and not scheduler.config.variance_type.startswith("fixed_small"):
             return f"its last step, from timestep {timesteps[-1]:g}, adds noise"
-    elif steps is not None:
-        stride = scheduler.config.num_train_timesteps // steps
+    elif isinstance(choice, int):
+        stride = scheduler.config.num_train_timesteps // choice
         # PNDM's own list, without the half steps that it runs too (seen in diffusers 0.42).
         visited = torch.as_tensor(getattr(scheduler, "_timesteps", timesteps)).unique()
         if (visited.diff() != stride).any() or visited[0] >= stride:
@@ -126,10 +125,10 @@ def _problem_of_levels(scheduler: SchedulerMixin, steps: int | None) -> str | No
 
 
 @functools.lru_cache(maxsize=1024)
-def _problem_of_samples(cls: type[SchedulerMixin], config: str, steps: int) -> str | None:
+def _problem_of_samples(cls: type[SchedulerMixin], config: str, choice: Choice) -> str | None:
     """A problem that samples of the Gaussian show. Cached: a pipeline samples many batches with the same scheduler."""
     scheduler = cls.from_config(json.loads(config))
-    scheduler.set_timesteps(steps)
+    _problem_of_setting(scheduler, choice)
     first = float(torch.as_tensor(scheduler.timesteps)[0])
     bar = GaussianNetwork(scheduler).alpha_bar(first).item()
     # Where sampling starts from pure noise, x_t should have the mean √ᾱ·MEAN and the variance ᾱ·STD² + 1 − ᾱ. A solver
@@ -138,8 +137,7 @@ def _problem_of_samples(cls: type[SchedulerMixin], config: str, steps: int) -> s
     lowest_mean = MEAN * (1 - math.sqrt(bar) * scale)
     try:
         x = sample_gaussian(scheduler)
-        spacings = ("trailing", scheduler.config.get("timestep_spacing", "trailing"))
-        least = min(_spread_of_ddim(scheduler, steps, spacing) for spacing in spacings)
+        least = _spread_of_ddim(scheduler, choice)
     except Exception as error:
         return f"it fails ({type(error).__name__}: {error})"
     mean, std = x.mean().item(), x.std(correction=0).item()
@@ -148,13 +146,18 @@ def _problem_of_samples(cls: type[SchedulerMixin], config: str, steps: int) -> s
     return f"it turns data with mean {MEAN} and standard deviation {STD} into {mean:.3g} and {std:.3g}"
 
 
-def _spread_of_ddim(scheduler: SchedulerMixin, steps: int, spacing: str) -> float:
-    """The standard deviation of DDIM's samples (η = 0), whose steps scale x: those of x_0 and ε, in its eq. 12."""
-    bars = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64)
-    bars = bars[spaced_timesteps(len(bars), steps, spacing, scheduler.config.get("steps_offset", 0))]
-    to = torch.cat([bars[1:], torch.ones(1, dtype=torch.float64)])
-    variance = bars * STD**2 + 1 - bars
-    return (((to * bars).sqrt() * STD**2 + ((1 - to) * (1 - bars)).sqrt()) / variance).prod().item()
+def _spread_of_ddim(scheduler: SchedulerMixin, choice: Choice) -> float:
+    """The standard deviation of DDIM's samples (η = 0): of a number of steps, the least with the scheduler's spacing and
+    with the trailing one. Each step scales x, by what eq. 12 of the paper makes of x_0 and ε."""
+    bars, spreads = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu"), []
+    for spacing in ("trailing", scheduler.config.get("timestep_spacing", "trailing")):
+        offset = scheduler.config.get("steps_offset", 0)
+        timesteps = spaced_timesteps(len(bars), choice, spacing, offset) if isinstance(choice, int) else list(choice)
+        bar = bars[timesteps]
+        to = torch.cat([bar[1:], torch.ones(1, dtype=torch.float64)])
+        scales = ((to * bar).sqrt() * STD**2 + ((1 - to) * (1 - bar)).sqrt()) / (bar * STD**2 + 1 - bar)
+        spreads.append(scales.prod().item())
+    return min(spreads)
 
 
 class GaussianNetwork:

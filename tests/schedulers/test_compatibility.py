@@ -39,7 +39,7 @@ def refusal(scheduler, steps) -> str:
         set_timesteps(scheduler, "cpu", steps, None)
     message = str(error.value)
     assert message.startswith(f"num_inference_steps={steps} does not work with {type(scheduler).__name__} (")
-    assert "make_sampler('ddim', scheduler)" in message
+    assert "'ddim' or 'ddpm' of make_sampler, which are right on any timesteps." in message
     return message
 
 
@@ -181,6 +181,18 @@ def test_steps_that_are_too_long_for_the_solver_are_refused(name, steps):
     assert "turns data with mean 0.6 and standard deviation 0.2 into" in refusal(converted(name), steps)
 
 
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "DDPMScheduler"])
+def test_given_timesteps_are_tried_as_well(name):
+    scheduler = converted(name)
+    set_timesteps(scheduler, "cpu", None, [999, 700, 300, 100, 0])
+    assert torch.as_tensor(scheduler.timesteps).tolist() == [999, 700, 300, 100, 0]
+    for wrong in ([100, 700, 0], [700, 700, 0]):
+        with pytest.raises(ValueError, match=f"these timesteps do not work with {name}"):
+            set_timesteps(converted(name), "cpu", None, wrong)
+    with pytest.raises(ValueError, match="timesteps must be a non-empty list of integers"):
+        set_timesteps(scheduler, "cpu", None, [0.5])
+
+
 # ---------------------------------------------------------------------- the trial
 
 
@@ -206,12 +218,15 @@ def test_trial_samples_have_the_moments_of_the_data():
     assert x.mean().item() == pytest.approx(MEAN, abs=1e-3) and x.std().item() == pytest.approx(STD, rel=0.02)
 
 
-@pytest.mark.parametrize(("steps", "spacing"), [(10, "trailing"), (150, "leading"), (7, "linspace")])
-def test_spread_of_ddim_is_that_of_its_samples(steps, spacing):
-    scheduler = DDIMSchedulerCustom(clip_sample=False, timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
+@pytest.mark.parametrize("choice", [10, 150, (999, 500, 20)])
+def test_spread_of_ddim_is_that_of_its_samples(choice):
+    scheduler = DDIMSchedulerCustom(clip_sample=False, timestep_spacing="trailing")
+    if isinstance(choice, int):
+        scheduler.set_timesteps(choice)
+    else:
+        scheduler.set_timesteps(timesteps=choice)
     std = sample_gaussian(scheduler).std(correction=0).item()
-    assert _spread_of_ddim(scheduler, steps, spacing) == pytest.approx(std, rel=1e-3)
+    assert _spread_of_ddim(scheduler, choice) == pytest.approx(std, rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [{"use_beta_sigmas": True}, {"use_karras_sigmas": True}])
