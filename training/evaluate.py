@@ -72,6 +72,7 @@ def evaluate(args: EvaluateArguments) -> dict:
 
     from ddpm_hf.data.finding import open_dataset
     from ddpm_hf.evaluation import features, measures, metrics, plots
+    from ddpm_hf.schedulers.samplers import as_ddpm
 
     check(args)
     state = PartialState()
@@ -98,7 +99,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     samples = None
     if args.samples is not None:
         samples = measures.read_samples(args.samples, args.num_samples, training.size, config.in_channels)
-    if args.variance_type not in (None, pipe.scheduler.config.variance_type):
+    if args.variance_type not in (None, as_ddpm(pipe.scheduler).config.variance_type):
         measures.set_variance(pipe, args.variance_type, training, args.analytic_images, args.seed)
 
     bounds, table = measure_bounds(args, pipe, training, validation)
@@ -142,14 +143,16 @@ def describe_protocol(args: EvaluateArguments, pipe, training, validation_split:
     from ddpm_hf.hub.model_card import average_of_weights
     from ddpm_hf.training.artifacts import read_metrics
 
-    scheduler = pipe.scheduler.config
+    scheduler, names = pipe.scheduler.config, ("variance_type", "timestep_spacing")
     return {
         "num_samples": args.num_samples,
         "split": args.split,
         "validation_split": validation_split,
         "dataset_revision": args.dataset_revision or features.dataset_revision(training.dataset),
         "samples": "the model's" if args.samples is None else Path(args.samples).name,
-        "sampler": f"{type(pipe.scheduler).__name__}, {scheduler.variance_type}, {scheduler.timestep_spacing}",
+        "sampler": ", ".join(
+            [type(pipe.scheduler).__name__, *(scheduler[name] for name in names if scheduler.get(name))]
+        ),
         "steps": args.steps,
         "seed": args.seed,
         "labels": training.label_column,
@@ -166,8 +169,10 @@ def measure_bounds(args: EvaluateArguments, pipe, training, validation) -> tuple
     from ddpm_hf.diffusion.timesteps import spaced_timesteps
     from ddpm_hf.evaluation.best_timesteps import best_timesteps_table, timesteps_in_table
     from ddpm_hf.evaluation.measures import measure_bound
+    from ddpm_hf.schedulers.samplers import as_ddpm
 
-    full, config = pipe.scheduler.diffusion, pipe.scheduler.config
+    ddpm = as_ddpm(pipe.scheduler)  # whatever the samples are made with
+    full, config = ddpm.diffusion, ddpm.config
 
     def measure(chain, images, stride: int, purpose: str):
         return measure_bound(pipe, chain, images, args.bound_images, stride, args.seed, purpose, args.batch_size)

@@ -29,6 +29,7 @@ from ddpm_hf.evaluation.features import Backbone, dataset_revision
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.models.builders import temb_channels
+from ddpm_hf.schedulers.samplers import as_ddpm
 from ddpm_hf.seeds import make_generator
 
 
@@ -122,14 +123,14 @@ def predict(pipe: DDPMPipelineCustom, x_t: torch.Tensor, t: torch.Tensor, labels
 
 def set_variance(pipe: DDPMPipelineCustom, variance_type: str, images: Images, num_images: int, seed: int) -> None:
     """Give the pipeline a scheduler with this variance. The moments of "analytic" come from `num_images` images."""
-    moments = None
+    moments, ddpm = None, as_ddpm(pipe.scheduler)
     if variance_type == "analytic":
         device = pipe.unet.device
         x_0, labels = load_batch(images, random_indices(images, seed, "moments")[:num_images], device)
         model, generator = partial(predict, pipe, labels=labels), make_generator(device, seed, "moments", 1)
-        moments = estimate_analytic_moments(pipe.scheduler.diffusion, model, [x_0], generator).tolist()
+        moments = estimate_analytic_moments(ddpm.diffusion, model, [x_0], generator).tolist()
     changes = {"variance_type": variance_type, "analytic_moments": moments}
-    pipe.scheduler = DDPMSchedulerCustom.from_config(pipe.scheduler.config, **changes)
+    pipe.scheduler = DDPMSchedulerCustom.from_config(ddpm.config, **changes)
 
 
 def measure_bound(
@@ -139,7 +140,7 @@ def measure_bound(
 
     `purpose` is part of the seed. Raises ValueError for a scheduler with thresholding, which has no bound.
     """
-    config = pipe.scheduler.config
+    config = as_ddpm(pipe.scheduler).config
     if config.thresholding:
         raise ValueError("thresholding=True has no bound: what it does to a pixel depends on all others.")
     edge = config.clip_sample_range

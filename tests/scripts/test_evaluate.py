@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import diffusers
 import pytest
 import yaml
 from ddpm_hf.scripts import evaluate
@@ -104,6 +105,20 @@ def test_model_with_a_learned_variance_has_no_best_timesteps(model, options, mak
     evaluate.main(options)
     assert measured(model)["best_timesteps"] is None and len(measured(model)["bits_per_dim"]) == 3
     assert "no best timesteps" in capsys.readouterr().out and "best timesteps" not in (model / "README.md").read_text()
+
+
+@pytest.mark.parametrize("stock", [diffusers.DDIMScheduler, diffusers.UniPCMultistepScheduler])
+def test_bound_is_that_of_ddpm_whatever_the_models_scheduler(model, options, make_pipeline, stock):
+    pipe = make_pipeline(stock(**TINY_SCHEDULER), in_channels=1, out_channels=1)
+    pipe.save_pretrained(model)
+    evaluate.main(options)
+    evaluation = measured(model)
+    pipe.scheduler = DDPMSchedulerCustom(**TINY_SCHEDULER)
+    pipe.save_pretrained(model)
+    evaluate.main(options)
+    full = "validation, 20 steps"
+    assert evaluation["bits_per_dim"][full] == measured(model)["bits_per_dim"][full]
+    assert evaluation["figures"] != measured(model)["figures"]  # samples are those of the model's own scheduler
 
 
 def test_class_conditional_model_is_measured_with_its_labels(model, options, make_pipeline, capsys):
