@@ -48,7 +48,8 @@ def make_sampler(name: str, scheduler: SchedulerMixin, spacing: str | None = Non
     class_name, options = SAMPLERS[name]
     cls, config = OWN.get(name) or getattr(diffusers, class_name), stock_config(scheduler)
     options = {**options, "timestep_spacing": spacing or "trailing"}
-    if scheduler.alphas_cumprod[-1] == 0 and "rescale_betas_zero_snr" in inspect.signature(cls).parameters:
+    can_rescale = name not in OWN and "rescale_betas_zero_snr" in inspect.signature(cls).parameters
+    if can_rescale and scheduler.alphas_cumprod[-1] == 0:
         # The β are the same, and diffusers then replaces the infinite noise level at T−1 by 4096.
         options["rescale_betas_zero_snr"] = True
     return cls.from_config(config, **options)
