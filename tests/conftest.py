@@ -12,6 +12,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,9 +62,11 @@ def flags(**options) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same global random state, whichever ran before it."""
+def fresh_process() -> None:
+    """Every test starts from the same random state, and without compiled graphs, whichever tests ran before it."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
