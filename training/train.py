@@ -128,7 +128,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     uploader.create_repository()
     scheduler = build_scheduler(config)
     with torch.device("meta"):
-        build_unet(config)  # options that describe no network are refused before the images are read
+        build_unet(with_num_classes(config, None))  # bad options of the network are refused before images are read
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
         config = with_num_classes(config, images)

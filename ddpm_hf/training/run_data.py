@@ -59,8 +59,10 @@ def check_labels(images: Images | StreamedImages, config: TrainingConfig) -> Non
         images.check_labels(with_num_classes(config, images).num_classes)
 
 
-def with_num_classes(config: TrainingConfig, images: Images | StreamedImages) -> TrainingConfig:
-    """The configuration with the number of classes in the data, if a run on classes does not give it."""
+def with_num_classes(config: TrainingConfig, images: Images | StreamedImages | None) -> TrainingConfig:
+    """The configuration with the number of classes in the data, if a run on classes does not give it. None for images that
+    are not read yet: any number."""
     has_classes = config.label_column is not None and config.class_embed_type is None
-    is_missing = has_classes and config.num_classes is None
-    return replace(config, num_classes=images.count_classes()) if is_missing else config
+    if not has_classes or config.num_classes is not None:
+        return config
+    return replace(config, num_classes=1 if images is None else images.count_classes())
