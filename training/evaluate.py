@@ -43,7 +43,9 @@ class EvaluateArguments:
         "None: the data set's own, or facebook/dinov2-base; images of 2, 4 or more channels have none",
     )
     num_samples: int = HfArg(default=500, help="number of samples")
-    samples: str | None = HfArg(default=None, help="folder of images to measure; None: sample from the model")
+    samples: str | None = HfArg(
+        default=None, help="folder, .npz or .parquet of images to measure; None: sample from the model"
+    )
     steps: int = HfArg(default=100, help="sampling steps, and the length of the respaced chain")
     variance_type: str | None = HfArg(default=None, help=f"{', '.join(VARIANCES)}; None: as saved with the model")
     seed: int = HfArg(default=0, help="seed of samples, of the bound, and of the images it is taken on")
@@ -72,6 +74,7 @@ def evaluate(args: EvaluateArguments) -> dict:
 
     from ddpm_hf.data.finding import open_dataset
     from ddpm_hf.evaluation import features, measures, metrics, plots
+    from ddpm_hf.evaluation.sample_files import read_samples
     from ddpm_hf.schedulers.samplers import as_ddpm
 
     check(args)
@@ -98,7 +101,7 @@ def evaluate(args: EvaluateArguments) -> dict:
         raise ValueError(f"features need images of 1 or 3 channels, the model has {config.in_channels}: {only}.")
     samples = None
     if args.samples is not None:
-        samples = measures.read_samples(args.samples, args.num_samples, training.size, config.in_channels)
+        samples = read_samples(args.samples, args.num_samples, training.size, config.in_channels)
     if args.variance_type not in (None, as_ddpm(pipe.scheduler).config.variance_type):
         measures.set_variance(pipe, args.variance_type, training, args.analytic_images, args.seed)
 

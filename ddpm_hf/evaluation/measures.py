@@ -15,12 +15,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
 from safetensors.torch import load_file, save
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
-from ddpm_hf.data.decoding import ImageFormat, decode_image, to_signed
-from ddpm_hf.data.finding import NoSuchSplit, dataset_files
+from ddpm_hf.data.decoding import ImageFormat, to_signed
+from ddpm_hf.data.finding import NoSuchSplit
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
@@ -177,20 +176,6 @@ def make_samples(
     """Samples of the model, uint8 (N, C, H, W), rounded as in a PNG file. `conditions`: see `sample_images`."""
     images = sample_images(pipe, process_share(num_samples), steps, seed, batch_size, conditions)
     return gather_rows(torch.from_numpy(quantize(images, 8)).permute(0, 3, 1, 2).contiguous())
-
-
-def read_samples(folder: str, num_samples: int, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """The first `num_samples` images of a folder by name, uint8 (N, C, H, W). Raises ValueError if there are fewer, and for
-    images of another size (H, W)."""
-    files = dataset_files(folder)
-    if len(files) < num_samples:
-        raise ValueError(f"--samples {folder!r} holds {len(files)} images, num_samples is {num_samples}.")
-    for file in files[:num_samples]:
-        with Image.open(file) as image:
-            if image.size != size[::-1]:
-                raise ValueError(f"samples must have the model's resolution {size}: {file} is {image.size[::-1]}.")
-    form = ImageFormat(size, channels, bits=8)
-    return torch.stack([decode_image(file.read_bytes(), form) for file in files[:num_samples]])
 
 
 def features_of(

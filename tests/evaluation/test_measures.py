@@ -2,13 +2,11 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.evaluation import measures
-from ddpm_hf.evaluation.encoding import png_bytes, quantize
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -53,17 +51,6 @@ def test_real_features_are_computed_once_for_each_key(tmp_path):
     measures.real_features(backbone, padded, source, **options)
     assert len(backbone.calls) == 9 and len(list(tmp_path.iterdir())) == 4
     assert all(file.suffix == ".safetensors" for file in tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_samples_are_read_from_png_files_of_both_depths(tmp_path, bits):
-    levels = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 1))
-    for i, image in enumerate(levels):
-        (tmp_path / f"{i}.png").write_bytes(png_bytes(quantize(image / 255, bits)))
-    samples = measures.read_samples(str(tmp_path), 2, (8, 6), 1)
-    assert samples.dtype == torch.uint8 and np.array_equal(samples.permute(0, 2, 3, 1), levels[:2])
-    with pytest.raises(ValueError, match="holds 3 images, num_samples is 4"):
-        measures.read_samples(str(tmp_path), 4, (8, 6), 1)
 
 
 def test_part_that_a_run_validated_on_is_split_off():
