@@ -159,7 +159,7 @@ def describe_protocol(args: EvaluateArguments, pipe, training, validation_split:
         "steps": args.steps,
         "seed": args.seed,
         "labels": training.label_column,
-        "conditions": f"drawn from the {args.split} split" if pipe.unet.config.class_embed_type else None,
+        "conditions": measures.describe_conditions(pipe, args.split) if args.samples is None else None,
         "weights": f"averaged {average_of_weights(run, read_metrics(Path(args.model)))}" if run else None,
         "resolution": list(training.size),
         "dataset_resize": measures.resizing(training),

@@ -159,10 +159,26 @@ def measure_bound(
 
 
 def draw_conditions(pipe: DDPMPipelineCustom, images: Images, count: int, seed: int) -> torch.Tensor | None:
-    """The conditions of `count` random images, or of all if there are fewer. None for a model without `class_embed_type`."""
-    if pipe.unet.config.class_embed_type is None:
+    """Labels of `count` samples that follow those of the images; None for an unconditional model.
+
+    Classes: each has its share of the images, to less than one sample, in random order. Conditions of a model with
+    `class_embed_type`: those of `count` random images, or of all if there are fewer.
+    """
+    if pipe.unet.config.class_embed_type is not None:
+        return images.subset(random_indices(images, seed, "conditions")[:count]).first_labels(count)
+    if pipe.unet.config.num_class_embeds is None:
         return None
-    return images.subset(random_indices(images, seed, "conditions")[:count]).first_labels(count)
+    labels = images.first_labels(len(images)).sort().values
+    # Evenly spaced in the sorted labels: random draws would add the noise of their counts to distances.
+    chosen = labels[((torch.arange(count, dtype=torch.float64) + 0.5) * len(labels) / count).long()]
+    return chosen[torch.randperm(count, generator=make_generator("cpu", seed, "conditions", 0))]
+
+
+def describe_conditions(pipe: DDPMPipelineCustom, split: str) -> str | None:
+    """What `draw_conditions` does with the images of a split, for protocols."""
+    if pipe.unet.config.class_embed_type is not None:
+        return f"drawn from the {split} split"
+    return None if pipe.unet.config.num_class_embeds is None else f"classes by their shares of the {split} split"
 
 
 def make_samples(

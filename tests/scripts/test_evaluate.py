@@ -129,6 +129,7 @@ def test_class_conditional_model_is_measured_with_its_labels(model, options, mak
         evaluate.main([*options, "--label_column", "digit"])
     evaluate.main([*options, "--label_column", "label", "--variance_type", "analytic"])
     evaluation = measured(model)
+    assert evaluation["protocol"]["conditions"] == "classes by their shares of the train split"
     assert evaluation["protocol"]["labels"] == "label" and len(evaluation["bits_per_dim"]) == 4
 
 
