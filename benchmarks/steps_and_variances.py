@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             folder = Path(args.output_dir) / f"{variance}-{steps}"
             one = evaluate.EvaluateArguments(**options, steps=steps, variance_type=variance, output_dir=str(folder))
             results = evaluate.evaluate(one)
-            evaluate.write(folder, **results)
+            evaluate.write(folder, results["evaluation"], results["pictures"])
             evaluation = results["evaluation"]
             bound = evaluation["bits_per_dim"][f"validation, {steps} steps"]
             values = {figure["name"].split("-")[0]: figure["value"] for figure in evaluation["figures"]}

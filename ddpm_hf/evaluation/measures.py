@@ -60,6 +60,8 @@ def model_images(
         labels = label_column or run.get("label_column")
         if labels is None:
             raise ValueError("the model is class-conditional: label_column must say which column holds the labels.")
+    elif label_column is not None:
+        raise ValueError(f"label_column must be left out for an unconditional model, got {label_column!r}.")
     size = unet_config["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     crop, background = run.get("crop", "center"), run.get("background", "white")
@@ -82,18 +84,23 @@ def split_as_trained(images: Images, run: dict) -> Images | None:
 
 
 def real_images(
-    open_split: Callable[[str], Images], run: dict, split: str, validation_split: str
-) -> tuple[Images, Images, str]:
-    """Training images, validation images, and a description of the latter: the validation split, or the part of `split`
-    that the run validated on. Raises ValueError if there is neither."""
+    open_split: Callable[[str], Images], run: dict, split: str, validation_split: str | None = None
+) -> tuple[Images, Images | None, str | None]:
+    """Training images, validation images, and a description of the latter: the validation split ("test" for None), or the
+    part of `split` that the run validated on. None and None if there is neither.
+
+    Raises ValueError for a named validation split that does not exist, unless the run validated on a part.
+    """
     training = open_split(split)
     validation = split_as_trained(training, run)
     try:
-        return training, open_split(validation_split), validation_split
+        return training, open_split(validation_split or "test"), validation_split or "test"
     except NoSuchSplit as error:
-        if validation is None:
+        if validation is not None:
+            return training, validation, f"{run['validation_fraction']:g} of {split} by hash"
+        if validation_split is not None:
             raise ValueError(f"{error} Nor did the run hold images out (validation_fraction).") from error
-        return training, validation, f"{run['validation_fraction']:g} of {split} by hash"
+        return training, None, None
 
 
 def resizing(images: Images) -> str:
