@@ -41,10 +41,12 @@ def main(arguments: list[str] | None = None) -> None:
             folder = Path(args.output_dir) / f"{variance}-{steps}"
             one = evaluate.EvaluateArguments(**options, steps=steps, variance_type=variance, output_dir=str(folder))
             results = evaluate.evaluate(one)
-            evaluate.write(folder, **results)
+            evaluate.write(folder, results["evaluation"], results["pictures"])
             evaluation = results["evaluation"]
             bound = evaluation["bits_per_dim"][f"validation, {steps} steps"]
             values = {figure["name"].split("-")[0]: figure["value"] for figure in evaluation["figures"]}
+            if "FD" not in values:
+                raise ValueError(f"num_samples must be more than the features, for FD, got {args.num_samples}.")
             row = {"steps": steps, "variance_type": variance} | {
                 k: bound[k] for k in ("bits_per_dim", "standard_error")
             }

@@ -30,8 +30,9 @@ class EvaluateArguments:
     dataset_config: str | None = HfArg(default=None, help="configuration of a data set on the Hub")
     dataset_revision: str | None = HfArg(default=None, help="branch, tag or commit of a data set on the Hub")
     split: str = HfArg(default="train", help="split that the model was trained on; distances are to it")
-    validation_split: str = HfArg(
-        default="test", help="split that it was not trained on; without one, the run's validation_fraction of `split`"
+    validation_split: str | None = HfArg(
+        default=None,
+        help="split that it was not trained on; None: 'test'; without it, the run's validation_fraction of `split`, if any",
     )
     image_column: str | None = HfArg(default=None, help="column of images; None: the only one")
     label_column: str | None = HfArg(
@@ -40,10 +41,12 @@ class EvaluateArguments:
     features: str | None = HfArg(
         default=None,
         help="'inception', a vision model of transformers, or a built-in data set that has features of its own; "
-        "None: the data set's own, or facebook/dinov2-base; images of 2, 4 or more channels have none",
+        "None: the data set's own, or facebook/dinov2-base; images of 2, 4 or more channels have none; 'none': the bound alone",
     )
-    num_samples: int = HfArg(default=500, help="number of samples")
-    samples: str | None = HfArg(default=None, help="folder of images to measure; None: sample from the model")
+    num_samples: int | None = HfArg(default=None, help="number of samples; None: 500, or 5,000 for over 400 features")
+    samples: str | None = HfArg(
+        default=None, help="folder, .npz or .parquet of images to measure; None: sample from the model"
+    )
     steps: int = HfArg(default=100, help="sampling steps, and the length of the respaced chain")
     variance_type: str | None = HfArg(default=None, help=f"{', '.join(VARIANCES)}; None: as saved with the model")
     seed: int = HfArg(default=0, help="seed of samples, of the bound, and of the images it is taken on")
@@ -57,21 +60,31 @@ class EvaluateArguments:
 
 def check(args: EvaluateArguments) -> None:
     """Raise ValueError, naming the option, for values that do not fit."""
-    for name in ("num_samples", "steps", "bound_images", "bound_stride", "analytic_images", "batch_size"):
+    check_int("num_samples", 1 if args.num_samples is None else args.num_samples, 1)
+    for name in ("steps", "bound_images", "bound_stride", "analytic_images", "batch_size"):
         check_int(name, getattr(args, name), 1)
     check_int("bound_images", args.bound_images, 2 * args.bound_stride, note="2 × bound_stride")
     if args.variance_type is not None:
         check_choice("variance_type", args.variance_type, VARIANCES)
+    if args.split == (args.validation_split or "test"):
+        raise ValueError(f"validation_split must be another split than split, which is {args.split!r}.")
     if args.output_dir is None and not Path(args.model).is_dir():
         raise ValueError(f"output_dir must be given for a model that is not a local folder, got model {args.model!r}.")
 
 
+def default_num_samples(dim: int | None) -> int:
+    """A number of samples that gives the covariance of `dim` features full rank; None for no features."""
+    return 500 if dim is None or dim <= 400 else 5000
+
+
 def evaluate(args: EvaluateArguments) -> dict:
-    """All results: "evaluation" as in metrics.json, and "pictures", PNG files by their names."""
+    """All results: "evaluation" as in metrics.json, "pictures", PNG files by their names, and "problem", why features are
+    missing, or None."""
     from accelerate import PartialState
 
     from ddpm_hf.data.finding import open_dataset
-    from ddpm_hf.evaluation import features, measures, metrics, plots
+    from ddpm_hf.evaluation import features, measures, plots
+    from ddpm_hf.evaluation.sample_files import read_samples
     from ddpm_hf.schedulers.samplers import as_ddpm
 
     check(args)
@@ -82,62 +95,85 @@ def evaluate(args: EvaluateArguments) -> dict:
     pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Sampling")
     config, run_file = pipe.unet.config, Path(args.model) / "config.yaml"
     run = yaml.safe_load(run_file.read_text()) if run_file.is_file() else {}
+    has_features = config.in_channels in (1, 3) and args.features != "none"
+    if config.in_channels not in (1, 3) and args.features not in (None, "none"):
+        only = "the bound and distances in pixels can be measured without them"
+        raise ValueError(f"features need images of 1 or 3 channels, the model has {config.in_channels}: {only}.")
 
     def open_split(split: str):
         dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
         return measures.model_images(dataset, config, run, args.image_column, args.label_column)
 
     training, validation, validation_split = measures.real_images(open_split, run, args.split, args.validation_split)
-    backbone = None
-    if config.in_channels in (1, 3):
-        backbone = features.load_backbone(args.features or features.default_features(args.dataset), state.device)
-        metrics.check_enough(args.num_samples, backbone.dim, "num_samples")
-        metrics.check_enough(len(training), backbone.dim, f"split {args.split!r}")
-    elif args.features is not None:
-        only = "the bound and distances in pixels can be measured without them"
-        raise ValueError(f"features need images of 1 or 3 channels, the model has {config.in_channels}: {only}.")
+    if validation is None:
+        state.print("There are no validation images: their bound, best timesteps and memorization are left out.")
     samples = None
-    if args.samples is not None:
-        samples = measures.read_samples(args.samples, args.num_samples, training.size, config.in_channels)
+    if args.samples is not None and args.features != "none":
+        samples = read_samples(args.samples, args.num_samples or 500, training.size, config.in_channels)
     if args.variance_type not in (None, as_ddpm(pipe.scheduler).config.variance_type):
         measures.set_variance(pipe, args.variance_type, training, args.analytic_images, args.seed)
 
+    # First, because it needs neither features nor samples.
     bounds, table = measure_bounds(args, pipe, training, validation)
-    if samples is None:
-        conditions = measures.draw_conditions(pipe, training, args.num_samples, args.seed)
-        samples = measures.make_samples(pipe, args.num_samples, args.steps, args.seed, args.batch_size, conditions)
-
-    def real_features(images, split: str):
-        source = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
-        return measures.real_features(backbone, images, source, args.batch_size, args.cache_dir)
-
-    feature_sets = backbone and (
-        measures.features_of(backbone, lambda i: samples[i], len(samples), args.batch_size),
-        real_features(validation, validation_split),
-        real_features(training, args.split),
-    )
-    protocol = describe_protocol(args, pipe, training, validation_split, run)
-    if backbone is None:
-        state.print(
-            f"Images of {config.in_channels} channels have no features: the bound and distances in pixels follow."
-        )
-    elif config.in_channels == 1 and backbone.channels == 3:
-        state.print("Gray images are repeated to RGB for the backbone.")
-        protocol["channels"] = "gray repeated to RGB"
     pictures = {"bound.png": plots.figure_bytes(plots.bound_by_timestep(bounds))}
-    memorization, closest = compare_with_training(samples, validation, training, feature_sets)
     evaluation = {
-        "protocol": protocol,
+        "protocol": describe_protocol(args, pipe, training, validation_split, run) | {"num_samples": 0},
         "dataset": args.dataset,
         "bits_per_dim": {name: asdict(bound) for name, bound in bounds.items()},
         "best_timesteps": table,
-        "figures": compute_metrics(*feature_sets, backbone, protocol) if backbone else [],
-        "memorization": memorization,
+        "figures": [],
+        "memorization": {},
     }
-    return {"evaluation": evaluation, "pictures": pictures | closest}
+    bound_alone = {"evaluation": evaluation, "pictures": pictures, "problem": None}
+    backbone = None
+    if has_features:
+        try:
+            backbone = features.load_backbone(args.features or features.default_features(args.dataset), state.device)
+        except (ValueError, OSError) as error:
+            return bound_alone | {"problem": f"no distances, because the features cannot be loaded: {error}"}
+    elif args.features == "none":
+        return bound_alone
+    if samples is None:
+        count = args.num_samples or default_num_samples(backbone and backbone.dim)
+        conditions = measures.draw_conditions(pipe, training, count, args.seed)
+        samples = measures.make_samples(pipe, count, args.steps, args.seed, args.batch_size, conditions)
+    evaluation["protocol"]["num_samples"] = len(samples)
+    splits = [(training, args.split), *([] if validation is None else [(validation, validation_split)])]
+    return add_distances(args, evaluation, pictures, samples, splits, backbone)
 
 
-def describe_protocol(args: EvaluateArguments, pipe, training, validation_split: str, run: dict) -> dict:
+def add_distances(args: EvaluateArguments, evaluation: dict, pictures: dict, samples, splits, backbone) -> dict:
+    """The results with what is measured on samples. `splits`: training images and, if any, validation images, and their
+    names."""
+    from accelerate import PartialState
+
+    from ddpm_hf.evaluation import measures
+
+    state, protocol, images = PartialState(), evaluation["protocol"], [part for part, _ in splits]
+    sets = None
+    if backbone is None:
+        state.print(
+            f"Images of {images[0].channels} channels have no features: the bound and distances in pixels follow."
+        )
+    else:
+        if images[0].channels == 1 and backbone.channels == 3:
+            state.print("Gray images are repeated to RGB for the backbone.")
+            protocol["channels"] = "gray repeated to RGB"
+        sets = [measures.features_of(backbone, lambda i: samples[i], len(samples), args.batch_size)]
+        for part, split in splits:
+            source = {"dataset": args.dataset, "dataset_config": args.dataset_config, "split": split}
+            sets.append(measures.real_features(backbone, part, source, args.batch_size, args.cache_dir))
+        evaluation["figures"] = compute_metrics(*sets, backbone=backbone, protocol=protocol)
+        if min(len(samples), len(images[0])) <= backbone.dim:
+            found = f"there are {len(samples)} samples and {len(images[0])} training images"
+            state.print(f"FD is left out: it needs at least {backbone.dim + 1} images on either side, {found}.")
+    if len(images) == 2:
+        evaluation["memorization"], closest = compare_with_training(samples, *images, sets)
+        pictures = pictures | closest
+    return {"evaluation": evaluation, "pictures": pictures, "problem": None}
+
+
+def describe_protocol(args: EvaluateArguments, pipe, training, validation_split: str | None, run: dict) -> dict:
     """How the metrics are computed, as far as it does not depend on the backbone."""
     from ddpm_hf.evaluation import features, measures
     from ddpm_hf.hub.model_card import average_of_weights
@@ -145,7 +181,6 @@ def describe_protocol(args: EvaluateArguments, pipe, training, validation_split:
 
     scheduler, names = pipe.scheduler.config, ("variance_type", "timestep_spacing")
     return {
-        "num_samples": args.num_samples,
         "split": args.split,
         "validation_split": validation_split,
         "dataset_revision": args.dataset_revision or features.dataset_revision(training.dataset),
@@ -156,7 +191,7 @@ def describe_protocol(args: EvaluateArguments, pipe, training, validation_split:
         "steps": args.steps,
         "seed": args.seed,
         "labels": training.label_column,
-        "conditions": f"drawn from the {args.split} split" if pipe.unet.config.class_embed_type else None,
+        "conditions": measures.describe_conditions(pipe, args.split) if args.samples is None else None,
         "weights": f"averaged {average_of_weights(run, read_metrics(Path(args.model)))}" if run else None,
         "resolution": list(training.size),
         "dataset_resize": measures.resizing(training),
@@ -177,10 +212,11 @@ def measure_bounds(args: EvaluateArguments, pipe, training, validation) -> tuple
     def measure(chain, images, stride: int, purpose: str):
         return measure_bound(pipe, chain, images, args.bound_images, stride, args.seed, purpose, args.batch_size)
 
-    bounds = {
-        f"training, {len(full)} steps": measure(full, training, args.bound_stride, "training bound"),
-        f"validation, {len(full)} steps": measure(full, validation, args.bound_stride, "validation bound"),
-    }
+    bounds = {f"training, {len(full)} steps": measure(full, training, args.bound_stride, "training bound")}
+    if validation is None:
+        return bounds, None
+    name = f"validation, {len(full)} steps"
+    bounds[name] = measure(full, validation, args.bound_stride, "validation bound")
     table = best_timesteps_table(full, *bounds.values(), args.steps)
     chosen = {}
     if args.steps < len(full):
@@ -193,18 +229,18 @@ def measure_bounds(args: EvaluateArguments, pipe, training, validation) -> tuple
     return bounds, table
 
 
-def compute_metrics(samples, validation, training, backbone, protocol: dict) -> list[dict]:
+def compute_metrics(samples, training, validation=None, *, backbone, protocol: dict) -> list[dict]:
     """Distances between features of samples and of training images, and the same of validation images to compare with."""
     from ddpm_hf.evaluation import metrics
     from ddpm_hf.evaluation.features import metric_name
 
     protocol = protocol | {"reference": f"{protocol['split']} split, {len(training)} images"} | backbone.protocol
-    reference = metrics.moments(training, "the training split")
+    reference = metrics.moments(training, "the training split") if len(training) > backbone.dim else None
     kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
 
     def measure(features) -> dict[str, tuple[float | None, float | None]]:
         """Values and, if known, standard errors."""
-        has_moments = len(features) > backbone.dim
+        has_moments = reference is not None and len(features) > backbone.dim
         distance = metrics.frechet_distance(metrics.moments(features), reference) if has_moments else None
         shares = (*metrics.precision_recall(training, features), *metrics.density_coverage(training, features))
         values = {"FD": (distance, None), "KD": metrics.kernel_distance(features, training, kernel)}
@@ -212,23 +248,27 @@ def compute_metrics(samples, validation, training, backbone, protocol: dict) -> 
             name: (share, None) for name, share in zip(("precision", "recall", "density", "coverage"), shares)
         }
 
-    rows, of_validation = [], measure(validation)
-    for kind, (value, error) in measure(samples).items():
+    rows, of_samples = [], measure(samples)
+    of_validation = dict.fromkeys(of_samples, (None, None)) if validation is None else measure(validation)
+    for kind, (value, error) in of_samples.items():
+        if value is None:
+            continue
         name = metric_name(kind, backbone.label, len(samples))
         row = {"name": name, "value": value, "validation": of_validation[kind][0], "protocol": protocol}
         rows.append(row if error is None else row | {"standard_error": error})
     return rows
 
 
-def compare_with_training(samples, validation, training, feature_sets) -> tuple[dict, dict[str, bytes]]:
+def compare_with_training(samples, training, validation, feature_sets) -> tuple[dict, dict[str, bytes]]:
     """How close samples are to training images in pixels and, unless None, in features, and pictures of the closest pairs."""
     from ddpm_hf.evaluation import metrics, plots
 
-    validation, training = (images[range(len(images))]["images"] for images in (validation, training))
-    pixels = (images.flatten(1).float() / 255 for images in (samples, validation, training))
+    training, validation = (images[range(len(images))]["images"] for images in (training, validation))
+    pixels = (images.flatten(1).float() / 255 for images in (samples, training, validation))
     results, pictures = {}, {}
     for space, rows in (("pixels", pixels), *([("features", feature_sets)] if feature_sets else [])):
-        result = metrics.memorization(*rows)
+        of_samples, of_training, of_validation = rows
+        result = metrics.memorization(of_samples, of_validation, of_training)
         ours, theirs, distances = zip(*result.closest)
         cells = [x[list(i)].permute(0, 2, 3, 1).numpy() / 255 for x, i in ((samples, ours), (training, theirs))]
         pictures[f"closest_{space}.png"] = plots.figure_bytes(plots.closest_pairs(*cells, distances))
@@ -265,7 +305,7 @@ def report(evaluation: dict) -> str:
     if table := evaluation["best_timesteps"]:
         rows = ", ".join(f"{row['steps']} steps {row['predicted_bits_per_dim']:.4f}" for row in table["rows"])
         lines.append(f"{'bits/dim predicted for the best timesteps':44s} {rows}")
-    else:
+    elif any(name.startswith("validation") for name in evaluation["bits_per_dim"]):
         lines.append("no best timesteps: they are for fixed variances, the model's is learned")
     for figure in evaluation["figures"]:
         error = f" ± {figure['standard_error']:.4g}" if "standard_error" in figure else ""
@@ -294,11 +334,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail("evaluate.py", error)
     if state.is_main_process:
         folder = Path(args.output_dir or args.model)
-        write(folder, **results)
+        write(folder, results["evaluation"], results["pictures"])
         p = results["evaluation"]["protocol"]
         print(f"{p['num_samples']} samples, {p['sampler']}, {p['steps']} steps, seed {p['seed']}, against {p['split']}")
         print(report(results["evaluation"]), f"\nWritten: metrics.json, {', '.join(results['pictures'])} in {folder}/")
     state.destroy_process_group()
+    if results["problem"] is not None:
+        fail("evaluate.py", results["problem"])
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class SampleArguments:
     )
     bits: int = HfArg(default=8, help="8 or 16 per channel; color of 16 bits as npz or parquet")
     batch_size: int = HfArg(default=250, help="images per process at a time")
-    output_dir: str | None = HfArg(default=None, help="folder to write to; None: samples/ in the model's")
+    output_dir: str | None = HfArg(default=None, help="folder to write to; None: generated/ in the model's")
     device: str | None = HfArg(default=None, help="None: a GPU for each process if there are any")
 
 
@@ -193,7 +193,8 @@ def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch:
 
 
 def output_folder(args: SampleArguments) -> Path:
-    default = Path(args.model) / "samples" if Path(args.model).is_dir() else Path("samples")
+    # Not samples/, where a run writes its previews.
+    default = Path(args.model) / "generated" if Path(args.model).is_dir() else Path("generated")
     folder = Path(args.output_dir) if args.output_dir is not None else default
     (parts_folder(folder, args) if args.format != "png" else folder).mkdir(parents=True, exist_ok=True)
     return folder

@@ -273,6 +273,7 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
     from ddpm_hf.training.build import build_unet
     from ddpm_hf.training.resume import is_sharded
     from ddpm_hf.training.sharding import full_on_cpu
+    from ddpm_hf.training.validation import count_validation_images
 
     config, accelerator, unet = run.config, run.accelerator, run.unet
     averaged = full_on_cpu(averaged, keep=accelerator.is_main_process)  # FSDP needs every process for this
@@ -289,7 +290,7 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
         "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
         "parameters": sum(p.numel() for p in unet.parameters()),
         "train_examples": run.images.num_examples,
-        "validation_examples": 0 if run.validation is None else len(run.validation),
+        "validation_examples": count_validation_images(config, run.validation),
     }
     if is_sharded(accelerator):
         unet = build_unet(config).to(accelerator.device)

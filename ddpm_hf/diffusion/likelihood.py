@@ -2,6 +2,9 @@
 
 Timesteps are those of gaussian.py: the term at index 0 is the paper's L_0 (the discretized decoder), and the term at
 index t is its L_t. For the bound of a sub-chain use `GaussianDiffusion.respace`.
+
+L_0 uses the exact normal CDF. Published code (DDPM, improved-diffusion) approximates it by tanh: its L_0 is 0.0005 to 0.010 bits
+per dimension apart. The difference is least where the variance fits the prediction's errors, and grows with errors above it.
 """
 
 import math
@@ -31,8 +34,8 @@ class VariationalBound:
         prior: L_T.
         timesteps: (T,) the timestep that the network receives at each index.
         terms: (T,) L_0, L_1, …, L_{T−1}.
-        epsilon_mse, x_0_mse: (T,) mean squared error per pixel, of images in [-1, 1]: of the predicted ε, and of the
-            predicted x_0 after `clip`.
+        epsilon_mse, x_0_mse: (T,) mean squared error per pixel, of images in [-1, 1]: of the raw
+            predicted ε, without `clip`, and of the predicted x_0 after `clip`.
         decoder_terms: L_0 with each of `decoder_log_variances` in place of the chain's own variance, for sub-chains.
             Empty for a learned variance.
     """

@@ -15,12 +15,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
 from safetensors.torch import load_file, save
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
-from ddpm_hf.data.decoding import ImageFormat, decode_image, to_signed
-from ddpm_hf.data.finding import NoSuchSplit, dataset_files
+from ddpm_hf.data.decoding import ImageFormat, to_signed
+from ddpm_hf.data.finding import NoSuchSplit
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.diffusion.analytic import estimate_analytic_moments
 from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
@@ -61,6 +60,8 @@ def model_images(
         labels = label_column or run.get("label_column")
         if labels is None:
             raise ValueError("the model is class-conditional: label_column must say which column holds the labels.")
+    elif label_column is not None:
+        raise ValueError(f"label_column must be left out for an unconditional model, got {label_column!r}.")
     size = unet_config["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     crop, background = run.get("crop", "center"), run.get("background", "white")
@@ -83,18 +84,23 @@ def split_as_trained(images: Images, run: dict) -> Images | None:
 
 
 def real_images(
-    open_split: Callable[[str], Images], run: dict, split: str, validation_split: str
-) -> tuple[Images, Images, str]:
-    """Training images, validation images, and a description of the latter: the validation split, or the part of `split`
-    that the run validated on. Raises ValueError if there is neither."""
+    open_split: Callable[[str], Images], run: dict, split: str, validation_split: str | None = None
+) -> tuple[Images, Images | None, str | None]:
+    """Training images, validation images, and a description of the latter: the validation split ("test" for None), or the
+    part of `split` that the run validated on. None and None if there is neither.
+
+    Raises ValueError for a named validation split that does not exist, unless the run validated on a part.
+    """
     training = open_split(split)
     validation = split_as_trained(training, run)
     try:
-        return training, open_split(validation_split), validation_split
+        return training, open_split(validation_split or "test"), validation_split or "test"
     except NoSuchSplit as error:
-        if validation is None:
+        if validation is not None:
+            return training, validation, f"{run['validation_fraction']:g} of {split} by hash"
+        if validation_split is not None:
             raise ValueError(f"{error} Nor did the run hold images out (validation_fraction).") from error
-        return training, validation, f"{run['validation_fraction']:g} of {split} by hash"
+        return training, None, None
 
 
 def resizing(images: Images) -> str:
@@ -160,10 +166,26 @@ def measure_bound(
 
 
 def draw_conditions(pipe: DDPMPipelineCustom, images: Images, count: int, seed: int) -> torch.Tensor | None:
-    """The conditions of `count` random images, or of all if there are fewer. None for a model without `class_embed_type`."""
-    if pipe.unet.config.class_embed_type is None:
+    """Labels of `count` samples that follow those of the images; None for an unconditional model.
+
+    Classes: each has its share of the images, to less than one sample, in random order. Conditions of a model with
+    `class_embed_type`: those of `count` random images, or of all if there are fewer.
+    """
+    if pipe.unet.config.class_embed_type is not None:
+        return images.subset(random_indices(images, seed, "conditions")[:count]).first_labels(count)
+    if pipe.unet.config.num_class_embeds is None:
         return None
-    return images.subset(random_indices(images, seed, "conditions")[:count]).first_labels(count)
+    labels = images.first_labels(len(images)).sort().values
+    # Evenly spaced in the sorted labels: random draws would add the noise of their counts to distances.
+    chosen = labels[((torch.arange(count, dtype=torch.float64) + 0.5) * len(labels) / count).long()]
+    return chosen[torch.randperm(count, generator=make_generator("cpu", seed, "conditions", 0))]
+
+
+def describe_conditions(pipe: DDPMPipelineCustom, split: str) -> str | None:
+    """What `draw_conditions` does with the images of a split, for protocols."""
+    if pipe.unet.config.class_embed_type is not None:
+        return f"drawn from the {split} split"
+    return None if pipe.unet.config.num_class_embeds is None else f"classes by their shares of the {split} split"
 
 
 def make_samples(
@@ -177,20 +199,6 @@ def make_samples(
     """Samples of the model, uint8 (N, C, H, W), rounded as in a PNG file. `conditions`: see `sample_images`."""
     images = sample_images(pipe, process_share(num_samples), steps, seed, batch_size, conditions)
     return gather_rows(torch.from_numpy(quantize(images, 8)).permute(0, 3, 1, 2).contiguous())
-
-
-def read_samples(folder: str, num_samples: int, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """The first `num_samples` images of a folder by name, uint8 (N, C, H, W). Raises ValueError if there are fewer, and for
-    images of another size (H, W)."""
-    files = dataset_files(folder)
-    if len(files) < num_samples:
-        raise ValueError(f"--samples {folder!r} holds {len(files)} images, num_samples is {num_samples}.")
-    for file in files[:num_samples]:
-        with Image.open(file) as image:
-            if image.size != size[::-1]:
-                raise ValueError(f"samples must have the model's resolution {size}: {file} is {image.size[::-1]}.")
-    form = ImageFormat(size, channels, bits=8)
-    return torch.stack([decode_image(file.read_bytes(), form) for file in files[:num_samples]])
 
 
 def features_of(

@@ -35,12 +35,17 @@ def moments(features: torch.Tensor, name: str = "features") -> Moments:
     Raises ValueError if N ≤ d: the covariance is then singular for any images, and the distance depends more on N
     than on them.
     """
-    features = check_features(features, name)
+    _check_rows(features, name)
     n, d = features.shape
     check_enough(n, d, name)
-    mean = features.mean(0)
-    centered = features - mean
-    return Moments(mean, centered.T @ centered / (n - 1), n)
+    # In blocks: a float64 copy of all features would take more memory than the features themselves.
+    blocks = range(0, n, BLOCK)
+    mean = sum(features[i : i + BLOCK].cpu().double().sum(0) for i in blocks) / n
+    covariance = torch.zeros(d, d, dtype=torch.float64)
+    for i in blocks:
+        centered = features[i : i + BLOCK].cpu().double() - mean
+        covariance.addmm_(centered.T, centered)
+    return Moments(mean, covariance.div_(n - 1), n)
 
 
 def check_enough(n: int, d: int, name: str = "features") -> None:
@@ -175,11 +180,17 @@ def memorization(samples: torch.Tensor, validation: torch.Tensor, training: torc
 
 def check_features(features: torch.Tensor, name: str = "features") -> torch.Tensor:
     """Features (N, d) as float64 on the CPU. Raises ValueError for another shape and for NaN or infinity."""
+    _check_rows(features, name)
+    return features.cpu().double()
+
+
+def _check_rows(features: torch.Tensor, name: str) -> None:
     if features.ndim != 2 or not features.numel():
         raise ValueError(f"{name} must have shape (N, d), got {tuple(features.shape)}.")
-    if bad := (~features.isfinite().all(1)).nonzero()[:, 0].tolist():
+    # By blocks, because a mask of all elements would take a quarter of the memory of the features.
+    bad = torch.cat([~block.isfinite().all(1) for block in features.split(BLOCK)]).nonzero()[:, 0].tolist()
+    if bad:
         raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(features)} rows, first {bad[0]}.")
-    return features.cpu().double()
 
 
 def _check_pair(a: torch.Tensor, b: torch.Tensor, minimum: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,9 +24,9 @@ def sample_images(
     Args:
         steps: sampling steps; None for the model's T.
         batch_size: number of images per call of the pipeline.
-        conditions: for a model with `class_embed_type`, (n,) or (n, D). Image i gets row i modulo n.
+        conditions: of a conditional model, (n,) classes or numbers, or (n, D) vectors. Image i gets row i modulo n.
         options: further arguments of the pipeline's call. A class-conditional model gets its classes in turn, by the
-            index of the image, unless `class_labels` are given.
+            index of the image, unless `conditions` or `class_labels` are given.
     """
     batches = []
     for start in range(0, len(indices), batch_size):

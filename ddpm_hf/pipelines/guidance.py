@@ -40,13 +40,13 @@ def class_names_of(unet) -> list[str] | None:
 def cycled_labels(
     unet, indices: Iterable[int], conditions: torch.Tensor | None = None
 ) -> list[int] | torch.Tensor | None:
-    """A label for each image by its index, cycling through the classes without the null class or, for a network with
-    `class_embed_type`, through the rows of `conditions` (n,) or (n, D). None for an unconditional network, and without
-    the conditions that a network needs."""
-    if unet.config.class_embed_type is not None:
-        return None if conditions is None else conditions[[i % len(conditions) for i in indices]]
-    classes = unet.config.num_class_embeds
-    if classes is None:
+    """A label for each image by its index, cycling through the rows of `conditions` (n,) or (n, D). Without them, through the
+    classes other than the null class. None for an unconditional network, and for a network with `class_embed_type` without
+    conditions."""
+    classes, kind = unet.config.num_class_embeds, unet.config.class_embed_type
+    if conditions is not None and (classes is not None or kind is not None):
+        return conditions[[i % len(conditions) for i in indices]]
+    if classes is None or kind is not None:
         return None
     real = [label for label in range(classes) if label != null_class_of(unet)]
     return [real[i % len(real)] for i in indices]

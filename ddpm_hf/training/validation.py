@@ -1,5 +1,7 @@
 """Validation: the images that a run is not trained on, and the loss on them."""
 
+import logging
+
 import torch
 from accelerate import Accelerator
 
@@ -13,6 +15,7 @@ from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.run_data import check_labels, open_split
 from ddpm_hf.training.sharding import reshard
 
+logger = logging.getLogger("train")
 L_SIMPLE = Objective()
 BLOCK = 64  # images whose noise is drawn together
 
@@ -38,6 +41,18 @@ def load_validation_images(
         leave_out_broken(images, config.skip_broken_images, "validation images")
     images.keep_in_memory(device)
     return images
+
+
+def count_validation_images(config: TrainingConfig, validation: Images | None = None) -> int:
+    """The number of images that the run was not trained on: `validation` (see `load_images`), or those of the validation
+    split, also if the run measured no validation loss. 0 if there are none, and for a split that cannot be opened: a
+    finished run does not fail over it."""
+    if validation is None:
+        try:
+            validation = _validation_split(config)
+        except (ValueError, OSError) as error:
+            logger.warning("The validation images are not counted: %s", error)
+    return 0 if validation is None else len(validation)
 
 
 def _validation_split(config: TrainingConfig) -> Images | None:

@@ -19,6 +19,7 @@ from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.images import Images
+from ddpm_hf.evaluation.features import InceptionBackbone
 from tests.conftest import TINY_SCHEDULER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +130,7 @@ def test_class_conditional_model_is_measured_with_its_labels(model, options, mak
         evaluate.main([*options, "--label_column", "digit"])
     evaluate.main([*options, "--label_column", "label", "--variance_type", "analytic"])
     evaluation = measured(model)
+    assert evaluation["protocol"]["conditions"] == "classes by their shares of the train split"
     assert evaluation["protocol"]["labels"] == "label" and len(evaluation["bits_per_dim"]) == 4
 
 
@@ -179,14 +181,15 @@ def test_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--num_samples=12"], "num_samples must be at least 13 images .* full rank 12, got 12"),
         (["--num_samples=0"], "num_samples must be an integer of at least 1, got 0"),
         (["--bound_images=5"], "bound_images must be an integer of at least 6, 2 × bound_stride, got 5"),
         (
             ["--variance_type=learned"],
             "variance_type must be one of .'fixed_small', 'fixed_large', 'analytic'., got 'learned'",
         ),
-        (["--validation_split=nowhere"], "no split 'nowhere'"),
+        (["--validation_split=nowhere"], "no split 'nowhere'.*Nor did the run hold images out"),
+        (["--split=test"], "validation_split must be another split than split, which is 'test'"),
+        (["--label_column=label"], "label_column must be left out for an unconditional model, got 'label'"),
         (
             ["--model=some/where"],
             "output_dir must be given for a model that is not a local folder, got model 'some/where'",
@@ -214,8 +217,6 @@ def test_without_validation_split_the_runs_validation_images_are_used(model, opt
     some = digits()["train"].select(range(90))
     some.save_to_disk(tmp_path / "one_split")
     options = [*options, f"--dataset={tmp_path / 'one_split'}"]
-    with pytest.raises(SystemExit, match="no split 'test'.*Nor did the run hold images out"):
-        evaluate.main(options)
     run = yaml.safe_load((model / "config.yaml").read_text()) | {"validation_fraction": 0.4}
     (model / "config.yaml").write_text(yaml.safe_dump(run))
     evaluate.main(options)
@@ -224,6 +225,53 @@ def test_without_validation_split_the_runs_validation_images_are_used(model, opt
     validation = images.split_validation(0.4)
     assert protocol["reference"] == f"train split, {len(images)} images" and len(images) + len(validation) == 90
     assert protocol["validation_split"] == "0.4 of train by hash" and len(protocol["dataset_revision"]) == 16
+
+
+def test_data_without_a_validation_part_is_measured_against_training(model, options, tmp_path, capsys):
+    digits()["train"].select(range(60)).save_to_disk(tmp_path / "one_split")
+    evaluate.main([*options, f"--dataset={tmp_path / 'one_split'}"])
+    evaluation, printed = measured(model), capsys.readouterr().out
+    assert "no validation images: their bound, best timesteps and memorization are left out" in printed
+    assert list(evaluation["bits_per_dim"]) == ["training, 20 steps"] and evaluation["best_timesteps"] is None
+    assert len(evaluation["figures"]) == 6 and all(row["validation"] is None for row in evaluation["figures"])
+    assert evaluation["memorization"] == {} and evaluation["protocol"]["validation_split"] is None
+    assert "closest pairs" not in (model / "README.md").read_text()
+    evaluate.main(options)
+    assert evaluation["figures"][0]["value"] == measured(model)["figures"][0]["value"]  # the same training images
+
+
+def test_features_none_measures_the_bound_alone(model, options):
+    evaluate.main(options)
+    bounds = measured(model)["bits_per_dim"]
+    evaluate.main([*options, "--features=none"])
+    evaluation = measured(model)
+    assert evaluation["bits_per_dim"] == bounds and evaluation["protocol"]["num_samples"] == 0
+    assert evaluation["figures"] == [] and evaluation["memorization"] == {}
+    card = (model / "README.md").read_text()
+    assert "validation, 20 steps" in card and "| samples |" not in card and "FD-" not in card
+
+
+def test_missing_features_leave_the_bound(model, options, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="no distances, because the features cannot be loaded: .*nowhere"):
+        evaluate.main([*options, f"--features={tmp_path / 'nowhere'}"])
+    assert len(measured(model)["bits_per_dim"]) == 4 and measured(model)["figures"] == []
+    assert "bits/dim, validation, 20 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("samples", "real"), [(12, 60), (20, 12)])
+def test_too_few_images_leave_out_the_frechet_distance_alone(model, options, tmp_path, capsys, samples, real):
+    some = {name: split.select(range(real)) for name, split in digits().items()}
+    datasets.DatasetDict(some).save_to_disk(tmp_path / "few")
+    evaluate.main([*options, f"--num_samples={samples}", f"--dataset={tmp_path / 'few'}"])
+    names = [figure["name"].split("-")[0] for figure in measured(model)["figures"]]
+    assert names == ["KD", "precision", "recall", "density", "coverage"]
+    assert "FD is left out: it needs at least 13 images on either side" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dim", [64, 400, 401, 768, InceptionBackbone.dim])
+def test_default_number_of_samples_suits_the_number_of_features(dim):
+    assert evaluate.default_num_samples(dim) > dim
+    assert evaluate.default_num_samples(64) == evaluate.default_num_samples(None) == 500
 
 
 def test_steps_and_variances_table_has_a_row_for_each_pair(model, options, tmp_path, capsys):

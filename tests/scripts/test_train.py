@@ -117,7 +117,7 @@ def test_arrays_of_any_number_of_channels_are_trained_on(tmp_path, channels, opt
     run(folder, *data, *options, "--channels", str(channels), "--validation_fraction", "0.3", "--cpu_threads", "1")
     assert ("--format npz" in capsys.readouterr().out) == (channels == 5)
     sample.main(["--model", str(folder), "--steps=2", "--num_images=3", "--format=npz"])
-    with np.load(folder / "samples" / "seed0-3.npz") as samples:
+    with np.load(folder / "generated" / "seed0-3.npz") as samples:
         assert samples["arr_0"].shape == (3, 8, 8, channels)
     small = ["--num_samples=10", "--steps=2", "--bound_images=4", "--bound_stride=2"]
     with pytest.raises(SystemExit, match=f"features need images of 1 or 3 channels, the model has {channels}"):

@@ -8,10 +8,11 @@ from ddpm_hf.scripts import train
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from ddpm_hf.data.builtin import digits
 from ddpm_hf.training.build import build
 from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.run_data import load_images
-from ddpm_hf.training.validation import ValidationLoss, load_validation_images
+from ddpm_hf.training.validation import ValidationLoss, count_validation_images, load_validation_images
 from tests.conftest import TINY_TRAINING, flags
 
 TINY = flags(**TINY_TRAINING, total_images=192, seed=3)
@@ -74,6 +75,18 @@ def test_a_missing_default_validation_split_means_no_validation(tmp_path):
 def test_no_validation_images_are_loaded_without_validation():
     assert load_validation_images(parse_config([*TINY, "--validate_every_steps", "0"])) is None
     assert load_validation_images(parse_config([*TINY, "--streaming"])) is None  # its split would be downloaded
+
+
+def test_images_of_a_test_split_are_counted_without_validation(tmp_path):
+    off = [*TINY, "--validate_every_steps", "0"]
+    assert count_validation_images(parse_config(off)) == len(digits()["test"])
+    config = parse_config([*off, "--validation_fraction", "0.1"])
+    _, validation = load_images(config)
+    assert count_validation_images(config, validation) == len(validation) < len(digits()["test"])
+    digits()["train"].select(range(9)).save_to_disk(tmp_path)
+    assert count_validation_images(parse_config([*off, "--dataset", str(tmp_path)])) == 0
+    named = parse_config([*off, "--dataset", str(tmp_path), "--validation_split", "nowhere"])
+    assert count_validation_images(named) == 0  # a finished run does not fail over it
 
 
 def test_a_broken_validation_image_is_named_before_training(tmp_path):

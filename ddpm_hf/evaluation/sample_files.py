@@ -1,0 +1,101 @@
+"""Read samples from files, as training/sample.py or another program wrote them, through the decoder of training images."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from ddpm_hf.data.decoding import ARRAY_STARTS, UNREADABLE, ImageFormat, decode_image, read_array, read_entry
+from ddpm_hf.data.finding import ARRAYS, find_column
+
+Files = Callable[[int], tuple[str, bytes]]  # from an index, the name of an image and its file
+
+
+def read_samples(source: str, num_samples: int, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """The first `num_samples` images, uint8 (N, C, H, W).
+
+    Args:
+        source: a folder of pictures and arrays (.npy), with its subfolders, in the order of their paths; a .npz file with
+            images (N, H, W, C), uint8 or uint16, as `arr_0` or the only array; or a .parquet file with a column of images.
+        num_samples: how many are read.
+        size: (H, W) of every image.
+        channels: to which images are converted.
+
+    Raises ValueError if there are fewer images, and for one that cannot be read or has another size.
+    """
+    path = Path(source).expanduser()
+    readers = {".npz": _npz_images, ".parquet": _parquet_images}
+    if path.is_dir():
+        total, read = _folder_images(path)
+    elif path.is_file() and path.suffix.lower() in readers:
+        total, read = readers[path.suffix.lower()](path)
+    else:
+        raise ValueError(f"samples must be a folder, a .npz or a .parquet file, got {source!r}.")
+    if total < num_samples:
+        raise ValueError(f"--samples {source!r} holds {total} images, num_samples is {num_samples}.")
+    form, images = ImageFormat(size, channels, bits=8), []
+    for i in range(num_samples):
+        name = f"image {i}"
+        try:
+            name, data = read(i)
+            found = _size(data)
+            images.append(decode_image(data, form))
+        except (*UNREADABLE, TypeError) as error:  # TypeError: a null in a table
+            raise ValueError(f"samples {source!r}: {name} cannot be read: {error}") from error
+        if found != tuple(size):
+            raise ValueError(f"samples must have the model's resolution {tuple(size)}: {name} is {found}.")
+    return torch.stack(images)
+
+
+def _size(data: bytes) -> tuple[int, int]:
+    if data.startswith(ARRAY_STARTS):
+        return read_array(data).shape[:2]
+    with Image.open(io.BytesIO(data)) as image:
+        turned = image.getexif().get(0x112, 1) >= 5  # orientations 5 to 8 exchange height and width
+        return image.size if turned else image.size[::-1]
+
+
+def _folder_images(folder: Path) -> tuple[int, Files]:
+    suffixes = {*Image.registered_extensions(), *ARRAYS}
+    found = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    names = sorted(name for name in found if not any(part.startswith(".") for part in name.parts))
+    if not names:
+        raise ValueError(
+            f"the folder {str(folder)!r} holds no image (no file with a suffix such as .png, .jpg or .npy)."
+        )
+    return len(names), lambda i: (str(names[i]), (folder / names[i]).read_bytes())
+
+
+def _npz_images(file: Path) -> tuple[int, Files]:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            name = arrays.files[0] if len(arrays.files) == 1 else "arr_0"
+            images = arrays[name] if name in arrays.files else None
+            found = f"the arrays {arrays.files}" if images is None else f"{images.dtype} {images.shape}"
+    except Exception as error:  # zipfile and its decompressors raise errors of many types
+        raise ValueError(f"samples {str(file)!r} cannot be read: {error}") from error
+    if images is None or images.ndim != 4 or images.dtype not in (np.uint8, np.uint16):
+        accepted = "uint8 or uint16 (N, H, W, C) as arr_0 or the only array"
+        raise ValueError(f"samples {str(file)!r} must hold {accepted}, got {found}.")
+    return len(images), lambda i: (f"image {i}", _array_file(images[i]))
+
+
+def _parquet_images(file: Path) -> tuple[int, Files]:
+    rows = datasets.Dataset.from_parquet(str(file))
+    kinds = (datasets.Image, datasets.Array3D)
+    column = find_column(rows, kinds, None, "the image column of samples")
+    if isinstance(rows.features[column], datasets.Array3D):  # color of 16 bits
+        rows = rows.with_format("numpy", dtype=np.dtype(rows.features[column].dtype))
+        return len(rows), lambda i: (f"image {i}", _array_file(rows[i][column]))
+    rows = rows.cast_column(column, datasets.Image(decode=False))
+    return len(rows), lambda i: (f"image {i}", read_entry(rows[i][column]))
+
+
+def _array_file(image: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, image)
+    return stream.getvalue()
