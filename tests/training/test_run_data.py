@@ -7,7 +7,7 @@ from PIL import Image
 
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.streaming import StreamedImages
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images, open_images, open_split
 from tests.conftest import TINY_TRAINING, flags
 
