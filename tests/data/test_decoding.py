@@ -13,14 +13,14 @@ from PIL import Image, ImageColor
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf.data.decoding import (
-    UNREADABLE,
     ImageFormat,
+    UnreadableImage,
     check_crop_and_background,
     decode_image,
     match_depth,
-    reads_at_8_bits,
     to_signed,
 )
+from ddpm_hf.data.pictures import reads_at_8_bits
 
 RAMP = np.linspace(0, 65535, 16 * 16).round().astype(np.uint16).reshape(16, 16)
 
@@ -177,7 +177,7 @@ def test_cropping_takes_the_center():
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
 def test_images_of_unknown_range_raise(values):
-    with pytest.raises(UNREADABLE, match="no known range of values|integers from 70000"):
+    with pytest.raises(UnreadableImage, match="no known range of values|integers from 70000"):
         pixels(Image.fromarray(values), (4, 4), 1, "TIFF")
 
 
@@ -297,7 +297,7 @@ def test_damaged_arrays_raise_as_unreadable():
         for _ in range(300):
             damaged = bytearray(data)
             damaged[random.integers(4, len(data))] ^= 1 << random.integers(8)
-            with contextlib.suppress(*UNREADABLE):
+            with contextlib.suppress(UnreadableImage):
                 assert decode_image(bytes(damaged), ImageFormat((6, 6), 3)).shape == (3, 6, 6)
 
 
