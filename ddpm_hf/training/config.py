@@ -51,6 +51,9 @@ class TrainingConfig:
     channels: int = _option(3, "1 gray, 3 RGB, 4 RGBA; or the number that arrays have, 1 to 8")
     crop: str = _option("center", "fill the resolution and crop at the 'center', or 'pad' to it")
     background: str = _option("white", "color behind transparent images and around padded ones")
+    white_level: list[float] | None = _option(
+        None, "value of white, or of black and of white, in images of more than 8 bits; None: 0 65535"
+    )
     random_flip: bool = _option(False, "mirror each image with probability 1/2")
     skip_broken_images: bool = _option(False, "skip images that cannot be read, and list them")
     validation_fraction: float = _option(0.0, "fraction of the images to keep out of training, for validation")
@@ -182,10 +185,12 @@ class TrainingConfig:
             raise ValueError(f"stream_lanes = {self.stream_lanes} must divide batch_size = {self.batch_size}.")
 
     def _check_data(self) -> None:
-        from ddpm_hf.data.decoding import MAX_CHANNELS, check_crop_and_background
+        from ddpm_hf.data.arrays import MAX_CHANNELS
+        from ddpm_hf.data.decoding import check_crop_and_background, check_white_level
 
         check_int("channels", self.channels, 1, MAX_CHANNELS)
         check_crop_and_background(self.crop, self.background)
+        check_white_level(self.white_level)
         if not self.dataset:
             raise ValueError(
                 "dataset must be given: --dataset with 'digits', 'photos', a folder, or a name on the Hub."

@@ -25,6 +25,10 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"sample_steps": 1001}, "sample_steps must be an integer in 1..1000, got 1001"),
         ({"crop": "left"}, r"crop must be one of \['center', 'pad'\], got 'left'"),
         ({"background": "whitish"}, "background must be a color such as 'white'.* got 'whitish'"),
+        ({"white_level": [0]}, r"white_level must be a value above 0, or two: .* got \[0\]"),
+        ({"white_level": [9, 3]}, r"white_level must be .* the second above the first, got \[9, 3\]"),
+        ({"white_level": [1, 2, 3]}, r"white_level must be .* got \[1, 2, 3\]"),
+        ({"white_level": [float("inf")]}, r"white_level must be a finite number in \(-inf, inf\), got inf"),
         ({"validation_fraction": 1.0}, r"validation_fraction must be a finite number in \[0, 1\), got 1.0"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be an integer of at least 1, got 0"),
         ({"stream_lanes": 3}, "stream_lanes = 3 must divide batch_size = 128"),
@@ -169,8 +173,8 @@ def test_total_images_may_change_on_resume_with_a_constant_rate():
 
 
 OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision split validation_split image_column
-label_column num_classes class_embed_type resolution channels crop background random_flip skip_broken_images validation_fraction
-memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
+label_column num_classes class_embed_type resolution channels crop background white_level random_flip skip_broken_images
+validation_fraction memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
 rescale_betas_zero_snr prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
 input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 weight_decay
