@@ -124,7 +124,7 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     if mode == "CMYK":
         return transform
     levels = np.arange(0, 256, 15, np.uint8)
-    colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(17, -1, 3)
+    colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(len(levels), -1, 3)
     colors = Image.fromarray(colors if mode == "RGB" else np.arange(256, dtype=np.uint8)[None])
     change = np.asarray(transform.apply(colors), int) - np.asarray(colors.convert("RGB"), int)
     return transform if abs(change).max() > SRGB_TOLERANCE else None
