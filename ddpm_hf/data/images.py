@@ -69,9 +69,13 @@ class ImageColumns:
         # Undecoded, so that an error about a broken image can name its path.
         self.dataset = self.dataset.cast_column(self.image_column, datasets.Image(decode=False))
 
-    def decode(self, entry: dict) -> torch.Tensor:
-        """The image (C, H, W) of an entry of the column of images."""
-        return decode_image(read_entry(entry), self.format)
+    def decode(self, entry: dict | None) -> torch.Tensor:
+        """The image (C, H, W) of an entry of the column of images. Raises UnreadableImage with the path and the reason."""
+        try:
+            return decode_image(read_entry(entry), self.format)
+        except UnreadableImage as error:
+            path = (entry or {}).get("path") or "an image without a name"
+            raise UnreadableImage(f"{path} ({error})") from error
 
     def to_batch(self, images: Sequence[torch.Tensor], labels: Sequence | None) -> dict[str, torch.Tensor]:
         """A dict of "images" (B, C, H, W) and, with a label column, "labels" (B,), or (B, D) if they are vectors."""

@@ -157,7 +157,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                 try:
                     pairs.append((image.result(), row.get(self.images.label_column)))
                 except UnreadableImage as error:
-                    problem = f"an image of the stream cannot be read: {(row[column] or {}).get('path') or 'without a name'} ({error})"
+                    problem = f"an image of the stream cannot be read: {error}"
                     if not self.images.skip_broken:
                         advice = "Repair or remove it, or leave such images out with --skip_broken_images."
                         raise StreamError(f"{problem}. {advice}") from error

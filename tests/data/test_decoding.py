@@ -21,7 +21,7 @@ from ddpm_hf.data.decoding import (
     read_entry,
     to_signed,
 )
-from ddpm_hf.data.pictures import reads_at_8_bits
+from ddpm_hf.data.pictures import has_unused_profile, reads_at_8_bits
 
 RAMP = np.linspace(0, 65535, 16 * 16).round().astype(np.uint16).reshape(16, 16)
 
@@ -419,8 +419,10 @@ def test_every_damaged_file_is_read_or_refused_with_a_reason():
         data = file(photo, kind, **(options if kind in ("JPEG", "PNG", "WEBP", "TIFF", "AVIF") else {}))
         for _ in range(300):
             try:
-                image = decode_image(damaged(data, random), form)
+                changed = damaged(data, random)
+                image = decode_image(changed, form)
                 assert image.shape == (3, 8, 8) and image.dtype in (torch.uint8, torch.uint16)
+                assert isinstance(reads_at_8_bits(changed) or has_unused_profile(changed), bool)
                 read += 1
             except UnreadableImage as error:
                 assert str(error)

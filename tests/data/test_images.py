@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.data.decoding import ImageFormat
+from ddpm_hf.data.decoding import ImageFormat, UnreadableImage
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images, leave_out_broken, validation_hash
 from tests.data.test_decoding import png
@@ -320,3 +320,11 @@ def test_every_broken_image_is_listed_with_its_reason(tmp_path, caplog):
     ):
         assert any(name in line and reason in line for line in caplog.text.splitlines()), name
     assert len(images) == 1
+
+
+def test_an_image_that_breaks_after_the_check_is_named_with_its_reason(tmp_path):
+    images = Images(open_dataset(folder_of(tmp_path, a=deep_gray(65535))), ImageFormat((8, 8), 1))
+    assert images.broken() == []
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    with pytest.raises(UnreadableImage, match=r"a.png \(neither an array of NumPy nor a picture"):
+        images[[0]]
