@@ -36,8 +36,9 @@ from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.build import build
-from ddpm_hf.training.config import TrainingConfig, load_preset
+from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
+from ddpm_hf.training.presets import load_preset
 from ddpm_hf.training.step import StepReport, training_step
 from ddpm_hf.training.step_randomness import draw_randomness
 

@@ -138,7 +138,8 @@ def photos(tmp_path) -> Path:
 def model(make_pipeline, tmp_path):
     """The output folder of a digits run, with the files that the scripts read."""
     from ddpm_hf.training.artifacts import write_metrics_and_card
-    from ddpm_hf.training.config import TrainingConfig, load_preset
+    from ddpm_hf.training.config import TrainingConfig
+    from ddpm_hf.training.presets import load_preset
     from tests.hub.test_model_card import TRAINING
 
     folder = tmp_path / "model"

@@ -211,7 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             import torch
             from accelerate import Accelerator
 
-            from ddpm_hf.training.config import TrainingConfig, load_preset
+            from ddpm_hf.training.config import TrainingConfig
+            from ddpm_hf.training.presets import load_preset
 
             folder = Path(args.model)
             config = TrainingConfig(**load_preset(str(folder / "config.yaml")))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.files import lock_folder
-from ddpm_hf.training.config import TrainingConfig, parse_config
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.processes import TIMEOUT, fail, prepare_process, use_cpu_threads
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, print_error
 

@@ -1,8 +1,9 @@
-"""Decode pictures of any kind, and arrays of NumPy, into tensors of one size and number of channels."""
+"""Convert pictures of any kind, and arrays of NumPy, to tensors of one size and number of channels."""
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import fsspec
@@ -10,20 +11,40 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from ddpm_hf.checks import check_choice, check_int
+from ddpm_hf.checks import check_choice, check_float, check_int
+from ddpm_hf.data.arrays import ARRAY_STARTS, MAX_CHANNELS, read_array
+from ddpm_hf.data.pictures import is_deep, read_picture
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-MAX_CHANNELS = 8
-ARRAY_STARTS = (b"\x93NUMPY", b"PK\x03\x04")  # the first bytes of a .npy file, and of a .npz file, which is a zip file
 DEEP = 257  # 65535 / 255: an 8-bit value times this is the same brightness in 16 bits
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+# Errors whose messages are sentences. Those of others need the name of their type.
+PLAIN_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be read or converted. The message is the reason; the caller names the file."""
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Raise every error as UnreadableImage: decoders raise errors of many types for damaged files."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("neither an array of NumPy nor a picture that Pillow knows") from error
+    except Exception as error:
+        message, name = str(error), type(error).__name__
+        is_plain = isinstance(error, PLAIN_ERRORS) and message
+        raise UnreadableImage(message if is_plain else f"{name}: {message}" if message else name) from error
 
 
 @dataclass(frozen=True)
 class ImageFormat:
     """The size, channels and depth that every image of a data set is converted to.
 
-    An image is turned upright by its EXIF tag. With 1 or 3 channels, transparent parts are composited onto `background`.
+    A picture is turned upright by its EXIF tag, and its colors are converted to sRGB. With 1 or 3 channels, transparent parts are composited onto `background`.
     The image is then resized with LANCZOS: to cover `size`, and cropped at the center (`crop="center"`), or to fit inside
     it, and padded with `background`, or with transparency for 4 channels (`crop="pad"`).
 
@@ -38,6 +59,9 @@ class ImageFormat:
         background: a color that Pillow knows, such as "white" or "#808080".
         bits: 8 rounds 16-bit images to 8 bits; None keeps 16 bits. Only arrays and gray pictures have 16: Pillow reads color
             at 8.
+        white_level: the values that become black and white, or the latter alone if black is 0, in images of more than 8
+            bits. Values outside are clipped. None: 0 and 65535, the range of 16 bits; images with other values, and of
+            floats, are refused then. Kept as a tuple (black, white).
 
     Raises:
         ValueError: for an argument that is not one of these.
@@ -48,10 +72,12 @@ class ImageFormat:
     crop: str = "center"
     background: str = "white"
     bits: int | None = None
+    white_level: tuple[float, float] | Sequence[float] | float | None = None
 
     def __post_init__(self):
         check_int("channels", self.channels, 1, MAX_CHANNELS)
         check_choice("bits", self.bits, (8, None))
+        object.__setattr__(self, "white_level", check_white_level(self.white_level))
         object.__setattr__(self, "crop", check_crop_and_background(self.crop, self.background))
         object.__setattr__(self, "size", tuple(check_int("size", length, 1) for length in self.size))
 
@@ -67,8 +93,27 @@ def check_crop_and_background(crop: str, background: str) -> str:
     return crop
 
 
-def read_entry(entry: dict) -> bytes:
-    """The file of an undecoded image ({"bytes", "path"}). The path may be a URL, on the Hub for example."""
+def check_white_level(white_level: Sequence[float] | float | None) -> tuple[float, float] | None:
+    """The values (black, white) of a `white_level`. Raises ValueError if white is not above black."""
+    if white_level is None:
+        return None
+    given = [white_level] if isinstance(white_level, Real) else list(white_level)
+    levels = tuple(check_float("white_level", level) for level in given)
+    black, white = (0.0, *levels) if len(levels) == 1 else levels if len(levels) == 2 else (0.0, 0.0)
+    if not black < white:
+        accepted = "a value above 0, or two: those of black and of white, the second above the first"
+        raise ValueError(f"white_level must be {accepted}, got {white_level!r}.")
+    return black, white
+
+
+@_reasons()
+def read_entry(entry: dict | None) -> bytes:
+    """The file of an undecoded image ({"bytes", "path"}). The path may be a URL, on the Hub for example.
+
+    Raises UnreadableImage for a missing image (None), and a file that cannot be read.
+    """
+    if entry is None or (entry["bytes"] is None and entry["path"] is None):
+        raise UnreadableImage("the image is missing: null")
     if entry["bytes"] is not None:
         return entry["bytes"]
     if "://" not in entry["path"]:
@@ -77,59 +122,40 @@ def read_entry(entry: dict) -> bytes:
         return file.read()
 
 
+@_reasons()
+def read_image(data: bytes) -> Image.Image | np.ndarray:
+    """The image of a file, not converted yet: a picture, or an array (H, W, C). Raises UnreadableImage for a broken image."""
+    return read_array(data) if data.startswith(ARRAY_STARTS) else read_picture(data)
+
+
 def decode_image(data: bytes, form: ImageFormat) -> torch.Tensor:
     """The image of a file as (C, H, W): uint16 if it has more than 8 bits and `form` keeps them, uint8 otherwise.
 
-    Raises one of `UNREADABLE` for a broken image, for one whose range of values is unknown, and for one that cannot be
+    Raises UnreadableImage for a broken image, for one whose range of values is unknown, and for one that cannot be
     converted to the channels of `form`.
     """
-    if data.startswith(ARRAY_STARTS):
-        pixels = _decode_array(read_array(data), form)
+    return convert_image(read_image(data), form)
+
+
+@_reasons()
+def convert_image(image: Image.Image | np.ndarray, form: ImageFormat) -> torch.Tensor:
+    """The image of `read_image` as `decode_image` returns it. Raises UnreadableImage if it cannot be converted."""
+    if isinstance(image, np.ndarray):
+        pixels = _decode_array(image, form)
+    elif form.channels not in PILLOW_MODES:
+        raise ValueError(f"a picture has 1, 3 or 4 channels, and channels = {form.channels}: use arrays")
     else:
-        if form.channels not in PILLOW_MODES:
-            raise ValueError(f"a picture has 1, 3 or 4 channels, and channels = {form.channels}: use arrays")
-        try:
-            opened = Image.open(io.BytesIO(data))
-        except UnidentifiedImageError as error:
-            raise ValueError("neither an array of NumPy nor a picture that Pillow knows") from error
-        with opened as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("an image of floats has no known range of values to map to [-1, 1]")
-            pixels = _decode_deep(image, form) if image.mode.startswith("I") else _decode(image, form)
+        pixels = _decode_deep(image, form) if is_deep(image) else _decode(image, form)
     # Transposed by NumPy: threads of torch may hang in a forked process.
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def read_array(data: bytes) -> np.ndarray:
-    """The image (H, W, C), uint8 or uint16, in a .npy file, or in a .npz file with one array. Nothing is unpickled.
-
-    Raises ValueError, which says what is accepted, for an array of another type or shape, and for a broken file.
-    """
-    try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-        if isinstance(array, Mapping):
-            (array,) = array.values()
-    except Exception as error:  # zipfile and its decompressors raise errors of many types
-        raise ValueError(f"not a .npy file, nor a .npz file with one array ({error})") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "u" or array.dtype.itemsize > 2:
-        problem = f"an array must be uint8 or uint16, got {getattr(array, 'dtype', 'no array')}"
-        if isinstance(array, np.ndarray) and array.dtype.kind == "f":
-            problem += (
-                ", whose range of values is unknown; (65535 * x).round().astype('uint16') converts floats x in [0, 1], "
-                "and x = (y + 1) / 2 those in [-1, 1]"
-            )
-        raise ValueError(problem)
-    image = array[..., None] if array.ndim == 2 else array
-    if image.ndim != 3 or not image.size or image.shape[2] > MAX_CHANNELS:
-        accepted = f"(H, W), or (H, W, C) with C of 1 to {MAX_CHANNELS}"
-        raise ValueError(f"an array must have shape {accepted}, got {array.shape}")
-    return image.astype(image.dtype.newbyteorder("="))
-
-
-def reads_at_8_bits(data: bytes) -> bool:
-    """Whether the file is a 16-bit PNG with color or alpha, which Pillow reads at 8 bits."""
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[24] == 16 and data[25] != 0
+def value_range(image: Image.Image | np.ndarray) -> tuple[float, float] | None:
+    """The least and the greatest value in an image of `read_image` with more than 8 bits; None for one with 8."""
+    if is_deep(image) if isinstance(image, Image.Image) else image.dtype == np.uint16:
+        values = np.asarray(image)
+        return float(values.min()), float(values.max())
+    return None
 
 
 def _decode(image: Image.Image, form: ImageFormat) -> np.ndarray:
@@ -149,16 +175,31 @@ def _decode_array(image: np.ndarray, form: ImageFormat) -> np.ndarray:
         return _decode(Image.fromarray(image.squeeze(2) if channels == 1 else image), form)
     planes = list(np.moveaxis(image.astype(np.float32) * (1 if is_deep else DEEP), 2, 0))
     alpha = planes.pop() if is_converted and channels == 4 else None
+    if is_deep:
+        planes = [_apply_white_level(plane, form) for plane in planes]
     return _decode_planes(planes, alpha, form, is_deep)
 
 
 def _decode_deep(image: Image.Image, form: ImageFormat) -> np.ndarray:
     # In float32, which holds 16 bits exactly: Pillow's conversion to 8 bits clips instead of scaling.
-    values = np.asarray(image, np.float32)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"integers from {values.min():.0f} to {values.max():.0f} exceed 16 bits, 0..65535")
+    values, advice = np.asarray(image, np.float32), "white_level maps the values of black and white to [-1, 1]"
+    if form.white_level is None and image.mode == "F":
+        raise ValueError(f"an image of floats has no known range of values to map to [-1, 1]; {advice}")
+    if not np.isfinite(values).all():
+        raise ValueError("some values are NaN or infinite")
+    if form.white_level is None and (values.min() < 0 or values.max() > 65535):
+        found = f"integers from {values.min():.0f} to {values.max():.0f} exceed 16 bits, 0..65535"
+        raise ValueError(f"{found}; {advice}")
     alpha = np.where(values == image.info.get("transparency", -1), np.float32(0), np.float32(65535))
-    return _decode_planes([values], alpha, form, True)
+    return _decode_planes([_apply_white_level(values, form)], alpha, form, True)
+
+
+def _apply_white_level(values: np.ndarray, form: ImageFormat) -> np.ndarray:
+    """float32 values with those between black and white scaled to 0..65535, and others clipped."""
+    if form.white_level is None:
+        return values
+    black, white = form.white_level
+    return ((values - np.float32(black)) * np.float32(65535 / (white - black))).clip(0, 65535)
 
 
 def _decode_planes(planes: list[np.ndarray], alpha: np.ndarray | None, form: ImageFormat, is_deep: bool) -> np.ndarray:
@@ -182,7 +223,12 @@ def _decode_planes(planes: list[np.ndarray], alpha: np.ndarray | None, form: Ima
 
 def _resize(image: Image.Image, form: ImageFormat, fill) -> Image.Image:
     size, method = form.size[::-1], Image.Resampling.LANCZOS
-    return ImageOps.fit(image, size, method) if form.crop == "center" else ImageOps.pad(image, size, method, fill)
+    if form.crop == "center":
+        return ImageOps.fit(image, size, method)
+    fitted = ImageOps.contain(image, size, method)
+    if 0 in fitted.size:  # a side of less than half a pixel
+        fitted = image.resize((max(1, fitted.width), max(1, fitted.height)), method)
+    return ImageOps.pad(fitted, size, method, fill)
 
 
 def match_depth(images: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,11 +11,23 @@ import datasets
 import numpy as np
 import torch
 
-from ddpm_hf.data.decoding import UNREADABLE, ImageFormat, decode_image, match_depth, read_entry, reads_at_8_bits
+from ddpm_hf.data.arrays import ARRAY_STARTS
+from ddpm_hf.data.decoding import (
+    ImageFormat,
+    UnreadableImage,
+    convert_image,
+    decode_image,
+    match_depth,
+    read_entry,
+    read_image,
+    value_range,
+)
 from ddpm_hf.data.finding import find_column
+from ddpm_hf.data.pictures import has_unused_profile, reads_at_8_bits
 
 logger = logging.getLogger("train")
 LABELS = 64  # read and checked at a time; of a stream, at its start only
+FEW_VALUES = 32767  # 16-bit values that are all at most this have 15 bits or fewer
 MIN_IMAGES_FOR_WORKERS = 2000  # fewer small images are checked sooner than worker processes start
 
 
@@ -57,9 +69,13 @@ class ImageColumns:
         # Undecoded, so that an error about a broken image can name its path.
         self.dataset = self.dataset.cast_column(self.image_column, datasets.Image(decode=False))
 
-    def decode(self, entry: dict) -> torch.Tensor:
-        """The image (C, H, W) of an entry of the column of images."""
-        return decode_image(read_entry(entry), self.format)
+    def decode(self, entry: dict | None) -> torch.Tensor:
+        """The image (C, H, W) of an entry of the column of images. Raises UnreadableImage with the path and the reason."""
+        try:
+            return decode_image(read_entry(entry), self.format)
+        except UnreadableImage as error:
+            path = (entry or {}).get("path") or "an image without a name"
+            raise UnreadableImage(f"{path} ({error})") from error
 
     def to_batch(self, images: Sequence[torch.Tensor], labels: Sequence | None) -> dict[str, torch.Tensor]:
         """A dict of "images" (B, C, H, W) and, with a label column, "labels" (B,), or (B, D) if they are vectors."""
@@ -175,7 +191,7 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         if self._checks is None:
             is_spread = self.num_workers > 1 and len(self) >= MIN_IMAGES_FOR_WORKERS
             checks = self.dataset.select_columns([self.image_column]).map(
-                _inspect_image,
+                _check_image,
                 input_columns=[self.image_column],
                 remove_columns=[self.image_column],
                 fn_kwargs={"form": self.format},
@@ -187,7 +203,7 @@ class Images(ImageColumns, torch.utils.data.Dataset):
 
     def describe(self, index: int) -> str:
         """The path of image `index`, or its number if it has no path."""
-        return self.dataset[index][self.image_column]["path"] or f"number {index} of the data set"
+        return (self.dataset[index][self.image_column] or {}).get("path") or f"number {index} of the data set"
 
     def split_validation(self, fraction: float) -> "Images":
         """Remove the validation images, the share `fraction` that `validation_hash` chooses, and return them.
@@ -252,10 +268,8 @@ def _abbreviate(names: list[str]) -> str:
 def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> None:
     """Remove the images that cannot be decoded, and log which and why. Raises ValueError, naming them, if that is not
     allowed or no image is left."""
-    reduced, broken = np.flatnonzero(images._check()["reduced"]), images.broken()
-    if len(reduced):
-        message = "%d color images have 16 bits and are read at 8 bits, as Pillow does; the first is %s."
-        logger.warning(message, len(reduced), images.describe(int(reduced[0])))
+    _warn_of_losses(images)
+    broken = images.broken()
     if not broken:
         return
     names = "\n".join(f"  {images.describe(i)}: {images._check()['problem'][i]}" for i in broken[:20])
@@ -267,12 +281,42 @@ def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> 
     images._keep(np.flatnonzero(images._check()["problem"] == ""))
 
 
+def _warn_of_losses(images: Images) -> None:
+    """Log which images lose bits or colors, and a range of values that leaves most of 16 bits unused."""
+    checks, levels = images._check(), images.format.white_level
+    for name, loss in (
+        ("reduced", "%d color images have 16 bits and are read at 8 bits, as Pillow does; the first is %s."),
+        ("unprofiled", "%d images have a color profile that cannot be used, and are read as sRGB; the first is %s."),
+    ):
+        if len(found := np.flatnonzero(checks[name])):
+            logger.warning(loss, len(found), images.describe(int(found[0])))
+    has_range = ~np.isnan(checks["high"])
+    if not has_range.any():
+        if levels is not None:
+            logger.warning("white_level = %s changes no image: none has more than 8 bits.", list(levels))
+        return
+    low, high = checks["low"][has_range].min(), checks["high"][has_range].max()
+    if levels is None and high <= FEW_VALUES:
+        message = (
+            "%d images of 16 bits have values from %.0f to %.0f, of 0 to 65535: the network gets %.2f to %.2f, of -1 to 1. "
+            "--white_level %d maps values of %d bits to all of that range."
+        )
+        bits = max(1, int(high).bit_length())
+        signed = (value / 32767.5 - 1 for value in (low, high))
+        logger.warning(message, has_range.sum(), low, high, *signed, 2**bits - 1, bits)
+
+
 # `datasets` finds the results in its cache by the name of this function: with other results, it needs another name.
-def _inspect_image(entry: dict, form: ImageFormat) -> dict[str, str | bool | float]:
+def _check_image(entry: dict | None, form: ImageFormat) -> dict[str, str | bool | float]:
+    result = {"problem": "", "deep": False, "reduced": False, "unprofiled": False}
+    result |= {"low": float("nan"), "high": float("nan"), "hash": 1.0}
     try:
         data = read_entry(entry)
-        is_deep = decode_image(data, form).dtype == torch.uint16
-    except UNREADABLE as error:
-        problem = str(error) or type(error).__name__
-        return {"problem": problem, "deep": False, "reduced": False, "hash": 1.0}
-    return {"problem": "", "deep": is_deep, "reduced": reads_at_8_bits(data), "hash": validation_hash(data)}
+        image = read_image(data)
+        result["deep"] = convert_image(image, form).dtype == torch.uint16
+    except UnreadableImage as error:
+        return result | {"problem": str(error)}
+    result["low"], result["high"] = value_range(image) or (result["low"], result["high"])
+    if not data.startswith(ARRAY_STARTS):
+        result |= {"reduced": reads_at_8_bits(data), "unprofiled": has_unused_profile(data)}
+    return result | {"hash": validation_hash(data)}

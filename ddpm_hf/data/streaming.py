@@ -21,7 +21,7 @@ import datasets
 import torch
 
 from ddpm_hf.checks import check_int
-from ddpm_hf.data.decoding import UNREADABLE, read_entry
+from ddpm_hf.data.decoding import UnreadableImage, read_entry
 from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, validation_hash
 from ddpm_hf.seeds import make_generator
 
@@ -100,10 +100,11 @@ class StreamedImages(ImageColumns):
             return False
         entry = row[self.image_column]
         try:
-            entry["bytes"] = read_entry(entry)
-        except UNREADABLE:
+            data = read_entry(entry)
+        except UnreadableImage:
             return False
-        return validation_hash(entry["bytes"]) < self.validation_fraction
+        entry["bytes"] = data
+        return validation_hash(data) < self.validation_fraction
 
     def lanes(self, batch_size: int, seed: int, rank: int, num_processes: int, state: dict | None) -> list["Lane"]:
         """The lanes of a process, at the start (None) or at a `state` (see `MicroBatches.gather_state`).
@@ -170,10 +171,8 @@ class StreamedBatches(torch.utils.data.IterableDataset):
             for image, row in zip(decoded, rows):
                 try:
                     pairs.append((image.result(), row.get(self.images.label_column)))
-                except UNREADABLE as error:
-                    problem = (
-                        f"an image of the stream cannot be read: {row[column]['path'] or 'without a name'} ({error})"
-                    )
+                except UnreadableImage as error:
+                    problem = f"an image of the stream cannot be read: {error}"
                     if not self.images.skip_broken:
                         advice = "Repair or remove it, or leave such images out with --skip_broken_images."
                         raise StreamError(f"{problem}. {advice}") from error

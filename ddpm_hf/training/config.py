@@ -1,25 +1,21 @@
-"""Options of a training run: a preset from configs/*.yaml, overridden by command-line flags.
+"""Options of a training run, and the checks of their values.
 
 Nothing here imports torch at module level, so that `--help` answers quickly.
 """
 
-import importlib.resources
 import math
-import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.utils import validate_repo_id
-from transformers import HfArgumentParser
 
 from ddpm_hf.checks import check_choice, check_float, check_int
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.losses import Objective
 
-CONFIGS = importlib.resources.files("ddpm_hf.scripts") / "configs"
 T = TypeVar("T")
 # An option that does not change the weights: it may differ between a checkpoint and the run that resumes from it.
 MayChange = Annotated[T, "may change when a run is resumed"]
@@ -55,6 +51,9 @@ class TrainingConfig:
     channels: int = _option(3, "1 gray, 3 RGB, 4 RGBA; or the number that arrays have, 1 to 8")
     crop: str = _option("center", "fill the resolution and crop at the 'center', or 'pad' to it")
     background: str = _option("white", "color behind transparent images and around padded ones")
+    white_level: list[float] | None = _option(
+        None, "value of white, or of black and of white, in images of more than 8 bits; None: 0 65535"
+    )
     random_flip: bool = _option(False, "mirror each image with probability 1/2")
     skip_broken_images: bool = _option(False, "skip images that cannot be read, and list them")
     validation_fraction: float = _option(0.0, "fraction of the images to keep out of training, for validation")
@@ -186,10 +185,12 @@ class TrainingConfig:
             raise ValueError(f"stream_lanes = {self.stream_lanes} must divide batch_size = {self.batch_size}.")
 
     def _check_data(self) -> None:
-        from ddpm_hf.data.decoding import MAX_CHANNELS, check_crop_and_background
+        from ddpm_hf.data.arrays import MAX_CHANNELS
+        from ddpm_hf.data.decoding import check_crop_and_background, check_white_level
 
         check_int("channels", self.channels, 1, MAX_CHANNELS)
         check_crop_and_background(self.crop, self.background)
+        check_white_level(self.white_level)
         if not self.dataset:
             raise ValueError(
                 "dataset must be given: --dataset with 'digits', 'photos', a folder, or a name on the Hub."
@@ -315,34 +316,3 @@ MINIMUM |= dict.fromkeys(("log_every_steps", "max_nonfinite_steps", "push_every_
 MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes"), 1)
 INTERVALS = dict.fromkeys(("validation_fraction", "label_dropout"), "[0, 1)")
 INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay"), "[0, inf)") | {"ema_decay": "(0, 1)"}
-
-
-def presets() -> list[str]:
-    """The names that `--config` accepts."""
-    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
-
-
-def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """The configuration of a command line: `--config <preset or YAML file>` (default: digits), then flags that override it."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(TrainingConfig, description="Train a DDPM.", allow_abbrev=False)
-    parser.add_argument("--config", default="digits", help=f"one of {presets()}, or a YAML file")
-    known, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]}; --help lists all.")
-    parser.set_defaults(**load_preset(known.config))
-    config, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    return config
-
-
-def load_preset(name: str) -> dict:
-    """The options in a preset or YAML file. Raises ValueError if there is no such file, and for unknown options."""
-    file = CONFIGS / f"{name}.yaml" if name in presets() else Path(name)
-    if not file.is_file():
-        raise ValueError(f"--config {name!r} is neither a preset ({', '.join(presets())}) nor a YAML file.")
-    options = yaml.safe_load(file.read_text()) or {}
-    if not isinstance(options, dict):
-        raise ValueError(f"{file}: {options!r} is no option of a run.")
-    if unknown := sorted(options.keys() - TrainingConfig.__dataclass_fields__.keys()):
-        raise ValueError(f"{file}: {unknown} is no option of a run.")
-    return options

@@ -39,7 +39,9 @@ def open_images(config: TrainingConfig) -> RunImages:
 def open_split(config: TrainingConfig, split: str, streaming: bool = False) -> Images | StreamedImages:
     """The images of a split, not checked yet. Raises NoSuchSplit if there is no such split."""
     dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision, streaming)
-    form = ImageFormat(config.resolution, config.channels, config.crop, config.background)
+    form = ImageFormat(
+        config.resolution, config.channels, config.crop, config.background, white_level=config.white_level
+    )
     source = (dataset, form, config.image_column, config.label_column)
     if streaming:
         return StreamedImages(*source, config.shuffle_buffer, config.stream_lanes, config.skip_broken_images)

@@ -11,9 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf.data.builtin import digits
-from ddpm_hf.data.decoding import ImageFormat
+from ddpm_hf.data.decoding import ImageFormat, UnreadableImage
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images, leave_out_broken, validation_hash
+from tests.data.test_decoding import png
 
 
 @pytest.fixture
@@ -247,3 +248,83 @@ def test_a_subset_leaves_the_images_it_is_taken_from_unchanged():
         assert len(subset) == 2 and len(images) == 360
         assert all(torch.equal(subset[[0, 1]][key], everything[key][[7, 3]]) for key in ("images", "labels"))
         images.keep_in_memory()
+
+
+def folder_of(tmp_path, **files: np.ndarray | bytes) -> str:
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / f"{name}.png").write_bytes(content)
+        else:
+            Image.fromarray(content).save(tmp_path / f"{name}.png")
+    return str(tmp_path)
+
+
+def deep_gray(greatest: int) -> np.ndarray:
+    return np.linspace(100, greatest, 64).round().astype(np.uint16).reshape(8, 8)
+
+
+@pytest.mark.parametrize(("greatest", "bits"), [(1000, 10), (4095, 12), (16383, 14)])
+def test_values_far_below_16_bits_are_said_with_their_range(tmp_path, caplog, greatest, bits):
+    source = folder_of(tmp_path, a=deep_gray(greatest), b=deep_gray(greatest // 2), c=np.full((8, 8), 255, np.uint8))
+    leave_out_broken(Images(open_dataset(source), ImageFormat((4, 4), 1, crop="pad")), is_allowed=False)
+    assert f"2 images of 16 bits have values from 100 to {greatest}, of 0 to 65535" in caplog.text
+    assert f"the network gets -1.00 to {greatest / 32767.5 - 1:.2f}" in caplog.text
+    assert f"--white_level {2**bits - 1} maps values of {bits} bits" in caplog.text
+
+
+def test_values_of_16_bits_and_those_with_a_white_level_are_not_warned_of(tmp_path, caplog):
+    for greatest, level in ((65535, None), (40000, None), (4095, 4095)):
+        source = folder_of(tmp_path, a=deep_gray(greatest), b=deep_gray(300))
+        leave_out_broken(Images(open_dataset(source), ImageFormat((8, 8), 1, white_level=level)), is_allowed=False)
+    assert not caplog.text
+
+
+def test_a_white_level_without_images_of_16_bits_is_warned_of(tmp_path, caplog):
+    source = folder_of(tmp_path, a=np.zeros((8, 8), np.uint8))
+    leave_out_broken(Images(open_dataset(source), ImageFormat((8, 8), 1, white_level=4095)), is_allowed=False)
+    assert "white_level = [0.0, 4095.0] changes no image: none has more than 8 bits." in caplog.text
+
+
+def test_lost_bits_and_unused_color_profiles_are_warned_of(tmp_path, caplog):
+    colors = np.stack([deep_gray(65535)] * 3, -1)
+    plain, profiled = Image.new("RGB", (8, 8)), tmp_path / "b.png"
+    plain.save(profiled, icc_profile=b"no profile")
+    source = folder_of(tmp_path, a=np.zeros((8, 8, 3), np.uint8), c=png(colors, 2))
+    images = Images(open_dataset(source), ImageFormat((8, 8)))
+    leave_out_broken(images, is_allowed=False)
+    assert "1 color images have 16 bits and are read at 8 bits, as Pillow does; the first is" in caplog.text
+    assert "1 images have a color profile that cannot be used, and are read as sRGB; the first is" in caplog.text
+    assert "c.png" in caplog.messages[0] and "b.png" in caplog.messages[1] and len(images) == 3
+
+
+def test_missing_images_are_left_out_by_number(caplog):
+    whole = {"bytes": png(deep_gray(65535), 0), "path": None}
+    rows = {"image": [whole, None]}
+    dataset = datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image(decode=False)))
+    images = Images(dataset, ImageFormat((8, 8), 1))
+    assert images.broken() == [1]
+    leave_out_broken(images, is_allowed=True)
+    assert "number 1 of the data set: the image is missing: null" in caplog.text and len(images) == 1
+
+
+def test_every_broken_image_is_listed_with_its_reason(tmp_path, caplog):
+    whole = png(deep_gray(65535), 0)
+    source = folder_of(tmp_path, cut=whole[:60], text=b"<html>", whole=whole)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "floats.tiff")
+    images = Images(open_dataset(source), ImageFormat((8, 8), 1))
+    leave_out_broken(images, is_allowed=True)
+    for name, reason in (
+        ("cut.png", "truncated"),
+        ("text.png", "neither an array"),
+        ("floats.tiff", "floats has no known range"),
+    ):
+        assert any(name in line and reason in line for line in caplog.text.splitlines()), name
+    assert len(images) == 1
+
+
+def test_an_image_that_breaks_after_the_check_is_named_with_its_reason(tmp_path):
+    images = Images(open_dataset(folder_of(tmp_path, a=deep_gray(65535))), ImageFormat((8, 8), 1))
+    assert images.broken() == []
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    with pytest.raises(UnreadableImage, match=r"a.png \(neither an array of NumPy nor a picture"):
+        images[[0]]

@@ -16,7 +16,8 @@ from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.hub.model_card import BEGIN, card_for_repository, merge_cards, plain_card
 from ddpm_hf.hub.publish import published_files
 from ddpm_hf.training.artifacts import write_metrics_and_card
-from ddpm_hf.training.config import TrainingConfig, load_preset
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.presets import load_preset
 
 CONFIG = TrainingConfig(**load_preset("digits"))
 TRAINING = {

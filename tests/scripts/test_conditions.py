@@ -15,7 +15,7 @@ from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.evaluation import measures
 from ddpm_hf.training.build import build
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from tests.conftest import flags
 from tests.training.helpers import TINY, assert_bit_identical, drop_checkpoints_after, run
 

@@ -19,7 +19,7 @@ from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.build import build
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.step_randomness import draw_randomness

@@ -6,7 +6,7 @@ import torch
 
 from ddpm_hf.training import artifacts
 from ddpm_hf.training.artifacts import loss_figure, read_metrics, write_artifacts, write_metrics
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from tests.hub.test_model_card import TRAINING
 from tests.training.helpers import TINY
 

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from ddpm_hf.pipelines.guidance import null_class_of
 from ddpm_hf.training.build import build, build_unet
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from tests.conftest import TINY_TRAINING, flags
 
 

@@ -13,9 +13,9 @@ from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.build import build
-from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.nonfinite import SkippedSteps, nan_if_nonfinite, step_if_finite
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.step import training_step
 from tests.conftest import TINY_TRAINING, flags

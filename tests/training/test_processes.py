@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from ddpm_hf.scripts import train
 
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from tests.training.helpers import ROOT, TINY, until
 
 LIGHT = """

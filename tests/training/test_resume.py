@@ -21,8 +21,8 @@ from ddpm_hf.data.builtin import digits
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.seeds import seed_dropout
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint, read_state
-from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.posthoc_ema import list_snapshots
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.step_randomness import draw_randomness
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED
 from tests.training.helpers import (

@@ -5,11 +5,13 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.decoding import to_signed
 from ddpm_hf.data.streaming import StreamedImages
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images, open_images, open_split, with_num_classes
 from tests.conftest import TINY_TRAINING, flags
 
@@ -54,6 +56,15 @@ def test_images_have_the_format_and_columns_of_the_config(tmp_path):
     images = open_split(config, "train")
     assert images.num_workers == 3 and images.format.crop == "pad"
     assert images[[0]]["images"][0, 0, :, 4].tolist() == [0, 0, 200, 200, 200, 200, 0, 0]
+
+
+@pytest.mark.parametrize(("options", "black", "white"), [(["4095"], 0, 4095), (["-1000", "3000"], -1000, 3000)])
+def test_the_white_level_of_the_config_spans_the_range(tmp_path, options, black, white):
+    values = np.array([[black, white], [(black + white) / 2, white]]).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "slice.tiff")
+    images = open_split(parse_config([*TINY, "--dataset", str(tmp_path), "--white_level", *options]), "train")
+    found = to_signed(images[[0]]["images"])[0, 0, ::4, ::4]
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0], [0.0, 1.0]]), atol=5e-4, rtol=0)
 
 
 def test_wrong_numbers_of_classes_raise_before_training():

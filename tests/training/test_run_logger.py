@@ -25,10 +25,10 @@ from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training import log_file
 from ddpm_hf.training.build import build
-from ddpm_hf.training.config import parse_config
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.log_file import read_log
 from ddpm_hf.training.posthoc_ema import list_snapshots, read_snapshot
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.run_logger import RunLogger
 from ddpm_hf.training.step import StepReport, training_step

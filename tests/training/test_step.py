@@ -15,7 +15,7 @@ from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.pipelines.guidance import class_names_of, null_class_of
 from ddpm_hf.training.build import build
 from ddpm_hf.training.checkpoints import list_checkpoints
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images, open_images
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.step_randomness import draw_randomness

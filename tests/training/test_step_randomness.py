@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_hf.data.batches import process_positions
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.step_randomness import BLOCK, draw_randomness
 from tests.conftest import TINY_TRAINING, flags
 

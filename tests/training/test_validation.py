@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.training.build import build
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.validation import ValidationLoss, count_validation_images, load_validation_images
 from tests.conftest import TINY_TRAINING, flags
