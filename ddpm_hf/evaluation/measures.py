@@ -65,7 +65,8 @@ def model_images(
     size = unet_config["sample_size"]
     size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     crop, background = run.get("crop", "center"), run.get("background", "white")
-    form = ImageFormat(size, unet_config["in_channels"], crop, background, bits=8)
+    levels = run.get("white_level")
+    form = ImageFormat(size, unet_config["in_channels"], crop, background, bits=8, white_level=levels)
     images = Images(dataset, form, image_column, labels)
     if embed_type is not None:
         images.check_conditions(temb_channels(unet_config) if embed_type == "identity" else None)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_hf.data.decoding import ARRAY_STARTS, UNREADABLE, ImageFormat, decode_image, read_array, read_entry
+from ddpm_hf.data.arrays import ARRAY_STARTS, read_array
+from ddpm_hf.data.decoding import ImageFormat, decode_image, read_entry
 from ddpm_hf.data.finding import ARRAYS, find_column
 
 Files = Callable[[int], tuple[str, bytes]]  # from an index, the name of an image and its file
@@ -42,9 +43,9 @@ def read_samples(source: str, num_samples: int, size: tuple[int, int], channels:
         name = f"image {i}"
         try:
             name, data = read(i)
-            found = _size(data)
             images.append(decode_image(data, form))
-        except (*UNREADABLE, TypeError) as error:  # TypeError: a null in a table
+            found = _size(data)
+        except Exception as error:  # Pillow raises errors of many types
             raise ValueError(f"samples {source!r}: {name} cannot be read: {error}") from error
         if found != tuple(size):
             raise ValueError(f"samples must have the model's resolution {tuple(size)}: {name} is {found}.")
