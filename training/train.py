@@ -205,9 +205,8 @@ def train(run: Run, signals: StopSignals) -> None:
     batches = MicroBatches(
         run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
     )
-    parts = (run.unet, run.scheduler, state.averages, run.validation_subset)
-    records = (first_step, logged, num_examples, run.conditions, left_out(run.images.dataset))
-    run_logger = RunLogger(config, accelerator, *parts, *records)
+    parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
+    run_logger = RunLogger(config, accelerator, *parts, run.conditions, left_out(run.images.dataset))
     last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
     exit_code = 0
     model.train()

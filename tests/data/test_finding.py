@@ -108,7 +108,8 @@ def test_a_column_of_another_type_raises_with_the_columns():
     dataset = digits()["test"]
     assert find_column(dataset, datasets.Image, None, "image_column") == "image"
     with pytest.raises(
-        ValueError, match=r"image_column must be one of \['image'\], got 'label'; .*image \(Image\), label \(ClassLabel\)"
+        ValueError,
+        match=r"image_column must be one of \['image'\], got 'label'; .*image \(Image\), label \(ClassLabel\)",
     ):
         find_column(dataset, datasets.Image, "label", "image_column")
 
