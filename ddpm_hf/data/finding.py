@@ -1,11 +1,14 @@
 """Open data sets, and find the columns in them."""
 
 import glob
+import hashlib
 import io
 import logging
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -23,6 +26,7 @@ TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip"
 FILES = (".parquet", ".arrow", ".npy", ".npz", ".csv", ".jsonl", ".tar", ".zip")
 STREAM_SHARDS = 64  # into which a local data set is divided to be read as a stream
 ROWS_AT_A_TIME = 1000
+FIRST_ROWS = 5
 LEFT_OUT = "left out: "  # starts the description of a data set, where the number of such files is kept
 
 
@@ -65,7 +69,7 @@ def open_dataset(
     elif folder.is_dir():
         found = _open_folder(folder.resolve(), config_name, split, streaming)
     elif folder.is_file():
-        found = _open_file(folder.resolve(), streaming)
+        found = _open_file(folder.resolve(), split, streaming)
     elif is_path:
         raise ValueError(f"dataset {name!r} is neither 'digits' nor 'photos', nor a folder, nor a name on the Hub.")
     else:
@@ -100,6 +104,8 @@ def _open_folder(folder: Path, config_name: str | None, split: str, streaming: b
             return datasets.load_dataset(str(folder), config_name, streaming=streaming)
         left = found.left_out + Counter({"pictures or arrays beside tables": sum(map(len, found.splits.values()))})
         left[listing.not_an_image(files[0].suffix.lower())] -= len(files)
+        if len(files) == 1 and _is_archive_of_files(files[0]):
+            return _open_folder(_extract(files[0]), None, split, streaming)
         opened = _open_tables(files, folder, streaming)
         return {part: _mark(dataset, listing.describe(+left)) for part, dataset in opened.items()}
     if not found.splits:
@@ -149,10 +155,33 @@ def _split_of(file: Path) -> str | None:
     return next((listing.SPLITS[word] for word in words if word in listing.SPLITS), None)
 
 
-def _open_file(file: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
-    suffix = file.suffix.lower()
+def _stamp(file: Path) -> str:
     status = file.stat()
-    stamp = str((status.st_size, status.st_mtime_ns))
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _is_archive_of_files(file: Path) -> bool:
+    """Whether a file is a .zip file, or a .tar file that is not in the format WebDataset, where the files of a row are
+    together and differ in their suffixes, and folders have no meaning."""
+    if file.suffix.lower() != ".tar":
+        return file.suffix.lower() == ".zip"
+    with tarfile.open(file) as archive:
+        names = [Path(member.name) for member in islice(archive, ROWS_AT_A_TIME) if member.isfile()]
+    keys = Counter((name.parent, name.name.split(".")[0]) for name in names)
+    return max(keys.values(), default=0) < 2 and any(len(name.parts) > 1 for name in names)
+
+
+def _extract(archive: Path) -> Path:
+    """The folder in the cache of `datasets` where an archive is extracted, once for each content."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "archives" / hashlib.sha256(_stamp(archive).encode()).hexdigest()
+    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=str(folder)))
+    return Path(manager.extract(str(archive)))
+
+
+def _open_file(file: Path, split: str, streaming: bool) -> dict | datasets.Dataset | datasets.IterableDataset:
+    suffix, stamp = file.suffix.lower(), _stamp(file)
+    if _is_archive_of_files(file):
+        return _open_folder(_extract(file), None, split, streaming)
     if suffix in TABLES:
         return _open_tables([file], file.parent, streaming)[_split_of(Path(file.name)) or "train"]
     if suffix in (".csv", ".jsonl"):
@@ -202,12 +231,12 @@ def _mark_images(dataset):
     columns = dataset.features or {}
     if any(isinstance(feature, datasets.Image) for feature in columns.values()):
         return dataset
-    first = next(iter(dataset.take(1)), {})
-    for name, value in first.items():
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if listing.is_image_bytes(data):
+    rows = list(dataset.take(FIRST_ROWS))  # several: an image may be null
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        if any(listing.is_image_bytes(value.get("bytes") if isinstance(value, dict) else value) for value in values):
             if dataset.features is None:
-                dataset = dataset.cast(datasets.Dataset.from_list(list(dataset.take(5))).features)
+                dataset = dataset.cast(datasets.Dataset.from_list(rows).features)
             dataset = dataset.cast_column(name, datasets.Image())
     return dataset
 

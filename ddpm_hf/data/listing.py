@@ -1,6 +1,7 @@
 """Which files of a folder are images, of which split and class, and which files are left out."""
 
 import io
+import json
 import os
 import stat
 import warnings
@@ -18,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 ARRAYS = {".npy", ".npz"}
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 SPLITS = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
+LABELS = "dataset.json"  # of StyleGAN and EDM: {"labels": [[name, label], ...]}, or null for no labels
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow recognizes but cannot decode by itself
 PATHS = {b"content": b"paths of images"}  # marks the columns of paths in a table
 UNSIGNED = {"TGA"}  # formats without a signature: some other files look like them
@@ -64,7 +66,7 @@ def list_images(folder: Path) -> Listing:
             continue
         if status is not None and not stat.S_ISREG(status.st_mode):
             found.left_out["not a regular file"] += 1
-        elif path.name in METADATA:
+        elif path.name in METADATA or (path.name == LABELS and "labels" in json.loads(path.read_bytes())):
             found.metadata.append(name)
         elif suffix in ARRAYS:
             arrays.append(name)
@@ -194,6 +196,9 @@ def read_metadata(file: Path, prefix: str = ".") -> pa.Table:
         table = pa.Table.from_pandas(pd.read_csv(file), preserve_index=False).replace_schema_metadata(None)
     elif file.suffix == ".jsonl":
         table = pa.json.read_json(file)
+    elif file.name == LABELS:
+        names, labels = zip(*rows) if (rows := json.loads(file.read_bytes())["labels"]) else ((), None)
+        table = pa.table({"file_name": pa.array(names, pa.string())} | ({"label": labels} if labels else {}))
     else:
         table = pa.parquet.read_table(file)
     columns = [column for column in table.column_names if is_file_column(column)]
@@ -235,7 +240,7 @@ def _with_metadata(found: Listing, folder: Path, table: pa.Table) -> dict[str, p
     for split, names in found.splits.items():
         rows = [i for i, name in enumerate(listed) if split_of.get(name, missing(name)) == split]
         others = pa.table({main: pa.array([name for name in names if name not in known], pa.string())})
-        part = pa.concat_tables([table.take(rows), others], promote_options="default")
+        part = pa.concat_tables([table.take(pa.array(rows, pa.int64())), others], promote_options="default")
         made[split] = resolve_names(part, folder)
     return made
 

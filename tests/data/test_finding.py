@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tarfile
 
 import datasets
 import numpy as np
@@ -251,10 +253,11 @@ def test_bytes_in_a_table_without_features_are_images(tmp_path, as_dict, streami
     pictures(tmp_path, "0.png")
     data = (tmp_path / "0.png").read_bytes()
     rows = {"picture": [{"bytes": data, "path": "0.png"} if as_dict else data] * 2, "hash": [b"abc"] * 2}
+    rows = {name: [None, *values] for name, values in rows.items()}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "data[1].parquet")
     found = open_dataset(str(tmp_path / "data[1].parquet"), streaming=streaming)
     assert find_column(found, datasets.Image, None, "image_column") == "picture"
-    assert next(iter(found))["picture"].size == (8, 8)
+    assert [row["picture"] and row["picture"].size for row in found] == [None, (8, 8), (8, 8)]
 
 
 def test_a_single_file_in_the_home_folder_is_opened(tmp_path, monkeypatch):
@@ -289,3 +292,39 @@ def test_a_file_with_new_content_is_checked_again(tmp_path):
     assert Images(before, ImageFormat((8, 8))).broken() == []
     (tmp_path / "1.png").write_bytes(b"broken")
     assert Images(open_dataset(str(tmp_path)), ImageFormat((8, 8))).broken() == [1]
+
+
+@pytest.mark.parametrize("packed", ["zip", "tar"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_archives_of_class_folders_have_the_classes(tmp_path, packed, inside):
+    pictures(tmp_path / "data", "cat/0.png", "cat/1.png", "dog/0.png")
+    (tmp_path / "data" / "LICENSE").write_text("free")
+    (tmp_path / "out").mkdir()
+    archive = shutil.make_archive(str(tmp_path / "out" / "data"), packed, tmp_path / "data")
+    found = open_dataset(str(tmp_path / "out") if inside else archive)
+    assert found.features["label"].names == ["cat", "dog"] and found["label"][:] == [0, 0, 1]
+    assert left_out(found) == "1 not images (without suffix)"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_archive_of_edm_has_its_labels(tmp_path, streaming):
+    names = [f"0000{i % 2}/img{i}.png" for i in range(4)]
+    pictures(tmp_path / "data", *names)
+    for labels, expected in (([[name, 3 - i] for i, name in enumerate(names)], [3, 2, 1, 0]), (None, None)):
+        (tmp_path / "data" / "dataset.json").write_text(json.dumps({"labels": labels}))
+        archive = shutil.make_archive(str(tmp_path / "data"), "zip", tmp_path / "data")
+        rows = list(open_dataset(archive, streaming=streaming))
+        assert [row.get("label") for row in rows] == (expected or [None] * 4)
+        assert expected is None or [row["image"].getpixel((0, 0)) for row in rows] == [0, 1, 2, 3]
+        assert expected is not None or list(rows[0]) == ["image"]
+
+
+def test_a_tar_file_of_webdataset_keeps_its_columns(tmp_path):
+    pictures(tmp_path / "data", "a/0.png", "a/1.png")
+    for i in range(2):
+        (tmp_path / "data" / "a" / f"{i}.cls").write_text(str(i))
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name in ("0.cls", "0.png", "1.cls", "1.png"):
+            archive.add(tmp_path / "data" / "a" / name, name)
+    found = open_dataset(str(tmp_path / "train.tar"))
+    assert found["cls"][:] == [0, 1] and find_column(found, datasets.Image, None, "image_column") == "png"
