@@ -97,7 +97,7 @@ def left_out(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
 
 def _open_folder(folder: Path, config_name: str | None, split: str, streaming: bool) -> dict:
     found = listing.list_images(folder)
-    files = [Path(f) for f in _table_files(folder)]
+    files = _table_files(found, folder)
     if files and (not found.splits or _has_images(files[0])):
         card = folder / "README.md"  # its header may say which files are which
         if config_name is not None or (card.is_file() and "\nconfigs:" in card.read_text(errors="replace")):
@@ -118,12 +118,10 @@ def _open_folder(folder: Path, config_name: str | None, split: str, streaming: b
     return {split: _mark(dataset, listing.describe(found.left_out))}
 
 
-def _table_files(folder: Path) -> list[Path]:
+def _table_files(found: listing.Listing, folder: Path) -> list[Path]:
     """The files of tables or archives in a folder, sorted; those of one kind, tables first."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.relative_to(folder).as_posix().startswith("."))
-    by_kind = {suffix: [f for f in files if f.suffix.lower() == suffix] for suffix in TABLES}
-    by_kind[".parquet"] = [f for f in by_kind[".parquet"] if f.name not in listing.METADATA]
-    return next((found for found in by_kind.values() if found), [])
+    by_kind = ([folder / f for f in sorted(found.others) if f.lower().endswith(suffix)] for suffix in TABLES)
+    return next(filter(None, by_kind), [])
 
 
 def _has_images(file: Path) -> bool:

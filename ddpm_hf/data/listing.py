@@ -33,12 +33,14 @@ class Listing:
         splits: by name of the split, the files as sorted paths relative to the folder, with "/" between their parts.
         metadata: paths of the metadata files.
         stamps: by file, what changes with its content: size in bytes and time of the last change in ns.
+        others: files that are not images, such as tables.
         left_out: number of files that are left out, by reason.
     """
 
     splits: dict[str, list[str]] = field(default_factory=dict)
     metadata: list[str] = field(default_factory=list)
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
 
 
@@ -74,6 +76,7 @@ def list_images(folder: Path) -> Listing:
             pictures.append(name)
         else:
             found.left_out[not_an_image(suffix)] += 1
+            found.others.append(name)
             continue
         found.stamps[name] = (status.st_size, status.st_mtime_ns) if status is not None else (0, 0)
     if pictures and arrays:  # statistics of the pictures, for example
