@@ -45,8 +45,8 @@ class SampleArguments:
     seed: int = HfArg(default=0, help="seed; an image depends on it and on the image's index")
     class_label: str | None = HfArg(
         default=None,
-        help="of a class-conditional model: a class, a number for class_embed_type 'timestep', or a .npy file with one "
-        "label per row, of which image i gets row i modulo their number; None: the classes in turn",
+        help="of a class-conditional model: a class by name or number, a number for class_embed_type 'timestep', or a .npy "
+        "file with one label per row, of which image i gets row i modulo their number; None: the classes in turn",
     )
     guidance_scale: float = HfArg(default=1.0, help="of classifier-free guidance; 1: no guidance")
     format: str = HfArg(
@@ -106,7 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
-    """The pipeline, after all checks that can be made before sampling. `args.timesteps` becomes a list in place of `steps`."""
+    """The pipeline, after all checks that can be made before sampling. `args.timesteps` becomes a list in place of `steps`,
+    and the name of a class in `args.class_label` its number."""
+    from ddpm_hf.pipelines.guidance import class_names_of
     from ddpm_hf.schedulers.samplers import make_sampler
 
     for name, minimum in {"num_images": 1, "batch_size": 1, "seed": 0}.items():
@@ -116,6 +118,9 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler)
+    class_names = class_names_of(pipe.unet) or []
+    if args.class_label in class_names:
+        args.class_label = str(class_names.index(args.class_label))
     channels = pipe.unet.config.in_channels
     if args.format != "npz" and channels not in PNG_CHANNELS:
         raise ValueError(f"format={args.format!r} is for 1 to 4 channels, the model has {channels}: use npz.")
@@ -168,7 +173,9 @@ def read_labels(class_label: str) -> list:
         try:
             return [float(class_label) if set(class_label) & set(".einEIN") else int(class_label)]
         except ValueError as error:
-            raise ValueError(f"class_label must be a number or a .npy file, got {class_label!r}.") from error
+            raise ValueError(
+                f"class_label must be a class of the model, a number or a .npy file, got {class_label!r}."
+            ) from error
     labels = np.load(class_label, allow_pickle=False)
     if labels.ndim == 0 or not len(labels):
         raise ValueError(f"class_label {class_label!r} must hold at least one row, got shape {labels.shape}.")

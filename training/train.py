@@ -106,10 +106,12 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     """Set up a run; its folder stays locked until `stack` closes. Raises ValueError for invalid options, data or checkpoints."""
+    import torch
+
     from ddpm_hf.pipelines.guidance import mark_class_names
-    from ddpm_hf.training.build import build
+    from ddpm_hf.training.build import build_scheduler, build_unet
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
-    from ddpm_hf.training.run_data import load_images, preview_conditions
+    from ddpm_hf.training.run_data import load_images, preview_conditions, with_num_classes
     from ddpm_hf.training.uploads import Uploader
     from ddpm_hf.training.validation import load_validation_images
 
@@ -124,11 +126,15 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
         config.keep_checkpoints,
     )
     uploader.create_repository()
-    unet, scheduler = build(config)
+    scheduler = build_scheduler(config)
+    with torch.device("meta"):
+        build_unet(with_num_classes(config, None))  # bad options of the network are refused before images are read
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
+        config = with_num_classes(config, images)
         validation_subset = load_validation_images(config, validation, accelerator.device)
         conditions = preview_conditions(images, config)
+    unet = build_unet(config)
     if images.class_names is not None:
         mark_class_names(unet, images.class_names)
     output_dir = Path(config.output_dir)

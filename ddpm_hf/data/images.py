@@ -79,6 +79,14 @@ class ImageColumns:
         feature = self.dataset.features[self.label_column] if self.label_column is not None else None
         return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
+    def count_classes(self) -> int:
+        """The number of classes by their names. Raises ValueError if they have none."""
+        if self.class_names is None:
+            raise ValueError(
+                f"num_classes must be given: the classes of the column {self.label_column!r} have no names."
+            )
+        return len(self.class_names)
+
     def check_labels(self, num_classes: int) -> None:
         """Raises ValueError unless `num_classes` is the number of class names, if there are any."""
         names = self.class_names
@@ -206,6 +214,16 @@ class Images(ImageColumns, torch.utils.data.Dataset):
             self._checks = {name: values[indices] for name, values in self._checks.items()}
         if self.in_memory:
             self._memory = self[indices]
+
+    def count_classes(self) -> int:
+        """The number of classes by their names or, of integers without names, the largest and one more."""
+        if self.class_names is not None:
+            return super().count_classes()
+        labels = self.dataset[self.label_column][:]
+        if not all(type(label) is int for label in labels):
+            found = _abbreviate(sorted(set(map(repr, labels))))
+            raise ValueError(f"the labels in the column {self.label_column!r} must be integers, got {found}.")
+        return max(labels) + 1
 
     def check_labels(self, num_classes: int) -> None:
         """Raises ValueError unless every label is an integer in 0..num_classes−1, and `num_classes` the number of class

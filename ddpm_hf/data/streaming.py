@@ -11,7 +11,7 @@ different lengths finish their epochs at different times.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
@@ -49,6 +49,7 @@ class StreamedImages(ImageColumns):
     num_lanes: int | None = None
     skip_broken: bool = False
     validation_fraction: float = field(default=0.0, init=False)
+    _num_classes: int | None = field(default=None, init=False)
 
     def __post_init__(self):
         check_int("shuffle_buffer", self.shuffle_buffer, 1)
@@ -75,6 +76,20 @@ class StreamedImages(ImageColumns):
         images = Images(rows, self.format, self.image_column, self.label_column)
         leave_out_broken(images, True, "validation images")
         return images
+
+    def check_labels(self, num_classes: int) -> None:
+        """As of `ImageColumns`. The labels themselves are checked as they are read: one that is not an integer in
+        0..num_classes−1 ends the run, as the label after them stands for no class."""
+        super().check_labels(num_classes)
+        self._num_classes = num_classes
+
+    def to_batch(self, images: Sequence[torch.Tensor], labels: Sequence | None) -> dict[str, torch.Tensor]:
+        classes = range(self._num_classes or 0)
+        wrong = [label for label in labels if type(label) is not int or label not in classes] if classes else []
+        if wrong:
+            accepted = f"integers in 0..num_classes−1 = {classes[-1]}"
+            raise ValueError(f"the labels in the column {self.label_column!r} must be {accepted}, got {wrong[0]!r}.")
+        return super().to_batch(images, labels)
 
     def is_validation(self, row: dict) -> bool:
         """Whether the image is left out of training. If its file had to be read for that, the row keeps the bytes.

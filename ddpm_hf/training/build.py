@@ -7,8 +7,13 @@ from ddpm_hf.training.config import TrainingConfig
 
 def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
     """The U-Net and the scheduler that a configuration describes."""
+    return build_unet(config), build_scheduler(config)
+
+
+def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom:
+    """The scheduler with the chain of a run."""
     names = ("num_train_timesteps", "beta_schedule", "rescale_betas_zero_snr", "prediction_type", "variance_type")
-    return build_unet(config), DDPMSchedulerCustom(**{name: getattr(config, name) for name in names})
+    return DDPMSchedulerCustom(**{name: getattr(config, name) for name in names})
 
 
 def build_unet(config: TrainingConfig) -> UNet2DModelCustom:

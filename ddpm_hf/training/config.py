@@ -47,7 +47,7 @@ class TrainingConfig:
     validation_split: MayChange[str | None] = _option(None, "split for validation; None: 'test' if there is one")
     image_column: str | None = _option(None, "column of the images; None: the only image column")
     label_column: str | None = _option(None, "column of labels; makes the model class-conditional")
-    num_classes: int | None = _option(None, "number of classes 0, 1, ... in label_column")
+    num_classes: int | None = _option(None, "number of classes 0, 1, ... in label_column; None: as in the data")
     class_embed_type: Literal["timestep", "identity"] | None = _option(
         None, "instead of classes, label_column has numbers ('timestep') or vectors ('identity')"
     )
@@ -216,7 +216,7 @@ class TrainingConfig:
             for name in names:
                 if not is_given and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise ValueError(f"{name} = {getattr(self, name)} is for {user} only: leave it out.")
-        if conditional and has_classes:
+        if self.num_classes is not None:
             check_int("num_classes", self.num_classes, 1, note=f"the number of classes in {self.label_column!r}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             why = "ε of pure noise says nothing about the image; use 'v_prediction' or 'sample'"

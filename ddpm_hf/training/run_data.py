@@ -1,5 +1,7 @@
 """The training and validation images of a run. All of them, except those of a stream, are checked before the first step."""
 
+from dataclasses import replace
+
 import torch
 
 from ddpm_hf.data.decoding import ImageFormat
@@ -54,4 +56,13 @@ def check_labels(images: Images | StreamedImages, config: TrainingConfig) -> Non
     if config.class_embed_type is not None:
         images.check_conditions(config.condition_width)
     elif config.label_column is not None:
-        images.check_labels(config.num_classes)
+        images.check_labels(with_num_classes(config, images).num_classes)
+
+
+def with_num_classes(config: TrainingConfig, images: Images | StreamedImages | None) -> TrainingConfig:
+    """The configuration with the number of classes in the data, if a run on classes does not give it. None for images that
+    are not read yet: any number."""
+    has_classes = config.label_column is not None and config.class_embed_type is None
+    if not has_classes or config.num_classes is not None:
+        return config
+    return replace(config, num_classes=1 if images is None else images.count_classes())

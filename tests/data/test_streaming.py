@@ -102,6 +102,22 @@ def test_a_vector_of_another_length_later_in_a_stream_ends_the_run(tmp_path, num
         list(batches(images, num_workers=num_workers))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("wrong", [2, -1, None, 1.0])
+def test_a_label_that_is_no_class_ends_the_run(tmp_path, wrong, num_workers):
+    """Label 2 of 2 classes would train the null class."""
+    some = digits()["train"].select(range(EXAMPLES)).remove_columns("label")
+    labels = [float(i % 2) if isinstance(wrong, float) else i % 2 for i in range(EXAMPLES)]
+    labels[80] = wrong
+    some.add_column("label", labels).to_parquet(tmp_path / "a.parquet")
+    images = stream(tmp_path)
+    images.check_labels(2)
+    with pytest.raises(
+        StreamError, match=r"labels in the column 'label' must be integers in 0..num_classes−1 = 1, got"
+    ):
+        list(batches(images, num_workers=num_workers))
+
+
 @pytest.mark.parametrize("shards", [5, 1])
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_every_epoch_of_a_lane_has_its_images_once(folders, shards, lanes):

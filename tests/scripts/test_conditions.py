@@ -100,7 +100,10 @@ def test_conditions_of_sampling_are_a_number_or_rows_of_a_file(trained, tmp_path
     np.save(tmp_path / "rows.npy", np.float32([condition(kind, 0.5)]))
     for given, message in (
         (["--class_label", str(tmp_path / "rows.npy")], "made with other options .*class_label 'sha256"),
-        (["--class_label", "bright"], "class_label must be a number or a .npy file, got 'bright'"),
+        (
+            ["--class_label", "bright"],
+            "class_label must be a class of the model, a number or a .npy file, got 'bright'",
+        ),
         ([], "class_labels must be given"),
     ):
         with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}"):

@@ -17,7 +17,7 @@ from benchmarks import digits_quality
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.evaluation.encoding import quantize
 from ddpm_hf.evaluation.sampling import sample_images
-from ddpm_hf.pipelines.guidance import mark_null_class
+from ddpm_hf.pipelines.guidance import mark_class_names, mark_null_class
 from ddpm_hf.schedulers.samplers import SAMPLERS
 
 
@@ -253,6 +253,24 @@ def test_folder_of_an_earlier_version_is_continued(model, tmp_path):
     file.write_text(json.dumps(earlier))
     sample_script.main([*options, "2"])
     assert len(pixels(tmp_path / "out")) == 2
+
+
+def test_class_can_be_given_by_its_name(make_pipeline, tmp_path):
+    pipe = make_pipeline(in_channels=1, out_channels=1, num_class_embeds=3)
+    mark_class_names(pipe.unet, ["cat", "dog", "1"])
+    pipe.save_pretrained(tmp_path / "model")
+    made = {}
+    for label in ("dog", "1", "2"):
+        options = ["--model", str(tmp_path / "model"), "--num_images", "2", "--steps", "2", "--class_label", label]
+        sample_script.main([*options, "--output_dir", str(tmp_path / label)])
+        made[label] = [file.read_bytes() for file in sorted((tmp_path / label).glob("*.png"))]
+        number = {"dog": "1", "1": "2", "2": "2"}[label]
+        assert json.loads((tmp_path / label / "seed0.json").read_text())["class_label"] == int(number)
+    assert made["1"] == made["2"] != made["dog"]  # a name goes before a number
+    with pytest.raises(
+        SystemExit, match="class_label must be a class of the model, a number or a .npy file, got 'cow'"
+    ):
+        sample_script.main(["--model", str(tmp_path / "model"), "--class_label", "cow"])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ddpm_hf.scripts import evaluate, sample, train
 from PIL import Image
+from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
@@ -210,6 +211,18 @@ def reports(accelerator, config, backend=None, steps=3):
     training = (accelerator, model, optimizer, scheduler.diffusion, config)
     sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps)
     return [training_step(*training, step, batches.step(), sampler) for step in range(steps)]
+
+
+def test_classes_need_not_be_counted_by_the_user(tmp_path):
+    options = [*TINY, "--label_column", "label", "--label_dropout", "0.1", "--total_images", "16"]
+    for name, given in (("counted", []), ("given", ["--num_classes", "10"])):
+        train.main([*options, *given, "--output_dir", str(tmp_path / name)])
+    here, there = (
+        load_file(tmp_path / n / "unet" / "diffusion_pytorch_model.safetensors") for n in ("counted", "given")
+    )
+    assert all(torch.equal(here[key], there[key]) for key in there) and here.keys() == there.keys()
+    configs = [(tmp_path / name / "config.yaml").read_text().replace(name, "") for name in ("counted", "given")]
+    assert configs[0] == configs[1] and "num_classes: 10" in configs[0]
 
 
 def test_compiled_training_is_eager_training_with_accumulation(accelerators):

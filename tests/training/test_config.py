@@ -148,8 +148,8 @@ def test_an_unknown_flag_is_refused():
         ({"label_dropout": 0.1}, "label_dropout = 0.1 is for label_column only"),
         ({"num_classes": 10}, "num_classes = 10 is for label_column only"),
         (
-            {"label_column": "label"},
-            "num_classes must be an integer of at least 1, the number of classes in 'label', got None",
+            {"label_column": "label", "num_classes": 0},
+            "num_classes must be an integer of at least 1, the number of classes in 'label', got 0",
         ),
         (
             {"label_column": "label", "num_classes": 2, "label_dropout": 1.0},

@@ -1,5 +1,7 @@
 """The images of a run are opened, checked, split and kept in memory as its config says."""
 
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from PIL import Image
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.training.config import parse_config
-from ddpm_hf.training.run_data import load_images, open_images, open_split
+from ddpm_hf.training.run_data import load_images, open_images, open_split, with_num_classes
 from tests.conftest import TINY_TRAINING, flags
 
 TINY = flags(**TINY_TRAINING, total_images=192, seed=3)
@@ -59,3 +61,35 @@ def test_wrong_numbers_of_classes_raise_before_training():
     for streaming in ([], ["--streaming"]):
         with pytest.raises(ValueError, match="num_classes must be 10, the classes of the column 'label'.*got 9"):
             open_images(parse_config([*options, *streaming]))
+
+
+def save_labels(folder, labels, feature=None) -> str:
+    images = [Image.new("L", (8, 8))] * len(labels)
+    found = datasets.Dataset.from_dict({"image": images, "label": labels})
+    if feature is not None:
+        found = found.cast_column("label", feature)
+    found.save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "expected"),
+    [([0, 1, 0], datasets.ClassLabel(names=["a", "b", "c"]), 3), ([0, 4, 2], None, 5)],
+)
+def test_number_of_classes_is_that_of_the_data(tmp_path, labels, feature, expected):
+    config = parse_config(
+        [*TINY, "--dataset", save_labels(tmp_path / "data", labels, feature), "--label_column", "label"]
+    )
+    images, _ = open_images(config)
+    assert with_num_classes(config, images).num_classes == expected
+    given = replace(config, num_classes=7)
+    assert with_num_classes(given, images) is given
+
+
+def test_number_of_classes_that_the_data_do_not_tell_must_be_given(tmp_path):
+    folder = save_labels(tmp_path / "data", [0, 4, 2])
+    with pytest.raises(ValueError, match="num_classes must be given: the classes of the column 'label' have no names"):
+        open_images(parse_config([*TINY, "--dataset", folder, "--label_column", "label", "--streaming"]))
+    folder = save_labels(tmp_path / "words", ["cat", "dog"])
+    with pytest.raises(ValueError, match="the labels in the column 'label' must be integers, got 'cat', 'dog'"):
+        open_images(parse_config([*TINY, "--dataset", folder, "--label_column", "label"]))
