@@ -189,6 +189,7 @@ def train(run: Run, signals: StopSignals) -> None:
     from accelerate.utils import gather_object
 
     from ddpm_hf.data.batches import MicroBatches
+    from ddpm_hf.data.finding import left_out
     from ddpm_hf.training.nonfinite import SkippedSteps
     from ddpm_hf.training.resume import data_position, save, warn_of_changes
     from ddpm_hf.training.run_logger import RunLogger
@@ -211,8 +212,8 @@ def train(run: Run, signals: StopSignals) -> None:
     batches = MicroBatches(
         run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
     )
-    parts = (run.unet, run.scheduler, state.averages, run.validation_subset)
-    run_logger = RunLogger(config, accelerator, *parts, first_step, logged, num_examples, run.conditions)
+    parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
+    run_logger = RunLogger(config, accelerator, *parts, run.conditions, left_out(run.images.dataset))
     last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
     exit_code = 0
     model.train()

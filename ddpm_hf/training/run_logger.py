@@ -61,6 +61,7 @@ class RunLogger:
     restored: dict | None
     train_examples: int | None
     conditions: torch.Tensor | None = None
+    left_out: str = ""
 
     def __post_init__(self):
         config, accelerator, first_step = self.config, self.accelerator, self.first_step
@@ -80,7 +81,8 @@ class RunLogger:
             settings = {k: str(v) for k, v in asdict(config).items()}
             accelerator.init_trackers("logs", config=settings, init_kwargs=options)
         examples = (self.train_examples, len(self.validation or ()))
-        accelerator.print(describe_run(config, accelerator, self.unet.num_parameters(), examples, first_step))
+        parameters = self.unet.num_parameters()
+        accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.left_out))
         done, total = first_step * config.batch_size, config.num_steps * config.batch_size
         self._bar = tqdm(desc="Training", initial=done, total=total, unit="img", unit_scale=True)
         self._shown = {}

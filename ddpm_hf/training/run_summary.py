@@ -13,13 +13,19 @@ TIMED_STEPS = 5  # after the first one, which compiles and allocates
 
 
 def describe_run(
-    config: TrainingConfig, accelerator: Accelerator, parameters: int, examples: tuple[int | None, int], first_step: int
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    parameters: int,
+    examples: tuple[int | None, int],
+    first_step: int,
+    left_out: str = "",
 ) -> str:
     """Lines to print before the first step.
 
     Args:
         parameters: number of parameters of the network, which are float32.
         examples: number of training images (None for a stream) and of validation images.
+        left_out: the files of the data set's folder that are not among its images, by reason (see `finding.left_out`).
     """
     train_examples, validation_examples = examples
     averages = 1 + len(SIGMAS) * (config.ema_snapshot_every_images > 0)
@@ -39,8 +45,9 @@ def describe_run(
     precision = "" if config.mixed_precision == "no" else f", {config.mixed_precision}"
     resumed = f", from step {first_step:,}" if first_step else ""
     hardware = f"{processes} process{'es' * (processes > 1)} ({accelerator.device.type}{precision})"
+    omitted = f"Left out    {left_out}\n" if left_out else ""
     return (
-        f"Data        {data} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n"
+        f"Data        {data} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n{omitted}"
         f"Network     {parameters:,} parameters on {hardware}\n"
         f"Memory      {', '.join(memory)}; plus activations\n"
         f"Length      {config.num_steps:,} steps of {config.batch_size:,} images{resumed}\n"

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from ddpm_hf.training import run_summary
-from ddpm_hf.training.run_summary import SpeedReport
+from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.run_summary import SpeedReport, describe_run
+from tests.conftest import TINY_TRAINING, flags
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,10 @@ def test_speed_and_time_left_follow_from_the_timed_steps(monkeypatch):
     speed = SpeedReport(0, 1005 + 1, 16, torch.device("cpu"))
     (line,) = [line for done in range(1, 8) if (line := speed.after_step(done))]
     assert line == "Speed       40.0 images/s over 5 steps; about 06:40 to go"
+
+
+def test_the_summary_says_what_is_left_out():
+    config = parse_config([*flags(**TINY_TRAINING), "--output_dir", "somewhere"])
+    for reasons, line in (("", "Network"), ("3 hidden", "Left out    3 hidden")):
+        lines = describe_run(config, Accelerator(cpu=True), 1000, (8, 0), 0, reasons).splitlines()
+        assert lines[1].startswith(line)
