@@ -15,7 +15,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-from PIL import Image
 
 from ddpm_hf.data import listing
 from ddpm_hf.data.builtin import BUILTIN
@@ -243,14 +242,6 @@ def _mark(dataset, reasons: str):
     if reasons:
         dataset.info.description = LEFT_OUT + reasons
     return dataset
-
-
-def dataset_files(folder: str) -> list[Path]:
-    """The image files in a folder, sorted by name. Raises ValueError if there are none."""
-    files = sorted(f for f in Path(folder).glob("*") if f.suffix.lower() in Image.registered_extensions())
-    if not files:
-        raise _no_image(folder)
-    return files
 
 
 def _no_image(folder: str) -> ValueError:

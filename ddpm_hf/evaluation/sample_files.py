@@ -11,7 +11,8 @@ from PIL import Image
 
 from ddpm_hf.data.arrays import ARRAY_STARTS, read_array
 from ddpm_hf.data.decoding import ImageFormat, decode_image, read_entry
-from ddpm_hf.data.finding import ARRAYS, find_column
+from ddpm_hf.data.finding import find_column
+from ddpm_hf.data.listing import list_images
 
 Files = Callable[[int], tuple[str, bytes]]  # from an index, the name of an image and its file
 
@@ -20,7 +21,7 @@ def read_samples(source: str, num_samples: int, size: tuple[int, int], channels:
     """The first `num_samples` images, uint8 (N, C, H, W).
 
     Args:
-        source: a folder of pictures and arrays (.npy), with its subfolders, in the order of their paths; a .npz file with
+        source: a folder of pictures, or of arrays, with its subfolders, in the order of their paths; a .npz file with
             images (N, H, W, C), uint8 or uint16, as `arr_0` or the only array; or a .parquet file with a column of images.
         num_samples: how many are read.
         size: (H, W) of every image.
@@ -61,14 +62,10 @@ def _size(data: bytes) -> tuple[int, int]:
 
 
 def _folder_images(folder: Path) -> tuple[int, Files]:
-    suffixes = {*Image.registered_extensions(), *ARRAYS}
-    found = (file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in suffixes)
-    names = sorted(name for name in found if not any(part.startswith(".") for part in name.parts))
+    names = sorted(name for names in list_images(folder).splits.values() for name in names)
     if not names:
-        raise ValueError(
-            f"the folder {str(folder)!r} holds no image (no file with a suffix such as .png, .jpg or .npy)."
-        )
-    return len(names), lambda i: (str(names[i]), (folder / names[i]).read_bytes())
+        raise ValueError(f"the folder {str(folder)!r} holds no image.")
+    return len(names), lambda i: (names[i], (folder / names[i]).read_bytes())
 
 
 def _npz_images(file: Path) -> tuple[int, Files]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.decoding import ImageFormat
-from ddpm_hf.data.finding import NoSuchSplit, dataset_files, find_column, fingerprint, left_out, open_dataset
+from ddpm_hf.data.finding import NoSuchSplit, find_column, fingerprint, left_out, open_dataset
 from ddpm_hf.data.images import Images
 
 
@@ -114,15 +114,6 @@ def test_a_column_of_another_type_raises_with_the_columns():
         match=r"image_column must be one of \['image'\], got 'label'; .*image \(Image\), label \(ClassLabel\)",
     ):
         find_column(dataset, datasets.Image, "label", "image_column")
-
-
-def test_image_files_are_listed_by_name(tmp_path):
-    for name in ("b.png", "a.PNG", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [file.name for file in dataset_files(str(tmp_path))] == ["a.PNG", "b.png"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no image"):
-        dataset_files(str(tmp_path / "empty"))
 
 
 def pictures(folder, *names, form="PNG"):

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from ddpm_hf.training import run_summary
-from ddpm_hf.training.config import parse_config
+from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_summary import SpeedReport, describe_run
 from tests.conftest import TINY_TRAINING, flags
 
