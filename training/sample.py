@@ -18,6 +18,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import ddpm_hf
 from ddpm_hf.checks import check_choice, check_int
+from ddpm_hf.data.arrays import array_file
 from ddpm_hf.evaluation.encoding import PNG_CHANNELS, png_bytes, quantize
 from ddpm_hf.files import atomic_file
 from ddpm_hf.training.processes import fail, prepare_process
@@ -264,9 +265,7 @@ def write_batch(folder: Path, args: SampleArguments, batch: range, images: np.nd
             if not file.exists():
                 atomic_file(file, png_bytes(image))
     else:
-        stream = io.BytesIO()
-        np.save(stream, images)
-        atomic_file(part_file(folder, args, batch), stream.getvalue())
+        atomic_file(part_file(folder, args, batch), array_file(images))
 
 
 def gather(folder: Path, args: SampleArguments, batches: list[range], labels: list | None) -> Path:

@@ -38,6 +38,13 @@ def read_array(data: bytes) -> np.ndarray:
     return image.astype(image.dtype.newbyteorder("="))
 
 
+def array_file(array: np.ndarray) -> bytes:
+    """The content of a .npy file with this array."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
 def _check_unpacked_size(data: bytes) -> None:
     """Raises ValueError for a .npz file that unpacks to more than the largest image of 16 bits, by Pillow's limit."""
     if data.startswith(ARRAY_STARTS[1]) and Image.MAX_IMAGE_PIXELS is not None:

@@ -44,9 +44,10 @@ def _reasons() -> Iterator[None]:
 class ImageFormat:
     """The size, channels and depth that every image of a data set is converted to.
 
-    A picture is turned upright by its EXIF tag, and its colors are converted to sRGB. With 1 or 3 channels, transparent parts are composited onto `background`.
-    The image is then resized with LANCZOS: to cover `size`, and cropped at the center (`crop="center"`), or to fit inside
-    it, and padded with `background`, or with transparency for 4 channels (`crop="pad"`).
+    A picture is turned upright by its EXIF tag, and its colors are converted to sRGB. With 1 or 3 channels, transparent
+    parts are composited onto `background`. The image is then resized with LANCZOS: to cover `size`, and cropped at the
+    center (`crop="center"`), or to fit inside it, and padded with `background`, or with transparency for 4 channels
+    (`crop="pad"`).
 
     An array with as many channels as `channels` is resized channel by channel: 4 channels need not be RGBA. Otherwise an
     array of 1, 3 or 4 channels is converted like a picture. Arrays of other numbers of channels are not converted, and are

@@ -2,8 +2,6 @@
 
 import glob
 import hashlib
-import io
-import logging
 import re
 import tarfile
 from collections import Counter
@@ -17,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from ddpm_hf.data import listing
+from ddpm_hf.data.arrays import MAX_CHANNELS, array_file
 from ddpm_hf.data.builtin import BUILTIN
-from ddpm_hf.data.decoding import MAX_CHANNELS
 
-logger = logging.getLogger("train")
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}  # and their builders
 FILES = (".parquet", ".arrow", ".npy", ".npz", ".csv", ".jsonl", ".tar", ".zip")
 STREAM_SHARDS = 64  # into which a local data set is divided to be read as a stream
@@ -218,9 +215,7 @@ def _array_rows(file: str, stamp: str) -> Iterator[dict]:
         arrays = next(iter(arrays.values()))
     is_one = arrays.ndim == 2 or (arrays.ndim == 3 and arrays.shape[2] <= MAX_CHANNELS)
     for image in [arrays] if is_one else arrays:
-        stream = io.BytesIO()
-        np.save(stream, image)
-        yield {"image": {"bytes": stream.getvalue(), "path": None}}
+        yield {"image": {"bytes": array_file(image), "path": None}}
 
 
 def _mark_images(dataset):

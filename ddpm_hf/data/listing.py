@@ -16,6 +16,8 @@ import pyarrow.json
 import pyarrow.parquet
 from PIL import Image, UnidentifiedImageError
 
+from ddpm_hf.data.arrays import ARRAY_STARTS
+
 ARRAYS = {".npy", ".npz"}
 METADATA = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 SPLITS = {"train": "train", "test": "test", "validation": "validation", "val": "validation", "valid": "validation"}
@@ -105,7 +107,7 @@ def is_picture(file) -> bool:
 
 def is_image_bytes(data) -> bool:
     """Whether bytes are a picture, or an array of NumPy."""
-    return isinstance(data, bytes) and (data.startswith(b"\x93NUMPY") or is_picture(io.BytesIO(data)))
+    return isinstance(data, bytes) and (data.startswith(ARRAY_STARTS[0]) or is_picture(io.BytesIO(data)))
 
 
 @cache

@@ -316,8 +316,7 @@ class GaussianDiffusion:
         kept = as_timesteps(timesteps).sort().values
         if kept[0] < 0 or kept[-1] >= len(self) or (kept.diff() == 0).any():
             raise ValueError(f"timesteps must be different integers in 0..{len(self) - 1}, got {kept.tolist()}.")
-        betas, alphas = self.betas[: kept[-1] + 1], self.alphas[: kept[-1] + 1]
-        log_alphas = torch.where(betas < 0.5, torch.log1p(-betas), alphas.log())
+        log_alphas = self.log_alphas[: kept[-1] + 1]
         segment = torch.searchsorted(kept, torch.arange(len(log_alphas), device="cpu"))
         log_ratio = torch.zeros(len(kept), dtype=torch.float64, device="cpu").index_add_(0, segment, log_alphas)
         moments = None if self.analytic_moments is None else self.analytic_moments[kept]

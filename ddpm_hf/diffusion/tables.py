@@ -93,6 +93,7 @@ def chain_tables(
         "one_minus_alphas_cumprod": one_minus,
         "snr": alphas_cumprod / one_minus,
         "sqrt_snr": (alphas_cumprod / one_minus).sqrt(),
+        "log_alphas": torch.where(betas < 0.5, torch.log1p(-betas), alphas.log()),
         "sqrt_betas": betas.sqrt(),
         "sqrt_alphas": alphas.sqrt(),
         "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),

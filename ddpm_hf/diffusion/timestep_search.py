@@ -61,8 +61,7 @@ def jump_costs(diffusion: GaussianDiffusion, bound: VariationalBound) -> Tensor:
 
 def _jumps(diffusion: GaussianDiffusion) -> tuple[Tensor, Tensor, Tensor]:
     """β, β̃ and the coefficient of x_0 in μ̃ of the step t → s, each (T, T); only entries with t > s have a meaning."""
-    betas, alphas = diffusion.betas, diffusion.alphas
-    log_bar = torch.where(betas < 0.5, torch.log1p(-betas), alphas.log()).cumsum(0)
+    log_bar = diffusion.log_alphas.cumsum(0)
     one_minus = diffusion.one_minus_alphas_cumprod
     betas = -torch.expm1(log_bar[:, None] - log_bar)
     return betas, one_minus / one_minus[:, None] * betas, diffusion.sqrt_alphas_cumprod * betas / one_minus[:, None]

@@ -1,16 +1,14 @@
 """Read samples from files, as training/sample.py or another program wrote them, through the decoder of training images."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 
-from ddpm_hf.data.arrays import ARRAY_STARTS, read_array
-from ddpm_hf.data.decoding import ImageFormat, decode_image, read_entry
+from ddpm_hf.data.arrays import array_file
+from ddpm_hf.data.decoding import ImageFormat, convert_image, read_entry, read_image
 from ddpm_hf.data.finding import find_column
 from ddpm_hf.data.listing import list_images
 
@@ -44,21 +42,14 @@ def read_samples(source: str, num_samples: int, size: tuple[int, int], channels:
         name = f"image {i}"
         try:
             name, data = read(i)
-            images.append(decode_image(data, form))
-            found = _size(data)
-        except Exception as error:  # Pillow raises errors of many types
+            image = read_image(data)
+            images.append(convert_image(image, form))
+        except (OSError, ValueError) as error:
             raise ValueError(f"samples {source!r}: {name} cannot be read: {error}") from error
+        found = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
         if found != tuple(size):
             raise ValueError(f"samples must have the model's resolution {tuple(size)}: {name} is {found}.")
     return torch.stack(images)
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    if data.startswith(ARRAY_STARTS):
-        return read_array(data).shape[:2]
-    with Image.open(io.BytesIO(data)) as image:
-        turned = image.getexif().get(0x112, 1) >= 5  # orientations 5 to 8 exchange height and width
-        return image.size if turned else image.size[::-1]
 
 
 def _folder_images(folder: Path) -> tuple[int, Files]:
@@ -79,7 +70,7 @@ def _npz_images(file: Path) -> tuple[int, Files]:
     if images is None or images.ndim != 4 or images.dtype not in (np.uint8, np.uint16):
         accepted = "uint8 or uint16 (N, H, W, C) as arr_0 or the only array"
         raise ValueError(f"samples {str(file)!r} must hold {accepted}, got {found}.")
-    return len(images), lambda i: (f"image {i}", _array_file(images[i]))
+    return len(images), lambda i: (f"image {i}", array_file(images[i]))
 
 
 def _parquet_images(file: Path) -> tuple[int, Files]:
@@ -88,12 +79,6 @@ def _parquet_images(file: Path) -> tuple[int, Files]:
     column = find_column(rows, kinds, None, "the image column of samples")
     if isinstance(rows.features[column], datasets.Array3D):  # color of 16 bits
         rows = rows.with_format("numpy", dtype=np.dtype(rows.features[column].dtype))
-        return len(rows), lambda i: (f"image {i}", _array_file(rows[i][column]))
+        return len(rows), lambda i: (f"image {i}", array_file(rows[i][column]))
     rows = rows.cast_column(column, datasets.Image(decode=False))
     return len(rows), lambda i: (f"image {i}", read_entry(rows[i][column]))
-
-
-def _array_file(image: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, image)
-    return stream.getvalue()

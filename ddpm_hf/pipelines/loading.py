@@ -13,13 +13,12 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from ddpm_hf.interop import stock_config
 from ddpm_hf.models.unet import UNet2DModelCustom
-from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
-from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
+from ddpm_hf.schedulers.samplers import OWN
 from ddpm_hf.transfer import Retries, download_snapshot
 
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?P<variant>\.[^.]+?)?(-\d+-of-\d+)?\.(safetensors|bin)$")
 INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?P<variant>\.[^.]+)?\.json$")
-OWN_SCHEDULERS = (DDPMSchedulerCustom, DDIMSchedulerCustom)
+OWN_SCHEDULERS = tuple(OWN.values())
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
