@@ -51,6 +51,7 @@ def open_dataset(
     Raises:
         NoSuchSplit: a ValueError that names the splits there are.
         ValueError: for a folder without images, an unknown data set or revision, and a revision of local data.
+        ConnectionError: for a data set on the Hub that is not cached, without a network.
     """
     folder = Path(name).expanduser()
     is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -73,6 +74,11 @@ def open_dataset(
             found = datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise ValueError(f"dataset {name!r}, dataset_revision {revision!r}: {error}") from error
+        except ConnectionError as error:
+            use = "connect to the network (and unset HF_HUB_OFFLINE), or use data on this machine"
+            raise ConnectionError(
+                f"dataset {name!r} is no folder here, is not cached, and the Hub cannot be reached: {use}."
+            ) from error
     if not isinstance(found, dict):  # a single split, which cannot be both the training and the validation images
         found = {"train": found}
     if split not in found:

@@ -179,6 +179,14 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         return len(self)
 
     @property
+    def fingerprint(self) -> str:
+        """A hash of the images' files and the labels, in order."""
+        digest = hashlib.sha256(self._check()["hash"].tobytes())
+        for labels in () if self.label_column is None else self.label_batches(LABELS):
+            digest.update(repr(labels).encode())
+        return digest.hexdigest()
+
+    @property
     def num_bytes(self) -> int:
         """The size of all images when decoded."""
         return len(self) * self.channels * self.size[0] * self.size[1] * (2 if self._check()["deep"].any() else 1)

@@ -19,6 +19,19 @@ from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.pipelines.guidance import class_names_of
 from ddpm_hf.training.config import TrainingConfig
 
+# What a run writes into its folder.
+FILES = (
+    "config.yaml",
+    "log.jsonl",
+    "metrics.json",
+    "README.md",
+    "model_index.json",
+    "samples.png",
+    "denoising.png",
+    "loss.png",
+)
+FILES += (".lock",)
+FOLDERS = ("checkpoints", "unet", "scheduler", "samples", "ema_snapshots", "unpublished", "logs")
 GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 
 

@@ -117,8 +117,13 @@ class TrainingConfig:
     ema_warmup: bool = _option(True, "let the length of the EMA grow early in the run")
     ema_snapshot_every_images: int = _option(0, "save snapshots for training/choose_ema.py at this interval; 0: never")
     cpu_threads: MayChange[int | None] = _option(None, "CPU threads per process; None: all cores, divided evenly")
-    mixed_precision: Literal["no", "bf16", "fp16"] = _option("no", "precision of the network's forward pass")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = _option(
+        None, "precision of the network's forward pass; None: as `accelerate launch` says, or else 'no'"
+    )
     tf32: bool = _option(True, "NVIDIA GPUs: TF32 for float32 matrix products")
+    process_group_timeout: MayChange[int] = _option(
+        21600, "seconds that processes wait for each other, also at the start"
+    )
     compile: MayChange[str | None] = _option(None, "compile the network with this torch.compile backend: 'inductor'")
 
     # Logging
@@ -206,6 +211,7 @@ class TrainingConfig:
         learned, bound = self.variance_type == "learned_range", self.loss_weighting == "vlb"
         conditional, has_classes = self.label_column is not None, self.class_embed_type is None
         check_choice("class_embed_type", self.class_embed_type, (None, "timestep", "identity"))
+        check_choice("mixed_precision", self.mixed_precision, (None, "no", "bf16", "fp16"))
         uses = [
             ("loss_weighting='min_snr'", self.loss_weighting == "min_snr", ["min_snr_gamma"]),
             ("loss_weighting='p2'", self.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
@@ -297,7 +303,7 @@ class TrainingConfig:
         free -= {"micro_batch_size"} if self.dropout else set()
         # An option that an earlier version did not have is at its default, which changes nothing.
         saved = {option.name: option.default for option in fields(self) if option.default is not MISSING} | saved
-        saved["crop"] = saved["crop"].replace("centre", "center")
+        saved["crop"] = "center" if saved["crop"] == "centre" else saved["crop"]
         mine = asdict(self)
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
@@ -313,6 +319,6 @@ MINIMUM = dict.fromkeys(("ema_snapshot_every_images", "validate_every_steps", "s
 MINIMUM["ema_halflife_images"] = 0
 MINIMUM |= dict.fromkeys(("total_images", "batch_size", "checkpoint_every_steps", "keep_checkpoints"), 1)
 MINIMUM |= dict.fromkeys(("log_every_steps", "max_nonfinite_steps", "push_every_checkpoints"), 1)
-MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes"), 1)
+MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes", "process_group_timeout"), 1)
 INTERVALS = dict.fromkeys(("validation_fraction", "label_dropout"), "[0, 1)")
 INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay"), "[0, inf)") | {"ema_decay": "(0, 1)"}
