@@ -198,7 +198,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         """
         refuse_pickle(safe_serialization)
         folder = Path(save_directory)
-        check_output_folder("save_directory", folder, ["model_index.json"], self.components)
+        check_output_folder("save_directory", folder.resolve(), ["model_index.json"], self.components)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.absolute().name)
         with staging_folder(folder) as staged:

@@ -1,11 +1,9 @@
 """Resuming: kills, signals, full disks, dead workers and non-finite steps; on one or two processes, with and without FSDP."""
 
 import contextlib
-import json
 import os
 import random
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -17,7 +15,6 @@ import pytest
 import torch
 
 from ddpm_hf.data.batches import GlobalBatches
-from ddpm_hf.data.builtin import digits
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.seeds import seed_dropout
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint, read_state
@@ -26,11 +23,14 @@ from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.step_randomness import draw_randomness
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED
 from tests.training.helpers import (
+    NUM_IMAGES,
     ROOT,
     TINY,
+    Trainer,
     assert_bit_identical,
     assert_same_run,
     checkpoint,
+    copied,
     drop_checkpoints_after,
     photo_options,
     rows,
@@ -41,49 +41,14 @@ from tests.training.helpers import (
 )
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-NUM_IMAGES = 64
 EVERY_STEP = ("--checkpoint_every_steps", "1")
-DEADLINE = 120.0  # seconds for a run to end
-
-
-class Trainer:
-    """Starts runs of train.py on some of the digits, by way of forking_trainer.py."""
-
-    def __init__(self, folder):
-        self.dataset = str(folder / "digits")
-        digits()["train"].select(range(NUM_IMAGES)).save_to_disk(self.dataset)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT)])}
-        command = [sys.executable, str(Path(__file__).parent / "forking_trainer.py")]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-
-    def ask(self, request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE + 90)
-        assert ready, f"no answer to {request}"
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, folder, *options, processes=1, **how):
-        arguments = [*TINY, "--output_dir", str(folder), "--dataset", self.dataset, *options]
-        Path(f"{folder}.txt").touch()
-        return self.ask({"arguments": arguments, "processes": processes, "output": f"{folder}.txt", **how})
-
-    def wait(self, pids):
-        return [self.ask({"wait": pid, "seconds": DEADLINE}) for pid in pids]
-
-    def run(self, folder, *options, **how):
-        """A run to its end: exit codes and output, after the output of earlier runs in this folder."""
-        codes = self.wait(self.start(folder, *options, **how))
-        return codes, Path(f"{folder}.txt").read_text()
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     trainer = Trainer(tmp_path_factory.mktemp("data"))
     yield trainer
-    trainer.process.stdin.close()
-    trainer.process.wait(60)
+    trainer.close()
 
 
 def losses(folder):
@@ -294,13 +259,6 @@ def with_dropout(trainer, tmp_path_factory):
         codes, output = trainer.run(root / str(processes), *options, processes=processes)
         assert codes == [0] * processes, output
     return root, options
-
-
-def copied(run, folder, step):
-    """A copy of a run's folder as it was after a step."""
-    subprocess.run(["cp", "-r", str(run), str(folder)], check=True)
-    drop_checkpoints_after(folder, step)
-    return folder
 
 
 def test_one_and_two_processes_make_the_same_run_with_dropout_too(with_dropout):
