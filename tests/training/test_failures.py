@@ -94,8 +94,11 @@ FINISH = {
 }
 
 
-@pytest.mark.parametrize("error", RUNS_OUT)
-@pytest.mark.parametrize(("module", "function"), (PREPARE | TRAIN | FINISH).items())
+@pytest.mark.parametrize(
+    ("module", "function", "error"),
+    [(*where, "Python") for where in (PREPARE | TRAIN | FINISH).items()]
+    + [("ddpm_hf.training.step", "training_step", error) for error in ("CPU", "CUDA")],
+)
 def test_running_out_of_memory_is_one_sentence_with_what_is_safe(trainer, tmp_path, module, function, error):
     failure = {"module": module, "function": function, "error": RUNS_OUT[error], "at_call": 6 if module in TRAIN else 1}
     codes, output = trainer.run(tmp_path / "run", failures=[failure], finish=True)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -93,7 +94,9 @@ def test_twenty_kills_at_random_moments_do_not_change_the_weights(trainer, tmp_p
     assert rows(killed) == rows(tmp_path / "straight") and len(rows(killed)) == 18
 
 
-@pytest.mark.parametrize(("number", "processes", "told"), [(signal.SIGTERM, 1, 0), (signal.SIGINT, 2, 1)])
+@pytest.mark.parametrize(
+    ("number", "processes", "told"), [(signal.SIGTERM, 1, 0), (signal.SIGHUP, 1, 0), (signal.SIGINT, 2, 1)]
+)
 def test_a_signal_to_one_process_saves_and_resuming_is_bit_identical(trainer, tmp_path, number, processes, told):
     options = ["--total_images", "480", "--checkpoint_every_steps", "1000"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -110,6 +113,40 @@ def test_a_signal_to_one_process_saves_and_resuming_is_bit_identical(trainer, tm
     codes, output = trainer.run(stopped, *options, processes=processes)
     assert codes == [0] * processes and f"Resuming from step {step} of 30" in output
     assert_bit_identical(checkpoint(stopped, 30), checkpoint(straight, 30))
+
+
+def test_under_nohup_a_hangup_does_not_stop_the_run(trainer, tmp_path):
+    folder = tmp_path / "run"
+    (pid,) = trainer.start(folder, "--total_images", "480", *EVERY_STEP, nohup=True)
+    until(lambda: (folder / "checkpoints").exists() and steps_saved(folder))
+    os.kill(pid, signal.SIGHUP)
+    assert trainer.wait([pid]) == [0] and steps_saved(folder)[-1] == 30
+
+
+@pytest.mark.parametrize("workers", [[], ["--memory_limit_bytes", "0", "--num_workers", "1"]])
+def test_a_closed_terminal_saves_and_the_run_resumes(photos, tmp_path, workers):
+    folder, (master, terminal) = tmp_path / "run", os.openpty()
+    options = [*TINY, *photo_options(photos), *workers, "--output_dir", str(folder), "--total_images", "160000"]
+    options += ["--keep_checkpoints", "10000"]
+    program = "import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", program, str(ROOT / "training" / "train.py"), *options]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+
+    def saved():
+        while select.select([master], [], [], 0)[0]:
+            os.read(master, 10000)  # as a terminal does: a full one would make the run wait
+        assert process.poll() is None
+        return (folder / "checkpoints").exists() and steps_saved(folder)
+
+    try:
+        until(saved, 120)
+        os.close(master)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
 def test_a_signal_during_the_final_sampling_loses_nothing(trainer, tmp_path):

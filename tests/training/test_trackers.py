@@ -15,8 +15,16 @@ def trainer(tmp_path_factory):
     trainer.close()
 
 
-@pytest.mark.parametrize("function", ["__init__", "store_init_configuration", "log", "log_images", "finish"])
-@pytest.mark.parametrize("error", ["OSError(28, 'No space left on device')", "Exception('no login')", "MemoryError()"])
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("__init__", "OSError(28, 'No space left on device')"),
+        ("store_init_configuration", "Exception('no login')"),
+        ("log", "OSError(28, 'No space left on device')"),
+        ("log_images", "MemoryError()"),
+        ("finish", "Exception('no login')"),
+    ],
+)
 def test_a_tracker_that_raises_is_reported_once_and_training_goes_on(trainer, tmp_path, function, error):
     failure = {"module": CLASS, "function": function, "error": error}
     codes, output = trainer.run(tmp_path / "run", *TRACKED, failures=[failure])
