@@ -36,7 +36,7 @@ def test_rows_hold_the_distances_of_samples_and_of_validation_images():
     }
 
 
-def test_frechet_distance_is_to_the_moments_of_a_file_and_the_others_to_images():
+def test_frechet_distance_alone_is_to_the_moments_of_a_file():
     reference = metrics.moments(features(50, 3) + 2)
     rows = Distances(BACKBONE, features(40, 1), None, reference).figures(
         features(30), PROTOCOL | {"reference": "cifar10.npz"}
