@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ddpm_hf.training import resume
 from ddpm_hf.training.build import build_unet
 from ddpm_hf.training.checkpoint_content import check_content, layouts
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint
 from ddpm_hf.training.presets import parse_config
+from ddpm_hf.training.resume import last_checkpoint
 from tests.training.helpers import Trainer, assert_bit_identical, checkpoint, copied, write_sums
 
 OPTIONS = ["--ema_snapshot_every_images", "96", "--timestep_sampler", "loss_second_moment", "--mixed_precision", "no"]
@@ -154,3 +156,13 @@ def test_a_run_none_of_whose_checkpoints_can_be_used_does_not_start_again(traine
     assert codes == [1] and "no checkpoint in" in output and "--overwrite to start again" in output
     assert (folder / "log.jsonl").read_text() == before
     assert trainer.run(folder, *OPTIONS, "--overwrite")[0] == [0]
+
+
+def test_processes_that_see_other_checkpoints_are_refused(finished, monkeypatch):
+    """Machines whose output_dir is on a disk of their own. The answer of the other machine is made up."""
+    config = parse_config(["--config", str(finished / "config.yaml")])
+    unet = build_unet(config)
+    assert last_checkpoint(config, finished / "checkpoints", unet)[1]["step"] == 12
+    monkeypatch.setattr(resume, "gather_object", lambda mine: [*mine, None])
+    with pytest.raises(ValueError, match=r"checkpoints of different steps: \[12, None\]. output_dir must be on a file"):
+        last_checkpoint(config, finished / "checkpoints", unet)

@@ -173,7 +173,7 @@ def test_a_state_that_is_no_state_is_rejected_despite_its_checksum(saved, conten
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", bytes(100), b"\xff" * 8 + b"{}"])
-def test_weights_that_are_no_safetensors_are_rejected_despite_the_checksum(saved, content):
+def test_weights_that_are_no_safetensors_are_rejected_despite_checksums(saved, content):
     folder, _ = saved
     (folder / "ema.safetensors").write_bytes(content)
     write_sums(folder)
