@@ -102,7 +102,9 @@ def make_frechet_criterion(args: EMAArguments, config, pipe) -> tuple[str, Crite
 
     backbone = features.load_backbone(args.features or features.default_features(config.dataset), pipe.device)
     check_enough(args.num_samples, backbone.dim, "num_samples")
-    dataset = open_dataset(config.dataset, config.dataset_config, config.split, config.dataset_revision)
+    dataset = open_dataset(
+        config.dataset, config.dataset_config, config.split, config.dataset_revision, False, config.label_column
+    )
     training = measures.model_images(dataset, pipe.unet.config, asdict(config), config.image_column, None)
     measures.split_as_trained(training, asdict(config))
     source = {name: getattr(config, name) for name in ("dataset", "dataset_config", "split")}

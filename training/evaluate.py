@@ -101,7 +101,8 @@ def evaluate(args: EvaluateArguments) -> dict:
         raise ValueError(f"features need images of 1 or 3 channels, the model has {config.in_channels}: {only}.")
 
     def open_split(split: str):
-        dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision)
+        labels = args.label_column or run.get("label_column")
+        dataset = open_dataset(args.dataset, args.dataset_config, split, args.dataset_revision, label_column=labels)
         return measures.model_images(dataset, config, run, args.image_column, args.label_column)
 
     training, validation, validation_split = measures.real_images(open_split, run, args.split, args.validation_split)

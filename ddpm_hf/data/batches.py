@@ -1,6 +1,7 @@
 """Which images form the batches of a run, and how they get to the device."""
 
 import atexit
+import logging
 import signal
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ import torch
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamBatch, StreamedBatches, StreamedImages, StreamError
 from ddpm_hf.seeds import make_generator
+
+logger = logging.getLogger("train")
 
 
 class GlobalBatches:
@@ -133,6 +136,8 @@ class MicroBatches:
             raise StreamError(*batch.args)
         if isinstance(batch, StreamBatch):
             self._lane_states = batch.lane_states or self._lane_states
+            for warning in batch.warnings:  # here, since a worker's logger may have no handler
+                logger.warning("%s", warning)
             return batch.tensors
         return batch
 

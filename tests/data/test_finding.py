@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.columns import find_column, fingerprint
 from ddpm_hf.data.decoding import ImageFormat
-from ddpm_hf.data.finding import NoSuchSplit, find_column, fingerprint, left_out, open_dataset
+from ddpm_hf.data.finding import NoSuchSplit, left_out, open_dataset
 from ddpm_hf.data.images import Images
 
 
