@@ -1,6 +1,5 @@
 """Open data sets from folders, files and the Hub."""
 
-import glob
 import json
 import re
 from collections import Counter
@@ -11,8 +10,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
-import pyarrow.parquet
 
 from ddpm_hf.data import listing, metadata
 from ddpm_hf.data.archives import ARCHIVES, is_archive
@@ -20,9 +17,9 @@ from ddpm_hf.data.arrays import MAX_CHANNELS, array_file
 from ddpm_hf.data.builtin import BUILTIN
 from ddpm_hf.data.columns import Data, mark_images, mark_labels
 from ddpm_hf.data.reasons import BadData, reading
+from ddpm_hf.data.tables import TABLES, has_images, load_tables, read_labels
 from ddpm_hf.data.webdataset import is_webdataset, read_webdataset
 
-TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # and their builders
 TEXTS = (".csv", ".tsv", ".jsonl")
 FILES = (*TABLES, *listing.ARRAYS, *TEXTS, *ARCHIVES)
 SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` wrote
@@ -54,12 +51,12 @@ class Source:
 
 @dataclass
 class Opened:
-    """The splits of a data set, or tables of them as of `metadata.tables`, and of Parquet files the files and the columns.
+    """The splits of a data set, or tables of them as of `metadata.tables`.
 
     Attributes:
         stamp: what changes with the content of the files.
         classes: the names of the labels in tables.
-        files: the Parquet files, whose columns can be read one by one.
+        tables: the Parquet and Arrow files.
     """
 
     kind: str
@@ -67,7 +64,7 @@ class Opened:
     left_out: Counter = field(default_factory=Counter)
     stamp: str = ""
     classes: list[str] | None = None
-    files: list[Path] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
 
 
 def open_dataset(
@@ -131,7 +128,7 @@ def _make(found: Opened, split: str, streaming: bool, label_column: str | None, 
     labels = None
     if isinstance(splits[split], datasets.IterableDataset):
         splits = {split: mark_images(splits[split])}
-        labels = _labels(found.files, label_column) if label_column is not None else None
+        labels = read_labels(found.tables, label_column) if label_column is not None else None
     dataset = mark_images(mark_labels(splits, label_column, has_classes, labels)[split])
     if isinstance(dataset, datasets.Dataset) and streaming and label_column in dataset.features:
         labels = dataset[label_column] if isinstance(dataset.features[label_column], datasets.Value) else None
@@ -173,7 +170,7 @@ def _open_local(path: Path, config_name: str | None, streaming: bool) -> Opened:
 def _open_folder(folder: Path, config_name: str | None, streaming: bool) -> Opened:
     found = listing.list_images(folder)
     files = _table_files(found)
-    if files and (not found.splits or _has_images(files[0])):
+    if files and (not found.splits or has_images(files[0])):
         card = folder / "README.md"  # its header may say which files are which
         if config_name is not None or (card.is_file() and "\nconfigs:" in card.read_text(errors="replace")):
             with reading(folder):
@@ -207,19 +204,6 @@ def _table_files(found: listing.Listing) -> list[Path]:
     return next(filter(None, by_kind), [])
 
 
-def _has_images(file: Path) -> bool:
-    """Whether a table has a column that may hold images. Archives beside pictures are not used."""
-    if file.suffix.lower() != ".parquet":
-        return file.suffix.lower() == ".arrow"
-    with reading(file):
-        kinds = [field.type for field in pa.parquet.read_schema(file)]
-    return any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_entry(kind) for kind in kinds)
-
-
-def _is_entry(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-
-
 def _open_files(files: list[Path], folder: Path, streaming: bool) -> Opened:
     """Open tables or archives as splits, if the name or the top-level folder of every one names its split, or else as one
     split, "train"."""
@@ -233,15 +217,10 @@ def _open_files(files: list[Path], folder: Path, streaming: bool) -> Opened:
             tables, stamp = read_webdataset(found, files), str([file.stat().st_mtime_ns for file in files])
             return Opened(f"{what} of WebDataset", tables, found.left_out, stamp)
         return _open_listing(found, what)
-    splits = {}
+    splits: dict[str, list[Path]] = {}
     for file, split in zip(files, names):
-        with reading(file):
-            if file.suffix.lower() == ".parquet":
-                pa.parquet.read_schema(file)
-        splits.setdefault(split, []).append(glob.escape(str(file)))
-    with reading(folder if len(files) > 1 else files[0]):
-        opened = datasets.load_dataset(TABLES[files[0].suffix.lower()], data_files=splits, streaming=streaming)
-    return Opened(what, opened, files=files if files[0].suffix.lower() == ".parquet" else [])
+        splits.setdefault(split, []).append(file)
+    return Opened(what, load_tables(splits, streaming), tables=files)
 
 
 def _split_of(file: Path) -> str | None:
@@ -259,6 +238,7 @@ def _open_file(file: Path, streaming: bool) -> Opened:
         opened = _open_files([file], file.parent, streaming)
         if not opened.splits:
             raise _no_image(str(file), opened.left_out)
+        opened.splits = {"train": next(iter(opened.splits.values()))} if len(opened.splits) == 1 else opened.splits
         return opened
     if suffix in TEXTS:
         entry = listing.Entry(file.name, str(file))
@@ -271,23 +251,6 @@ def _open_file(file: Path, streaming: bool) -> Opened:
             rows = _generate(_array_rows, features, {"file": str(file), "stamp": stamp}, streaming)
         return Opened(f"a {suffix} file of images", {"train": rows})
     raise ValueError(f"a data set of one file must be one of {', '.join(FILES)}, got {str(file)!r}.")
-
-
-def _labels(files: list[Path], column: str) -> set | None:
-    """The values in a column, or field of a column, of Parquet files, which is read alone. None if there is no such column."""
-    labels, (top, *fields) = set(), column.split(".")
-    for file in files:
-        with reading(file):
-            top = column if column in (names := pa.parquet.read_schema(file).names) else top
-            if top not in names:
-                return None
-            values = pa.parquet.ParquetFile(file).read([column])[top]
-            for name in fields if top != column else ():
-                values = pa.compute.struct_field(values, name)
-            if pa.types.is_nested(values.type):
-                return None
-            labels |= set(values.unique().to_pylist())
-    return labels if files else None
 
 
 def _from_table(table: pa.Table, found: Opened, streaming: bool) -> datasets.Dataset:

@@ -45,13 +45,13 @@ def read_metadata(entry: Entry, anywhere: bool = False) -> pa.Table:
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_labels}
     with reading(entry.path):
         table = readers.get(entry.suffix, _read_parquet)(entry.read())
-    columns = [column for column in table.column_names if is_file_column(column)]
-    if not columns:
-        found = f"it has {table.column_names}"
-        raise BadData(f"{entry.path} has no column 'file_name' with the names of the images; {found}.")
-    for column in columns:
-        names = [name and _path(str(name), entry, anywhere) for name in table[column].to_pylist()]
-        table = table.set_column(table.column_names.index(column), column, pa.array(names, pa.string()))
+        columns = [column for column in table.column_names if is_file_column(column)]
+        if not columns:
+            found = f"it has {table.column_names}"
+            raise BadData(f"{entry.path} has no column 'file_name' with the names of the images; {found}.")
+        for column in columns:
+            names = [name and _path(str(name), entry, anywhere) for name in table[column].to_pylist()]
+            table = table.set_column(table.column_names.index(column), column, pa.array(names, pa.string()))
     return table
 
 

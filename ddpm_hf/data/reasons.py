@@ -26,10 +26,11 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def reading(file) -> Iterator[None]:
-    """Raise every error as BadData with the name of the file: libraries raise errors of many types for damaged files."""
+    """Raise every error as BadData with the name of the file: libraries raise errors of many types for damaged files, such as
+    MemoryError for one that states a wrong size."""
     try:
         yield
-    except (BadData, MemoryError):
+    except BadData:
         raise
     except Exception as error:
         raise BadData(f"{file} cannot be read: {reason(error)}.") from error

@@ -25,6 +25,7 @@ from ddpm_hf.checks import check_int
 from ddpm_hf.data.checking import describe_losses, inspect, validation_hash
 from ddpm_hf.data.decoding import UnreadableImage, read_entry
 from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, name_of
+from ddpm_hf.data.reasons import reading
 from ddpm_hf.seeds import make_generator
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class StreamedImages(ImageColumns):
         """Leave the share `fraction` of the images, chosen by `validation_hash`, out of training. Returns the first of them,
         at most `VALIDATION_LIMIT`, which are read now. Raises ValueError if there are none."""
         self.validation_fraction = fraction
-        rows = list(islice(filter(self.is_validation, self.dataset), VALIDATION_LIMIT))
+        rows = list(islice(filter(self.is_validation, read_rows(self.dataset)), VALIDATION_LIMIT))
         if not rows:
             raise ValueError(f"validation_fraction = {fraction!r} selects no image of the stream.")
         rows = datasets.Dataset.from_list(rows, features=self.dataset.features)
@@ -258,6 +259,12 @@ class Block:
         yield from takewhile(lambda row: row is not None, islice(reader.rows, size - 1))
 
 
+def read_rows(dataset: datasets.IterableDataset, name: str = "the stream") -> Iterator[dict]:
+    """The rows of a stream. Raises BadData, with its name, for every error of reading it."""
+    with reading(name):
+        yield from dataset
+
+
 class Reader:
     """`rows`: the rows of a lane in the order of their shards, epoch after epoch, from the start of its current block on,
     with None after each epoch."""
@@ -284,7 +291,7 @@ class Reader:
                 self._stream = images.dataset.shard(len(all_shards), shards[shard])
                 if self.at["stream"] is not None:
                     self._stream.load_state_dict(self.at["stream"])
-                for row in self._stream:
+                for row in read_rows(self._stream, f"part {shards[shard] + 1} of {len(all_shards)} of the stream"):
                     is_own = has_own_shards or self.at["row"] % num_lanes == index
                     self.at["row"] += 1
                     if is_own and not images.is_validation(row):
