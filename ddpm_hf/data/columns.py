@@ -81,14 +81,14 @@ def _array_entry(row: dict, column: str, dtype: str) -> dict:
 
 
 def mark_labels(
-    splits: dict[str, Data], column: str | None, has_classes: bool = True, words: Iterable[str] | None = None
+    splits: dict[str, Data], column: str | None, has_classes: bool = True, labels: Iterable | None = None
 ) -> dict[str, Data]:
     """The splits with the strings, or truth values, of a column as classes: those of all splits, sorted. A name with dots is
     that of a field in a column of dicts.
 
     Args:
         has_classes: False leaves the values as they are.
-        words: the values in the column; None if they are not known without reading the images too.
+        labels: the values in the column; None if they are not known without reading the images too.
 
     Raises BadData for a stream whose words are not known.
     """
@@ -98,14 +98,14 @@ def mark_labels(
     types = {getattr(dataset.features.get(column), "dtype", None) for dataset in splits.values()}
     if not has_classes or not types & WORDS or not types <= WORDS | {"null"} or _has_names(splits, column):
         return splits
-    if words is None:
+    if labels is None:
         if any(isinstance(dataset, datasets.IterableDataset) for dataset in splits.values()):
             raise BadData(
                 f"the labels in the column {column!r} are words, and a stream does not tell which ones there are: "
                 "leave out --streaming, or store them as ClassLabel."
             )
-        words = {word for dataset in splits.values() for word in dataset.unique(column)}
-    names = sorted({str(word) for word in words if word is not None})
+        labels = {word for dataset in splits.values() for word in dataset.unique(column)}
+    names = sorted({str(word) for word in labels if word is not None})
     return {split: _encode(dataset, column, names) for split, dataset in splits.items()}
 
 
@@ -121,8 +121,7 @@ def _unpack(dataset: Data, column: str) -> Data:
     if column not in fields:
         return dataset
     if isinstance(dataset, datasets.IterableDataset):
-        after = datasets.Features(dataset.features | {column: fields[column]})
-        return dataset.map(_field, fn_kwargs={"top": top, "column": column}, features=after)
+        return _map_stream(dataset, _field, column, fields[column], top=top)
     labels = dataset.select_columns([top]).flatten()[column][:]
     return dataset.add_column(column, labels, feature=fields[column])
 
@@ -133,12 +132,26 @@ def _field(row: dict, top: str, column: str) -> dict:
 
 def _encode(dataset: Data, column: str, names: list[str]) -> Data:
     classes = datasets.ClassLabel(names=names)
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.cast_column(column, classes)
     index = {name: i for i, name in enumerate(names)}
+    if isinstance(dataset, datasets.IterableDataset):
+        return _map_stream(dataset, _class, column, classes, index=index)
     labels = [None if word is None else index[str(word)] for word in dataset[column]]
     # In place of `cast_column`, which would copy the images too.
     return dataset.remove_columns(column).add_column(column, labels, feature=classes)
+
+
+def _class(row: dict, column: str, index: dict[str, int]) -> dict:
+    return {column: None if row[column] is None else index[str(row[column])]}
+
+
+def _map_stream(
+    stream: datasets.IterableDataset, function, column: str, feature, **options
+) -> datasets.IterableDataset:
+    for name, image in stream.features.items():
+        if isinstance(image, datasets.Image):  # or else they would be decoded, and encoded anew
+            stream = stream.cast_column(name, datasets.Image(decode=False))
+    after = datasets.Features(stream.features | {column: feature})
+    return stream.map(function, fn_kwargs={"column": column, **options}, features=after)
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:

@@ -42,7 +42,9 @@ def test_files_beside_another_are_named_in_folders_and_archives():
         start, end = path.split("a/0.png", 1)
         entry = Entry("a/0.png", path)
         assert entry.ends == (start, end)
-        assert entry.beside("b/./1.png") == f"{start}a/b/1.png{end}" and entry.beside("../2.png") == f"{start}2.png{end}"
+        assert (
+            entry.beside("b/./1.png") == f"{start}a/b/1.png{end}" and entry.beside("../2.png") == f"{start}2.png{end}"
+        )
 
 
 def test_hidden_members_and_folders_around_an_archive_do_not_count(tmp_path):

@@ -32,7 +32,10 @@ def test_missing_files_stay_in_the_split_of_their_folder(tmp_path):
 def test_missing_files_of_an_archive_are_not_dropped(tmp_path):
     text = {"metadata.csv": "file_name,x\ntrain/0.png,1\ntest/9.png,2\n"}
     made = tables(list_archives([pack(tmp_path / "a.zip", "train/0.png", "test/1.png", **text)]))
-    assert [path.split("::")[0] for path in made["test"]["image"].to_pylist()] == ["zip://test/9.png", "zip://test/1.png"]
+    assert [path.split("::")[0] for path in made["test"]["image"].to_pylist()] == [
+        "zip://test/9.png",
+        "zip://test/1.png",
+    ]
 
 
 def test_names_are_relative_to_the_folder_of_the_metadata(tmp_path):

@@ -65,4 +65,8 @@ def test_a_damaged_label_is_named(tmp_path):
 
 
 def test_nested_fields_have_names_with_dots():
-    assert list(flatten("json", {"a": {"b": 1, "c": [2]}, "d": None})) == [("json.a.b", 1), ("json.a.c", [2]), ("json.d", None)]
+    assert list(flatten("json", {"a": {"b": 1, "c": [2]}, "d": None})) == [
+        ("json.a.b", 1),
+        ("json.a.c", [2]),
+        ("json.d", None),
+    ]
