@@ -23,6 +23,7 @@ from ddpm_hf.data.webdataset import is_webdataset, read_webdataset
 TEXTS = (".csv", ".tsv", ".jsonl")
 FILES = (*TABLES, *listing.ARRAYS, *TEXTS, *ARCHIVES)
 SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` wrote
+PACKED = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zst")  # archives that cannot be read in place
 STREAM_SHARDS = 64  # into which a local data set is divided to be read as a stream
 ROWS_AT_A_TIME = 1000
 MARK = "ddpm_hf: "  # starts the description of a data set, where a `Source` is kept
@@ -177,7 +178,8 @@ def _open_folder(folder: Path, config_name: str | None, streaming: bool) -> Open
                 opened = datasets.load_dataset(str(folder), config_name, streaming=streaming)
             return Opened("a folder with configurations in its README.md", opened)
         left = found.left_out + Counter({"pictures or arrays beside tables": sum(map(len, found.splits.values()))})
-        left[listing.not_an_image(files[0].suffix.lower())] -= len(files)
+        left["metadata files beside tables or archives"] = len(found.metadata)
+        left.subtract(listing.not_an_image(file.suffix.lower()) for file in files)
         opened = _open_files(files, folder, streaming)
         opened.left_out += left
         return opened
@@ -186,10 +188,11 @@ def _open_folder(folder: Path, config_name: str | None, streaming: bool) -> Open
 
 def _open_listing(found: listing.Listing, where: str) -> Opened:
     """The images of a folder or of archives."""
-    if not found.splits:
+    if not found.splits and not found.metadata:  # metadata may name files that are missing
         return Opened("", {}, found.left_out)
     classes = listing.class_names(found)
-    what = "arrays" if next(iter(found.splits.values()))[0].suffix in listing.ARRAYS else "pictures"
+    first = next(iter(found.splits.values()), [])[:1]
+    what = "arrays" if first and first[0].suffix in listing.ARRAYS else "pictures"
     kind = f"{where} of {what}" + (f" in {len(classes)} folders of classes" if classes else "")
     if found.metadata:
         kind += " with " + ", ".join(sorted({Path(entry.name).name for entry in found.metadata}))
@@ -214,8 +217,8 @@ def _open_files(files: list[Path], folder: Path, streaming: bool) -> Opened:
     if is_archive(files[0]):
         found = listing.list_archives(files, names if len(files) > 1 and len(set(names)) > 1 else None)
         if found.splits and all(map(is_webdataset, files)):
-            tables, stamp = read_webdataset(found, files), str([file.stat().st_mtime_ns for file in files])
-            return Opened(f"{what} of WebDataset", tables, found.left_out, stamp)
+            classes, stamp = listing.class_names(found), str([file.stat().st_mtime_ns for file in files])
+            return Opened(f"{what} of WebDataset", read_webdataset(found, classes), found.left_out, stamp, classes)
         return _open_listing(found, what)
     splits: dict[str, list[Path]] = {}
     for file, split in zip(files, names):
@@ -293,6 +296,6 @@ def _load_arrays(file: str) -> np.ndarray:
 
 def _no_image(folder: str, left_out: Counter) -> ValueError:
     found = f"; it has {listing.describe(+left_out)}" if +left_out else ""
-    return ValueError(
-        f"the folder {folder!r} holds no image (no file with a suffix such as .png, .jpg or .npy){found}."
-    )
+    packed = any(f"({suffix})" in found for suffix in PACKED) or (found and is_archive(Path(folder)))
+    advice = " Unpack the archive, and give its folder." if packed else ""
+    return ValueError(f"{folder!r} holds no image (no file with a suffix such as .png, .jpg or .npy){found}.{advice}")

@@ -109,9 +109,11 @@ def list_archives(archives: Sequence[Path], splits: Sequence[str] | None = None)
 def _members(archive: Path, split: str | None) -> Iterator[Entry]:
     status, names = archive.stat(), list_members(archive)
     names = [name for name in names if not any(part.startswith((".", "__")) for part in name.split("/")[:-1])]
-    tops = {name.split("/")[0] for name in names if "/" in name}
-    # A folder around everything, called like the archive or a split, is no class.
-    around = f"{tops.pop()}/" if len(tops) == 1 and tops <= {archive.stem, *(SPLITS if split else ())} else ""
+    # A folder around everything, called like the split, or with the folders of splits inside, is no class.
+    tops, *_ = levels = [{tuple(name.split("/")[: n + 1]) for name in names if name.count("/") > n} for n in (0, 1)]
+    has_splits = bool(levels[1]) and all(second in SPLITS for _, second in levels[1])
+    is_around = len(tops) == 1 and (has_splits or (split and next(iter(tops))[0] in SPLITS))
+    around = f"{next(iter(tops))[0]}/" if is_around else ""
     for name in names:
         entry = Entry(
             name.removeprefix(around), member_path(archive, name), (status.st_size, status.st_mtime_ns), split

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -62,7 +63,8 @@ def _read_csv(data: bytes) -> pa.Table:
     separator = next((s for s, columns in names.items() if any(map(is_file_column, columns))), ",")
     types = {name: str for name in names[separator] if is_file_column(name)}  # "001" is a name, not a number
     options = {"keep_default_na": False, "na_values": [""], "dtype_backend": "pyarrow", "skipinitialspace": True}
-    frame = pd.read_csv(io.StringIO(text), sep=separator, dtype=types, index_col=False, **options)
+    with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of rows longer than the header
+        frame = pd.read_csv(io.StringIO(text), sep=separator, dtype=types, index_col=False, **options)
     return pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
 
 

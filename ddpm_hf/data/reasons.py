@@ -20,6 +20,8 @@ def reason(error: Exception) -> str:
         error = error.__cause__  # "An error occurred while generating the dataset"
     if isinstance(error, UnidentifiedImageError):
         return "neither an array of NumPy nor a picture that Pillow knows"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not text in UTF-8 ({error})"
     message, name = " ".join(str(error).split()), type(error).__name__
     return message if isinstance(error, PLAIN_ERRORS) and message else f"{name}: {message}" if message else name
 
@@ -33,4 +35,4 @@ def reading(file) -> Iterator[None]:
     except BadData:
         raise
     except Exception as error:
-        raise BadData(f"{file} cannot be read: {reason(error)}.") from error
+        raise BadData(f"{file} cannot be read: {reason(error).rstrip('.')}.") from error

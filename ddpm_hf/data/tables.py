@@ -31,10 +31,13 @@ def load_tables(splits: dict[str, list[Path]], streaming: bool) -> dict:
     """The data sets of files of one kind, by split. Raises BadData, which names the first damaged file."""
     files = [file for part in splits.values() for file in part]
     kind = files[0].suffix.lower()
+    empty = set()
     for file in files if kind == ".parquet" else ():  # the end of a file, where its schema is, is read at once
         with reading(file):
-            pa.parquet.read_schema(file)
-    escaped = {split: [glob.escape(str(file)) for file in part] for split, part in splits.items()}
+            empty |= set() if pa.parquet.read_metadata(file).num_rows else {file}  # which `datasets` cannot read
+    escaped = {split: [glob.escape(str(f)) for f in part if f not in empty] for split, part in splits.items()}
+    if not all(escaped.values()):
+        raise BadData(f"{sorted(empty)[0]} has no rows.")
     try:
         return datasets.load_dataset(TABLES[kind], data_files=escaped, streaming=streaming)
     except Exception as error:

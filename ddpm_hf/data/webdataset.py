@@ -42,8 +42,9 @@ def _is_image(suffix: str) -> bool:
     return f".{suffix.rpartition('.')[2]}" in picture_suffixes() | ARRAYS
 
 
-def read_webdataset(found: Listing, files: Sequence[Path]) -> dict[str, pa.Table]:
-    """A table for each split of `found`, the files of the archives.
+def read_webdataset(found: Listing, classes: Sequence[str] | None = None) -> dict[str, pa.Table]:
+    """A table for each split of `found`, the files of the archives. A column "label" has the index of the folder of each row
+    among `classes`, if given.
 
     The columns of images are named by their suffixes; there is one, "image", for pictures of several formats. Files with
     other suffixes than those of numbers, texts and JSON are left out. Raises BadData for a file that cannot be read.
@@ -57,6 +58,9 @@ def read_webdataset(found: Listing, files: Sequence[Path]) -> dict[str, pa.Table
         column = "image" if is_one and len(suffixes) > 1 else suffix
         rows.setdefault((entry.split, entry.ends[1], key), {})[column] = entry.path
     images = sorted({column for row in rows.values() for column in row})
+    index = {name: i for i, name in enumerate(classes or ())}
+    for (_, _, key), row in rows.items() if classes else ():
+        row["label"] = index[PurePosixPath(key).parent.name]
     for entry in found.others:
         key, suffix = _key(entry.name)
         row = rows.get((entry.split, entry.ends[1], key))

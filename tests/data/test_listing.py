@@ -50,8 +50,16 @@ def test_files_beside_another_are_named_in_folders_and_archives():
 def test_hidden_members_and_folders_around_an_archive_do_not_count(tmp_path):
     names = ("data/cat/0.png", "data/dog/1.png", "__MACOSX/data/cat/._0.png", "data/cat/.2.png", ".x/3.png")
     found = list_archives([pack(tmp_path / "data.zip", *names)])
-    assert [entry.name for entry in found.splits["train"]] == ["cat/0.png", "dog/1.png"]
+    assert [entry.name for entry in found.splits["train"]] == ["data/cat/0.png", "data/dog/1.png"]
     assert class_names(found) == ["cat", "dog"] and describe(found.left_out) == "1 hidden"
+    found = list_archives([pack(tmp_path / "x.tar", "x/train/cat/0.png", "x/test/dog/1.png", "x/LICENSE.png")])
+    assert {split: len(part) for split, part in found.splits.items()} == {"train": 1, "test": 1}
+    assert class_names(found) == ["cat", "dog"]
+    found = list_archives(
+        [pack(tmp_path / f"{name}.zip", f"{name}/0.png") for name in ("train", "test")], ["train", "test"]
+    )
+    assert class_names(found) is None and list(found.splits) == ["train", "test"]
+    assert class_names(list_archives([pack(tmp_path / f"{name}.zip", f"{name}/0.png") for name in "ab"])) == ["a", "b"]
 
 
 def test_archives_are_of_their_splits(tmp_path):

@@ -14,6 +14,11 @@ from ddpm_hf.data.reasons import BadData, reading, reason
         (KeyError("a"), "KeyError: 'a'"),
         (ValueError(), "ValueError"),
         (MemoryError(), "MemoryError"),
+        (ValueError("A sentence"), "A sentence"),
+        (
+            UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "cut"),
+            "it is not text in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 0: cut)",
+        ),
         (UnidentifiedImageError("x"), "neither an array of NumPy nor a picture that Pillow knows"),
     ],
 )

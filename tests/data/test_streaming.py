@@ -173,6 +173,26 @@ def test_a_stream_resumes_exactly_with_and_without_workers(folders, shards, lane
         assert done + keys(after) == straight
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_with_words_as_labels_resumes_exactly(tmp_path, workers):
+    some = digits()["train"].select(range(EXAMPLES))
+    words = [f"class {label}" for label in some["label"]]
+    rows = some.remove_columns("label").add_column("info", [{"kind": {"word": word}} for word in words])
+    for i in range(3):
+        rows.shard(3, i).to_parquet(tmp_path / f"{i}.parquet")
+    source = open_dataset(str(tmp_path), streaming=True, label_column="info.kind.word")
+    images = StreamedImages(source, ImageFormat((8, 8), 1), label_column="info.kind.word", shuffle_buffer=32)
+    assert images.class_names == sorted(set(words))
+    label = dict(zip(keys([Images(some, ImageFormat((8, 8), 1))[range(EXAMPLES)]]), some["label"]))
+    straight = [(key, n) for batch in batches(images) for key, n in zip(keys([batch]), batch["labels"].tolist())]
+    assert all(label[key] == n for key, n in straight)
+    before = batches(images, num_workers=workers)
+    done = keys(islice(before, 5))
+    state = json.loads(json.dumps(before.gather_state(list)))
+    after = batches(images, first_step=5, state=state, num_workers=workers)
+    assert done + keys(after) == [key for key, _ in straight]
+
+
 def test_a_stream_resumes_on_two_processes_with_its_number_of_lanes(folders):
     straight = keys(batches(stream(folders[5], num_lanes=2)))
     before = batches(stream(folders[5], num_lanes=2))

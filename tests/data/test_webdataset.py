@@ -46,22 +46,29 @@ def test_rows_are_those_that_datasets_reads(tmp_path):
 def test_pictures_of_several_formats_are_one_column(tmp_path):
     files = {"0.jpg": picture(0, "JPEG"), "0.cls": "cat", "1.png": picture(1), "1.cls": "7", "2.png": picture(2)}
     archive = pack(tmp_path / "a.tar", **files)
-    (table,) = read_webdataset(list_archives([archive]), [archive]).values()
+    (table,) = read_webdataset(list_archives([archive])).values()
     assert path_columns(table) == ["image"] and table["cls"].to_pylist() == ["cat", "7", None]
 
 
 def test_other_files_of_a_row_are_left_out_and_counted(tmp_path):
     archive = pack(tmp_path / "a.tar", "0.png", "1.png", **{"0.cls": "1", "0.mp4": "x", "LICENSE": "free"})
     found = list_archives([archive])
-    (table,) = read_webdataset(found, [archive]).values()
+    (table,) = read_webdataset(found).values()
     assert table.column_names == ["png", "cls"] and table["cls"].to_pylist() == [1, None]
     assert +found.left_out == {"not images (.mp4)": 1, "not images (without suffix)": 1}
+
+
+def test_folders_of_rows_are_classes(tmp_path):
+    archive = pack(tmp_path / "a.tar", "dog/0.png", "cat/0.png", **{"dog/0.txt": "a dog", "cat/0.txt": "a cat"})
+    found = open_dataset(str(archive))
+    assert {row["txt"]: row["label"] for row in found} == {"a cat": 0, "a dog": 1}
+    assert found.features["label"].names == ["cat", "dog"]
 
 
 def test_a_damaged_label_is_named(tmp_path):
     archive = pack(tmp_path / "a.tar", "0.png", **{"0.json": "{"})
     with pytest.raises(BadData, match="0.json::.*a.tar cannot be read: Expecting property name"):
-        read_webdataset(list_archives([archive]), [archive])
+        read_webdataset(list_archives([archive]))
 
 
 def test_nested_fields_have_names_with_dots():

@@ -175,11 +175,22 @@ FOUND = {
     "two archives": (lambda f: (pack(f / "train.zip", "cat/0.png", "dog/0.png"), pack(f / "test.zip", "cow/0.png"), f)[2], [], ["2 images", "splits train, test", "2 .zip files", "cat, cow, dog"]),
     "two parts": (lambda f: (pack(f / "part1.tar", *CLASS_FOLDERS), pack(f / "part2.tar", *CLASS_FOLDERS), f)[2], [], ["6 images", "2 .tar files", "cat, dog"]),
     "folders around": (lambda f: (pack(f / "train.zip", "train/0.png", "train/1.png"), pack(f / "test.zip", "test/2.png"), f)[2], [], ["2 images", "splits train, test", "of pictures;"]),
+    "archives of classes": (lambda f: (pack(f / "cat.zip", "cat/0.png"), pack(f / "dog.tar", "dog/0.png"), f)[2], [], ["2 images", "2 .tar/.zip files", "cat, dog"]),
+    "an empty shard": (lambda f: (digits_in(f / "0.parquet"), digits()["test"].select([]).to_parquet(f / "1.parquet"), f)[2], [], ["6 images"]),
+    "metadata names a pipe": (lambda f: (os.mkfifo(f / "p"), write(f, "0.png", **{"metadata.csv": "file_name\n0.png\np\n"}))[1], ["--skip_broken_images"], ["1 images"]),
     "zip with metadata": (lambda f: pack(f / "a.zip", "x/0.png", "x/1.png", **{"x/metadata.csv": "file_name,l\n1.png,b\n0.png,a\n"}), ["--label_column", "l"], ["2 images", "a, b"]),
 }  # fmt: skip
 
 # What is opened in a folder, options, and what the error says.
 REFUSED = {
+    "packed": (lambda f: (shutil.make_archive(str(f / "a"), "gztar", write(f / "x", "0.txt")), f)[1], [], r"it has 1 not images \(.gz\).*Unpack the archive"),
+    "a table in a zip": (lambda f: pack(f / "a.zip", **{"a.parquet": b"x"}), [], "Unpack the archive"),
+    "an empty table": (lambda f: parquet(f / "a.parquet", x=pa.array([], pa.binary())), [], "a.parquet has no rows"),
+    "only metadata": (lambda f: write(f, **{"metadata.csv": "file_name\n0.png"}), [], "1 of 1 images cannot be read"),
+    "another encoding": (lambda f: write(f, "0.png", **{"metadata.csv": "file_name,l\n0.png,é".encode("latin1")}), [], "metadata.csv cannot be read: it is not text in UTF-8"),
+    "longer rows": (lambda f: write(f, "0.png", **{"metadata.csv": "file_name,l\n0.png,a,b"}), [], "metadata.csv cannot be read: .*Length of header"),
+    "a device": (lambda f: "/dev/zero", [], "must be a folder or a file, and '/dev/zero' is neither"),
+    "a named pipe": (lambda f: (os.mkfifo(f / "a.png"), f / "a.png")[1], [], "must be a folder or a file"),
     "two columns": (lambda f: saved(f / "s", {"a": datasets.Image(), "b": datasets.Image()}, a=[ENTRY], b=[ENTRY]), [], r"image_column must be one of \['a', 'b'\]"),
     "lists of images": (lambda f: saved(f / "s", {"a": datasets.List(datasets.Image())}, a=[[ENTRY]]), [], r"the columns \['a'\] hold lists of images; make one row of each"),
     "no image": (lambda f: write(f, **{"a.txt": "x"}), [], "holds no image .*it has 1 not images"),
