@@ -62,7 +62,7 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"num_classes": 10}, "num_classes = 10 is for label_column only"),
         (
             {"label_column": "label", "num_classes": 0},
-            "num_classes must be an integer of at least 1, the number of classes in 'label', got 0",
+            "num_classes must be an integer of at least 1, got 0",
         ),
         (
             {"label_column": "label", "num_classes": 2, "label_dropout": 1.0},
