@@ -105,13 +105,15 @@ def check_list(name: str, values: Any, check: Callable[[str, Any], Any]) -> list
     return [check(name, item) for item in items]
 
 
-def check_device(name: str, value: Any):
-    """`value` as a torch.device with memory for numbers. Raises ValueError if this machine does not have it."""
+def check_device(name: str, value: Any, computes: bool = False):
+    """`value` as a torch.device. Raises ValueError if this machine does not have it; `computes` excludes "meta"."""
     import torch  # not above: options are checked before torch is imported
 
     try:
         device = torch.device(value)
-        torch.zeros(1, device=device).item()
+        probe = torch.zeros(1, device=device)
+        if computes:
+            probe.item()
     except Exception as error:  # of many types, by device
         raise ValueError(f"{name} must be a device of this machine, such as 'cpu', got {shown(value)}.") from error
     return device

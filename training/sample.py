@@ -113,7 +113,7 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     from ddpm_hf.schedulers.samplers import make_sampler
 
     if args.device is not None:
-        check_device("device", args.device)
+        check_device("device", args.device, computes=True)
     pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler)
@@ -231,7 +231,9 @@ def check_record(folder: Path, args: SampleArguments) -> None:
     try:
         before = dict(json.loads(file.read_text())) if file.exists() else now
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"output_dir {str(folder)!r} holds {file.name}, which is no record of samples: {error}") from error
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds {file.name}, which is no record of samples: {error}"
+        ) from error
     # A record of an earlier version lacks an option that was not there yet, and whose default is None.
     changed = ", ".join(
         f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
