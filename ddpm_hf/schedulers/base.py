@@ -17,7 +17,7 @@ from ddpm_hf.interop import SavesAsStock
 
 logger = logging.getLogger(__name__)
 
-FLAGS = {"clip_sample", "thresholding", "rescale_betas_zero_snr", "set_alpha_to_one"}
+FLAGS = ("clip_sample", "thresholding", "rescale_betas_zero_snr")
 # The schedules that every diffusers scheduler knows by name. All others are saved as trained_betas.
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # Appended to beta_schedule in the configuration of an analytic scheduler. Stock schedulers would silently treat
@@ -46,7 +46,7 @@ class ChainScheduler(SavesAsStock, SchedulerMixin, ConfigMixin):
     def _set_up(self, variance_type: str) -> None:
         """Check the arguments, which are registered, and compute the tables of the chain."""
         config, T = self.config, self.config.num_train_timesteps
-        for name in FLAGS & config.keys():
+        for name in FLAGS:
             check_bool(name, config[name])
         check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
         check_int("steps_offset", config.steps_offset, 0)

@@ -19,7 +19,7 @@ def check_rules(config) -> None:
 
 def _check_choices(config) -> None:
     """Choices that are known only once torch is imported, and names on the Hub."""
-    check_int("sample_steps", config.sample_steps, 1, config.num_train_timesteps)
+    check_int("sample_steps", config.sample_steps, 1, config.num_train_timesteps, "num_train_timesteps")
     if config.compile is not None:
         from torch.compiler import list_backends
 
@@ -41,7 +41,7 @@ def _check_size(config) -> None:
         needed = f"use multiples of {2**halvings}, or fewer block_out_channels"
         raise ValueError(f"resolution {height}×{width} cannot be halved {halvings} times: {needed}.")
     if config.total_images < config.batch_size:
-        raise ValueError(f"total_images = {config.total_images} is less than one batch of {config.batch_size}.")
+        raise ValueError(f"total_images = {config.total_images} is less than one batch, batch_size = {config.batch_size}.")
     if config.stream_lanes is not None and config.batch_size % config.stream_lanes:
         raise ValueError(f"stream_lanes = {config.stream_lanes} must divide batch_size = {config.batch_size}.")
 

@@ -81,8 +81,9 @@ REFUSED = [
 
 @pytest.mark.parametrize("name, value, message", REFUSED)
 def test_values_out_of_range_or_of_another_type_are_refused(name, value, message):
-    with pytest.raises(ValueError, match=f"^{name}.*{message}"):
+    with pytest.raises(ValueError, match=message) as caught:
         Options(**{"name": "x", name: value})
+    assert str(caught.value).startswith(f"{name} must be ")
 
 
 def test_numbers_of_numpy_become_those_of_python():
