@@ -48,7 +48,7 @@ def check_float(name: str, value: Any, interval: str = "(-inf, inf)") -> float:
 
 def expected_float(interval: str) -> str:
     """The words of error messages and help texts for a number in an interval."""
-    return f"a number in {interval}" if interval.endswith("inf]") else f"a finite number in {interval}"
+    return f"a finite number in {interval}"
 
 
 def _is_within(value: Real, interval: str) -> bool:
@@ -136,4 +136,5 @@ _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxse
 
 def shown(value: Any) -> str:
     """`repr(value)` for an error message, shortened where it is long."""
-    return _SHORTENED.repr(value)
+    text = _SHORTENED.repr(value)
+    return text if len(text) <= 400 else f"{text[:300]} ... {text[-50:]}"

@@ -54,6 +54,8 @@ def open_dataset(
     """
     folder = Path(name).expanduser()
     is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if config_name is not None and (folder.is_file() or name in BUILTIN):
+        raise ValueError(f"dataset_config {config_name!r} is for data sets with configurations, and {name!r} has none.")
     if revision is not None and (is_path or name in BUILTIN):
         raise ValueError(f"dataset_revision {revision!r} is for data sets on the Hub, and {name!r} is local.")
     if name in BUILTIN:
@@ -104,6 +106,10 @@ def _open_folder(folder: Path, config_name: str | None, split: str, streaming: b
             return _open_folder(_extract(files[0]), None, split, streaming)
         opened = _open_tables(files, folder, streaming)
         return {part: _mark(dataset, listing.describe(+left)) for part, dataset in opened.items()}
+    if config_name is not None:
+        raise ValueError(
+            f"dataset_config {config_name!r} is for data sets of tables, and {str(folder)!r} holds images."
+        )
     if not found.splits:
         raise _no_image(str(folder))
     if split not in found.splits:

@@ -176,10 +176,11 @@ def scale_betas_for_timesteps(
     check_float("beta_start", beta_start, "(0, 1)")
     check_float("beta_end", beta_end, "(0, 1)")
     scale = 1000 / num_train_timesteps
-    if (largest := max(beta_start, beta_end)) * scale >= 1:
+    largest, name = max((beta_start, "beta_start"), (beta_end, "beta_end"))
+    if largest * scale >= 1:
         raise ValueError(
             f"num_train_timesteps={num_train_timesteps} must be above {1000 * largest:g} for a linear schedule to "
-            f"{largest}: β would reach {largest * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
+            f"{name}={largest}: β would reach {largest * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
         )
     return beta_start * scale, beta_end * scale
 

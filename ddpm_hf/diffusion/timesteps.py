@@ -22,7 +22,7 @@ def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> Tensor:
     in 1..T, for an unknown spacing, and if the offset leads beyond T−1.
     """
     T, offset = check_int("T", T, 1, MAX_TIMESTEPS), check_int("offset", offset, 0)
-    n = check_int("n", n, 1, T, "the number of timesteps of the chain")
+    n = check_int("n", n, 1, T, "the chain's T")
     check_choice("spacing", spacing, TIMESTEP_SPACINGS)
     i = torch.arange(n, dtype=torch.float64, device="cpu")
     if spacing == "linspace":

@@ -41,7 +41,9 @@ def _check_size(config) -> None:
         needed = f"use multiples of {2**halvings}, or fewer block_out_channels"
         raise ValueError(f"resolution {height}×{width} cannot be halved {halvings} times: {needed}.")
     if config.total_images < config.batch_size:
-        raise ValueError(f"total_images = {config.total_images} is less than one batch, batch_size = {config.batch_size}.")
+        raise ValueError(
+            f"total_images = {config.total_images} is less than one batch, batch_size = {config.batch_size}."
+        )
     if config.stream_lanes is not None and config.batch_size % config.stream_lanes:
         raise ValueError(f"stream_lanes = {config.stream_lanes} must divide batch_size = {config.batch_size}.")
 

@@ -111,6 +111,7 @@ def accepted(cls: type, spec: Field) -> str:
         words = expected_int(*_limits(spec.metadata["interval"]))
     elif kind is float:
         words = expected_float(spec.metadata["interval"]).replace(" in (-inf, inf)", "")
+        words = words.replace("a finite", "a") if spec.metadata["interval"].endswith("inf]") else words
     else:
         words = {bool: "true or false", str: "text"}[kind]
     return ("a list, each " if is_list else "") + words + (", or None" if is_optional else "")

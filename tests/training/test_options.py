@@ -3,7 +3,9 @@
 import contextlib
 import io
 import math
+import runpy
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Literal, get_origin
 
 import numpy as np
@@ -57,7 +59,7 @@ REFUSED = [
     ("steps", True, "got True"),
     ("steps", None, "got None"),
     ("steps", 10**4000, "got an integer of 13288 bits"),
-    ("rate", 0, r"rate must be a number in \(0, inf\], got 0"),
+    ("rate", 0, r"rate must be a finite number in \(0, inf\], got 0"),
     ("rate", math.nan, "got nan"),
     ("rate", "inf", "got 'inf'"),
     ("rate", 10**400, "got an integer of 1329 bits"),
@@ -132,3 +134,9 @@ def test_help_states_type_range_and_default():
     assert "a number (an integer in 1..9; default: 3)" in words and "50% of them (one of a, b, or None;" in words
     assert "sizes (a list, each an integer of at least 1; default: [1])" in words
     assert accepted(Options, fields(Options)[2]) == "a number in (0, inf]"
+
+
+def test_the_page_of_options_is_that_of_the_tables():
+    page = Path(__file__).parents[2] / "docs" / "options.md"
+    text = runpy.run_path(str(page.with_name("make_options.py")))["text"]()
+    assert page.read_text(encoding="utf-8") == text, "run python docs/make_options.py"
