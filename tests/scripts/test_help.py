@@ -10,7 +10,7 @@ from ddpm_hf.scripts import choose_ema, evaluate, publish, sample
 OPTIONS = {
     "choose_ema": choose_ema.EMAArguments,
     "publish": publish.PublishArguments,
-    "evaluate": evaluate.EvaluateArguments,
+    "evaluate": evaluate.EvaluationOptions,
     "sample": sample.SampleArguments,
 }
 CODE = """
