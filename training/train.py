@@ -107,8 +107,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     """Set up a run; its folder stays locked until `stack` closes. Raises ValueError for invalid options, data or checkpoints."""
-    import torch
-
     from ddpm_hf.pipelines.guidance import mark_class_names
     from ddpm_hf.training.build import build_scheduler, build_unet
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
@@ -128,8 +126,6 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     )
     uploader.create_repository()
     scheduler = build_scheduler(config)
-    with torch.device("meta"):
-        build_unet(with_num_classes(config, None))  # bad options of the network are refused before images are read
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
         config = with_num_classes(config, images)

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
 
-from ddpm_hf.checks import check_choice, check_float, check_int
+from ddpm_hf.checks import check_choice, check_float, check_int, check_list
 from ddpm_hf.data.archives import read_member
 from ddpm_hf.data.arrays import ARRAY_STARTS, MAX_CHANNELS, read_array
 from ddpm_hf.data.pictures import is_deep, read_picture
@@ -79,12 +80,14 @@ class ImageFormat:
         check_choice("bits", self.bits, (8, None))
         object.__setattr__(self, "white_level", check_white_level(self.white_level))
         object.__setattr__(self, "crop", check_crop_and_background(self.crop, self.background))
-        object.__setattr__(self, "size", tuple(check_int("size", length, 1) for length in self.size))
+        object.__setattr__(self, "size", tuple(check_list("size", self.size, partial(check_int, minimum=1))))
+        if len(self.size) != 2:
+            raise ValueError(f"size must be (H, W), got {self.size}.")
 
 
 def check_crop_and_background(crop: str, background: str) -> str:
     """The crop in its standard spelling. Raises ValueError for an unknown crop or color."""
-    crop = "center" if crop == "centre" else crop  # as older runs wrote it to config.yaml
+    crop = "center" if isinstance(crop, str) and crop == "centre" else crop  # as older runs wrote it to config.yaml
     check_choice("crop", crop, ("center", "pad"))
     try:
         ImageColor.getrgb(background)
@@ -97,8 +100,7 @@ def check_white_level(white_level: Sequence[float] | float | None) -> tuple[floa
     """The values (black, white) of a `white_level`. Raises ValueError if white is not above black."""
     if white_level is None:
         return None
-    given = [white_level] if isinstance(white_level, Real) else list(white_level)
-    levels = tuple(check_float("white_level", level) for level in given)
+    levels = check_list("white_level", [white_level] if isinstance(white_level, Real) else white_level, check_float)
     black, white = (0.0, *levels) if len(levels) == 1 else levels if len(levels) == 2 else (0.0, 0.0)
     if not black < white:
         accepted = "a value above 0, or two: those of black and of white, the second above the first"

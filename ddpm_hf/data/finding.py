@@ -98,6 +98,8 @@ def open_dataset(
     """
     folder = Path(name).expanduser()
     is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if config_name is not None and (folder.is_file() or name in BUILTIN):
+        raise ValueError(f"dataset_config {config_name!r} is for data sets with configurations, and {name!r} has none.")
     if revision is not None and (is_path or name in BUILTIN):
         raise ValueError(f"dataset_revision {revision!r} is for data sets on the Hub, and {name!r} is local.")
     if name in BUILTIN:
@@ -183,6 +185,10 @@ def _open_folder(folder: Path, config_name: str | None, streaming: bool) -> Open
         opened = _open_files(files, folder, streaming)
         opened.left_out += left
         return opened
+    if config_name is not None:
+        raise ValueError(
+            f"dataset_config {config_name!r} is for data sets of tables, and {str(folder)!r} holds images."
+        )
     return _open_listing(found, "a folder")
 
 

@@ -36,6 +36,14 @@ def test_a_revision_of_local_data_raises(tmp_path):
             open_dataset(name, revision="main")
 
 
+def test_a_configuration_of_data_that_has_none_raises(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "table.csv").write_text("file_name\nimage.png\n")
+    for name in ("digits", str(tmp_path), str(tmp_path / "table.csv")):
+        with pytest.raises(ValueError, match="dataset_config 'foo' is for data sets"):
+            open_dataset(name, "foo")
+
+
 def test_a_folder_named_like_a_built_in_data_set_raises(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
