@@ -1,9 +1,11 @@
 """Load and save pipelines, and convert models and schedulers between this package's classes and diffusers'."""
 
+import inspect
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -11,6 +13,7 @@ import torch
 from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
 
+from ddpm_hf.checks import ArgumentTypeError
 from ddpm_hf.files import move_file, staging_folder
 from ddpm_hf.interop import stock_config
 from ddpm_hf.models.unet import UNet2DModelCustom
@@ -20,6 +23,11 @@ from ddpm_hf.transfer import Retries, download_snapshot
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?P<variant>\.[^.]+?)?(-\d+-of-\d+)?\.(safetensors|bin)$")
 INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?P<variant>\.[^.]+)?\.json$")
 OWN_SCHEDULERS = tuple(OWN.values())
+# Those of diffusers' `ModelMixin.from_pretrained` that load one network into a pipeline.
+UNET_OPTIONS = (
+    "torch_dtype", "variant", "use_safetensors", "device_map", "max_memory", "offload_folder", "offload_state_dict",
+    "low_cpu_mem_usage", "disable_mmap", "quantization_config",
+)  # fmt: skip
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -41,6 +49,14 @@ def download_pipeline(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
         error.add_note(f"There is no folder {repo_id!r} here, so it was looked for on the Hub.")
         raise
     return folder
+
+
+def check_options(options: Mapping) -> None:
+    """Raise ArgumentTypeError for options of `from_pretrained` that nothing would read."""
+    known = (*UNET_OPTIONS, *list(inspect.signature(UNet2DModelCustom).parameters))
+    if unknown := sorted(options.keys() - set(known)):
+        accepted = ("unet", "scheduler", *DOWNLOAD_OPTIONS, *known)
+        raise ArgumentTypeError(f"{unknown[0]} must be an option of from_pretrained, which are {', '.join(accepted)}.")
 
 
 def find_component(folder: Path, component: str, config_name: str, source: str) -> Path:
