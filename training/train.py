@@ -61,8 +61,14 @@ def main(arguments: list[str] | None = None) -> None:
         signals = stack.enter_context(StopSignals())
         try:
             config = parse_config(arguments)
-        except (ValueError, OSError) as error:
+        except ValueError as error:  # answered without torch
             fail("train.py", error)
+        except (OSError, MemoryError, RuntimeError) as error:
+            from ddpm_hf.training.failures import describe
+
+            if (sentence := describe(error)) is None:
+                raise
+            fail("train.py", sentence)
         from ddpm_hf.training.failures import in_one_sentence
 
         with in_one_sentence():

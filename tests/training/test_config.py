@@ -34,7 +34,7 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"stream_lanes": 3}, "stream_lanes = 3 must divide batch_size = 128"),
         ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
         ({"compile": "fast"}, "compile must be one of .*inductor.* got 'fast'"),
-        ({"process_group_timeout": 0}, "process_group_timeout must be an integer of at least 1, got 0"),
+        ({"process_group_timeout": 0}, "process_group_timeout must be an integer in 1..1000000000, got 0"),
         ({"mixed_precision": "fp8"}, r"mixed_precision must be one of \[None, 'no', 'bf16', 'fp16'\], got 'fp8'"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be an integer of at least 1"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps must be an integer of at least 1"),
