@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ddpm_hf.options import OptionParser, check_options, option
 from ddpm_hf.training.config_file import read_options
-from ddpm_hf.training.options import OptionParser, check_options, option
 
 
 @dataclass

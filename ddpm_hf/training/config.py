@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_origin, get_t
 
 import yaml
 
+from ddpm_hf.options import check_options, option
 from ddpm_hf.training.config_rules import check_rules
-from ddpm_hf.training.options import check_options, option
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.losses import Objective
