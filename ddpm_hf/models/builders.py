@@ -65,8 +65,7 @@ def build_embeddings(config: FrozenDict) -> tuple[nn.Module, TimestepEmbedding, 
     """The modules that map timesteps (B,) to features (B, n), features to (B, D), and class labels to (B, D)."""
     channels, D = config.block_out_channels[0], temb_channels(config)
     if config.time_embedding_type == "fourier":
-        # set_W_to_weight=False: one random draw, and the key "weight".
-        projection, features = GaussianFourierProjection(channels, scale=16, set_W_to_weight=False), 2 * channels
+        projection, features = GaussianFourierProjection(channels, scale=16), 2 * channels
     elif config.time_embedding_type == "learned":
         projection, features = nn.Embedding(config.num_train_timesteps, channels), channels
     else:
@@ -82,7 +81,7 @@ def build_embeddings(config: FrozenDict) -> tuple[nn.Module, TimestepEmbedding, 
 
 
 def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn.ModuleList]:
-    """The stages of the U: down, middle and up."""
+    """The stages of the U: down, middle and up, created in the order in which stock creates them."""
     channels, layers, groups = list(config.block_out_channels), config.layers_per_block, config.norm_num_groups
     resnet = partial(
         ResnetBlock,
@@ -98,12 +97,16 @@ def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn
         head_dim = config.attention_head_dim or c
         return AttentionBlock(c, head_dim, groups=groups, eps=config.norm_eps, output_scale_factor=scale)
 
+    def alternate(inputs: list[int], c: int, has_attention: bool) -> tuple[list, list]:
+        """Residual blocks from each number of channels in `inputs` to c, and attention blocks, created in turns."""
+        pairs = [(resnet(n, c), attention(c) if has_attention else None) for n in inputs]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs if has_attention]
+
     last, skip_channels, c_in = len(channels) - 1, [channels[0]], channels[0]
     down, middle, up = nn.ModuleList(), None, nn.ModuleList()
     for i, (block_type, c) in enumerate(zip(config.down_block_types, channels)):
         has_attention, resample = DOWN_BLOCK_TYPES[_without_prefix(block_type)]
-        resnets = [resnet(c_in if j == 0 else c, c) for j in range(layers)]
-        attentions = [attention(c) for _ in resnets] if has_attention else []
+        resnets, attentions = alternate([c_in] + [c] * (layers - 1), c, has_attention)
         samplers = []
         if i < last:
             as_resnet = (resample or config.downsample_type) == "resnet"
@@ -113,13 +116,14 @@ def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn
         c_in = c
     if config.mid_block_type is not None:
         scale = config.mid_block_scale_factor
-        resnets = [resnet(c_in, c_in, output_scale_factor=scale) for _ in range(2)]
         mid_groups = config.attn_norm_num_groups or (groups if config.resnet_time_scale_shift == "default" else None)
-        middle = MidStage(resnets, [attention(c_in, mid_groups, scale)] if config.add_attention else [])
+        first = resnet(c_in, c_in, output_scale_factor=scale)
+        attentions = [attention(c_in, mid_groups, scale)] if config.add_attention else []
+        middle = MidStage([first, resnet(c_in, c_in, output_scale_factor=scale)], attentions)
     for i, (block_type, c) in enumerate(zip(config.up_block_types, reversed(channels))):
         has_attention, resample = UP_BLOCK_TYPES[_without_prefix(block_type)]
-        resnets = [resnet((c_in if j == 0 else c) + skip_channels.pop(), c) for j in range(layers + 1)]
-        attentions = [attention(c) for _ in resnets] if has_attention else []
+        inputs = [(c_in if j == 0 else c) + skip_channels.pop() for j in range(layers + 1)]
+        resnets, attentions = alternate(inputs, c, has_attention)
         samplers = []
         if i < last:
             as_resnet = (resample or config.upsample_type) == "resnet"

@@ -79,7 +79,7 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
     ):
         super().__init__()
         check_arguments(self.config)
-        # The order of creation is that of random initialization: a seed gives the same weights in every version.
+        # Parts are created in stock's order, so that a seed gives the random weights of stock.
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
         self.time_proj, self.time_embedding, self.class_embedding = build_embeddings(self.config)
         self.temb_act = get_activation(act_fn)

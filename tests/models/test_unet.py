@@ -186,6 +186,18 @@ def test_outputs_and_gradients_equal_those_of_stock(pair, changes, dtype, roundi
 
 
 @each_configuration
+def test_a_seed_gives_the_random_weights_of_stock(unet_config, changes):
+    weights, random_states = [], []
+    for cls in (UNet2DModel, UNet2DModelCustom):
+        torch.manual_seed(0)
+        weights.append(cls(**{**unet_config, **changes}).state_dict())
+        random_states.append(torch.get_rng_state())
+    stock, mine = weights
+    assert stock.keys() == mine.keys() and torch.equal(*random_states)
+    assert [key for key in stock if not torch.equal(stock[key], mine[key])] == []
+
+
+@each_configuration
 def test_outputs_without_gradients_are_the_same_and_keep_the_inputs(pair, changes):
     """In-place operations are used without gradients."""
     mine, stock = pair(**changes)
