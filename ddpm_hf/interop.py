@@ -1,6 +1,7 @@
 """Save in the format of diffusers: the JSON files name diffusers' classes and hold only arguments that those take."""
 
 import json
+from numbers import Real
 
 import diffusers
 import numpy as np
@@ -31,10 +32,13 @@ class SavesAsStock:
 
 
 def _plain(value):
-    """`value`, and the items of a list or tuple, with numbers of NumPy as those of Python."""
+    """`value`, and the items of a list or tuple, with numbers of NumPy, and fractions, as those of Python."""
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
+        # Not `type(value)`: a named tuple takes its items one by one.
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
 
 
 def refuse_pickle(safe_serialization: bool) -> None:

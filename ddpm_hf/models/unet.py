@@ -80,13 +80,15 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
         super().__init__()
         check_arguments(self.config)
         # Parts are created in stock's order, so that a seed gives the random weights of stock.
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.time_proj, self.time_embedding, self.class_embedding = build_embeddings(self.config)
-        self.temb_act = get_activation(act_fn)
-        self.down_blocks, self.mid_block, self.up_blocks = build_stages(self.config)
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
+        # Numbers are read from the configuration, where those of NumPy are Python's.
+        config, channels = self.config, self.config.block_out_channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        self.time_proj, self.time_embedding, self.class_embedding = build_embeddings(config)
+        self.temb_act = get_activation(config.act_fn)
+        self.down_blocks, self.mid_block, self.up_blocks = build_stages(config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
         self.conv_act = SiLU()
-        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
         if zero_init_output:
             self.zero_init_output()
         # Convolutions of channels-last images would otherwise copy the weights in every call.

@@ -71,7 +71,6 @@ CONFIGURATIONS = {
     "padding 0": {**LEVELS_3, "downsample_padding": 0},
     "one head": {"attention_head_dim": None},
     "four heads": {"attention_head_dim": 4},
-    "heads that do not divide the channels": {"attention_head_dim": 6},
     "eps and groups": {"norm_eps": 1e-2, "norm_num_groups": 2},
     "relu": {"act_fn": "relu"},
     "gelu": {"act_fn": "gelu"},
@@ -697,6 +696,7 @@ def test_network_traces_into_one_graph_forward_and_backward(make_unet, name):
         ({"norm_num_groups": None}, ["norm_num_groups", "None"]),
         ({"attn_norm_num_groups": 5}, ["attn_norm_num_groups", "16"]),
         ({"attention_head_dim": 32}, ["attention_head_dim", "32"]),
+        ({"attention_head_dim": 3}, ["attention_head_dim", "(16,)", "levels with attention", "3"]),
         ({"act_fn": "tanhshrink"}, ["tanhshrink", "silu"]),
     ],
 )
