@@ -74,7 +74,7 @@ def check_readable(path: Path) -> None:
             raise OSError(f"{path} does not hold weights: it is damaged, or reading it could run code.") from error
         if isinstance(content, dict):
             return
-        reason = f"it holds no tensors by their names, but {type(content).__name__}"
+        raise OSError(f"{path} does not hold weights: it holds {type(content).__name__}, not tensors by their names.")
     reasons = [text for begin, text in IMPOSTORS.items() if start.lstrip().startswith(begin)]
     raise OSError(f"{path} does not hold weights: {[*reasons, reason][0] if start else 'it is empty'}.")
 
@@ -115,8 +115,9 @@ def _problem(tensor: Any, shape: torch.Size | None) -> str | None:
         return f"must hold floating-point numbers, got {tensor.dtype}"
     if shape is not None and tensor.shape != shape:
         return f"must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
-    # Smallest and largest are NaN if any value is. In float32, in which large float64 values are infinite.
-    if tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
+    tensor = tensor.float()  # in which large float64 values are infinite
+    # The sum is ten times as fast, but may be infinite for finite values.
+    if not (tensor.sum().isfinite() or tensor.isfinite().all()):
         return "holds NaN or infinite values"
     return None
 

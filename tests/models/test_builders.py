@@ -118,7 +118,7 @@ def test_every_constructor_argument_has_a_check_and_a_value_that_passes():
 
 @settings(derandomize=True, max_examples=150, deadline=20_000, database=None)
 @given(arguments, odd_arguments)
-def test_any_arguments_give_the_network_of_stock_or_an_error_that_names_one(fitting, odd):
+def test_any_arguments_give_stocks_network_or_an_error_that_names_one(fitting, odd):
     config = {**TINY_UNET, **fitting, **odd}
     try:
         torch.manual_seed(0)
