@@ -48,7 +48,7 @@ def check_float(name: str, value: Any, interval: str = "(-inf, inf)") -> float:
 
 def expected_float(interval: str) -> str:
     """The words of error messages and help texts for a number in an interval."""
-    return f"a number in {interval}" if interval.endswith("inf]") else f"a finite number in {interval}"
+    return f"a finite number in {interval}"
 
 
 def _is_within(value: Real, interval: str) -> bool:
@@ -105,13 +105,15 @@ def check_list(name: str, values: Any, check: Callable[[str, Any], Any]) -> list
     return [check(name, item) for item in items]
 
 
-def check_device(name: str, value: Any):
-    """`value` as a torch.device with memory for numbers. Raises ValueError if this machine does not have it."""
+def check_device(name: str, value: Any, computes: bool = False):
+    """`value` as a torch.device. Raises ValueError if this machine does not have it; `computes` excludes "meta"."""
     import torch  # not above: options are checked before torch is imported
 
     try:
         device = torch.device(value)
-        torch.zeros(1, device=device).item()
+        probe = torch.zeros(1, device=device)
+        if computes:
+            probe.item()
     except Exception as error:  # of many types, by device
         raise ValueError(f"{name} must be a device of this machine, such as 'cpu', got {shown(value)}.") from error
     return device
@@ -134,4 +136,5 @@ _SHORTENED.maxlist = _SHORTENED.maxtuple = _SHORTENED.maxdict = _SHORTENED.maxse
 
 def shown(value: Any) -> str:
     """`repr(value)` for an error message, shortened where it is long."""
-    return _SHORTENED.repr(value)
+    text = _SHORTENED.repr(value)
+    return text if len(text) <= 400 else f"{text[:300]} ... {text[-50:]}"
