@@ -233,6 +233,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             raise TypeError(f"{sorted(kwargs)} are options for loading the U-Net, but unet was given.")
         if not folder.is_dir():
             folder = loading.download_pipeline(name, allow_pickle=not kwargs.get("use_safetensors"), **download_options)
+        loading.check_model_index(folder, [n for n, part in (("unet", unet), ("scheduler", scheduler)) if part is None])
         pipe = cls(
             scheduler=loading.load_scheduler(folder, name) if scheduler is None else scheduler,
             unet=loading.load_unet(folder, name, **kwargs) if unet is None else unet,
