@@ -6,6 +6,7 @@ from pathlib import Path
 from ddpm_hf.scripts.choose_ema import EMAArguments
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
+
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.options import accepted, default_of
 
