@@ -22,7 +22,7 @@ INTRODUCTION = """# Options
 
 Every option of the scripts: its name, what it accepts, its default, and what it is for. `python docs/make_options.py` writes this
 page. `--config` of `train.py` takes a preset or a YAML file (JSON too) with these names as keys. The same checks hold for files and
-command lines. A square bracket includes the end of a range. `--option None` removes a value that the preset gives.
+command lines. A square bracket includes the end of a range. The value `None` removes one that the preset gives.
 """
 
 
