@@ -39,6 +39,9 @@ class TrainingConfig:
     dataset: str = _option("", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub")
     dataset_config: str | None = _option(None, "configuration of a data set on the Hub")
     dataset_revision: str | None = _option(None, "branch, tag or commit of a data set on the Hub")
+    dataset_name: MayChange[str | None] = _option(
+        None, "name of the data in the model card; None: dataset, without the folders of a path"
+    )
     split: str = _option("train", "split to train on")
     validation_split: MayChange[str | None] = _option(None, "split for validation; None: 'test' if there is one")
     image_column: str | None = _option(None, "column of the images; None: the only image column")
@@ -138,6 +141,7 @@ class TrainingConfig:
     hub_model_id: MayChange[str | None] = _option(None, "user/name on the Hub; created if it does not exist")
     hub_private: MayChange[bool] = _option(False, "create hub_model_id as a private repository")
     push_every_checkpoints: MayChange[int] = _option(1, "upload every this many checkpoints, and the final model")
+    push_wait_seconds: MayChange[float] = _option(3600.0, "longest wait for uploads at the end of training")
 
     def __post_init__(self):
         if self.crop == "centre":  # config.yaml of earlier versions
@@ -315,4 +319,4 @@ MINIMUM |= dict.fromkeys(("total_images", "batch_size", "checkpoint_every_steps"
 MINIMUM |= dict.fromkeys(("log_every_steps", "max_nonfinite_steps", "push_every_checkpoints"), 1)
 MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes"), 1)
 INTERVALS = dict.fromkeys(("validation_fraction", "label_dropout"), "[0, 1)")
-INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay"), "[0, inf)") | {"ema_decay": "(0, 1)"}
+INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay", "push_wait_seconds"), "[0, inf)") | {"ema_decay": "(0, 1)"}
