@@ -91,6 +91,9 @@ def check_answer(response) -> None:
     is_from_hub = status in RETRIED or "X-Error-Code" in response.headers or (status < 400 and IS_FILE.fullmatch(asked))
     if kind == "text/html" and not is_from_hub:
         raise UnexpectedAnswer(f"a web page instead of data (status {status})", response=response)
+    if status == 403 and re.search(b"signature", request.url.query, re.IGNORECASE):
+        # The signature is too old, or came damaged: the Hub gives another one.
+        raise UnexpectedAnswer("a signed address that its storage refuses (status 403)", response=response)
     if status >= 400:
         _check_error(response)
     elif request.method == "HEAD" and status == 200 and IS_FILE.fullmatch(asked):
@@ -110,7 +113,7 @@ def _json(response) -> Any:
     response.read()
     try:
         return json.loads(response.content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnexpectedAnswer("something that is no JSON", response=response) from error
 
 
@@ -119,7 +122,7 @@ def _check_error(response) -> None:
     response.read()
     try:
         value = json.loads(response.content)
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, RecursionError) as error:
         raise UnexpectedAnswer(f"status {response.status_code} and no text", response=response) from error
     except ValueError:
         return  # text, or XML of a storage

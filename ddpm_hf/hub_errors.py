@@ -57,8 +57,11 @@ def _is_unreadable(error: BaseException) -> bool:
     """Whether the client failed on an answer: an error of `UNREADABLE`, without errno, raised while it or hf_xet worked."""
     if isinstance(error, errors.FileMetadataError):
         return True  # the client cuts its traceback
-    if type(error) not in UNREADABLE or getattr(error, "errno", None) is not None:
-        return False
+    return type(error) in UNREADABLE and getattr(error, "errno", None) is None and _is_of_client(error)
+
+
+def _is_of_client(error: BaseException) -> bool:
+    """Whether an error was raised by huggingface_hub or what it called. hf_xet, which is native, has no frames of its own."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = [name.partition(".")[0] for name in modules]
     own = max((i for i, name in enumerate(packages) if name == "ddpm_hf"), default=-1)
@@ -123,7 +126,8 @@ def _explain(error: BaseException, repo_id: str) -> OSError:
         return TimeoutError(f"{host} does not answer requests for {repo_id} ({message}): try again later.")
     if isinstance(cause, Abandoned):
         return TimeoutError(f"the upload to {repo_id} was not finished in time.")
-    if isinstance(cause, errors.HTTPError):
+    is_xet = type(cause) in (ConnectionError, TimeoutError) and _is_of_client(cause)
+    if isinstance(cause, errors.HTTPError) or is_xet:
         problem = f"cannot be reached for {repo_id}, or closed the connection"
         return ConnectionError(f"{host} {problem} ({message}): try again later.")
     if isinstance(cause, OSError):

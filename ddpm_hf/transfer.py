@@ -4,14 +4,16 @@ import hashlib
 import os
 import random
 import re
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
 
+from ddpm_hf.answers import UnexpectedAnswer
 from ddpm_hf.checks import check_float, check_int
 from ddpm_hf.hub_client import LIBRARY, check_token, hub_api, limit_requests, pause
 from ddpm_hf.hub_errors import OFFLINE, explain_error, explained, is_transient
@@ -64,26 +66,47 @@ def with_retries(call: Callable[[], Result], retries: Retries = DEFAULT_RETRIES)
 # ------------------------------------------------------------------ downloads
 
 
-def download_snapshot(repo_id: str, retries: Retries = DEFAULT_RETRIES, **kwargs) -> Path:
+def download_snapshot(
+    repo_id: str, retries: Retries = DEFAULT_RETRIES, needed: Callable[[Path], bool] | None = None, **kwargs
+) -> Path:
     """The folder of a snapshot, as from `huggingface_hub.snapshot_download`, with the checksum of every file verified.
 
-    A damaged file is downloaded again, once. Offline, and if the Hub cannot be reached, the cached copy is verified as well:
-    the cache names files by their checksums. On a file system without links it does not, and cached files are used as they
-    are. Raises FileNotFoundError, PermissionError or another OSError whose message is one sentence that says what to do.
+    The client keeps the list of a commit's files for ever. It is asked for again if it names a file that is not there, or
+    if it leaves the folder empty or without what is `needed`. A damaged file is downloaded again, once. Offline, and if the
+    Hub cannot be reached, the cached copy is verified as well: the cache names files by their checksums. On a file system
+    without links it does not, and cached files are used as they are. Raises FileNotFoundError, PermissionError or another
+    OSError whose message is one sentence that says what to do, and ValueError for a token that cannot be sent.
     """
     options = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
     kwargs["library_name"] = LIBRARY
     check_token(kwargs.get("token"))
+    cache = _cache_of(repo_id, options.get("cache_dir"))
+
+    def call() -> Path:
+        try:
+            return Path(snapshot_download(repo_id, **kwargs))
+        except errors.RemoteEntryNotFoundError as error:
+            _forget_lists(cache)
+            raise UnexpectedAnswer("a list of files that are not there", response=error.response) from error
+
     with explained(repo_id):
-        cached = _cached_files(repo_id, options.get("cache_dir"))
-        folder = Path(with_retries(lambda: snapshot_download(repo_id, **kwargs), retries))
-        if not _files_of(folder) and not _is_offline(options):
-            # The client keeps the list of a commit's files. An empty one, once received, would be used forever.
-            (folder.parents[1] / "trees" / f"{folder.name}.json").unlink(missing_ok=True)
-            folder = Path(with_retries(lambda: snapshot_download(repo_id, **kwargs), retries))
+        cached = {_identity(file) for file in _files_of(cache / "snapshots")}
+        folder = with_retries(call, retries)
+        is_complete = any if needed is None else lambda files: any(files) and needed(folder)
+        if not is_complete(_files_of(folder)) and not _is_offline(options):
+            _forget_lists(cache)
+            folder = with_retries(call, retries)
         for file, checksum in _checksums(repo_id, folder, _files_of(folder), retries, options, cached).items():
             _verify(repo_id, folder, file, checksum, retries, options)
         return folder
+
+
+def _forget_lists(cache: Path) -> None:
+    """Delete the lists that the client keeps, on disk and (in huggingface_hub 2.4) in memory, which has no public name."""
+    in_memory = getattr(sys.modules.get("huggingface_hub._tree_cache"), "_IN_MEMORY_TREE_CACHE", {})
+    for file in cache.glob("trees/*.json"):
+        file.unlink(missing_ok=True)
+        in_memory.pop(str(file), None)
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -100,11 +123,10 @@ def download_file(repo_id: str, name: str, commit: str, retries: Retries, token:
     return path
 
 
-def _cached_files(repo_id: str, cache_dir: str | Path | None) -> set[tuple[Path, int, int]]:
-    """Path, size and time of the files that the cache holds of a repository."""
+def _cache_of(repo_id: str, cache_dir: str | Path | None) -> Path:
+    """The folder of a repository in the cache."""
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
-    files = (cache / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots").rglob("*")
-    return {_identity(file) for file in files if file.is_file()}
+    return cache / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
 def _identity(file: Path) -> tuple[Path, int, int]:
