@@ -6,6 +6,7 @@ and it waits as long as a server asks it to. `limit_requests` changes the sessio
 are left to `with_retries`. Requests of other libraries only get a timeout where they have none.
 """
 
+import math
 import os
 import re
 import threading
@@ -53,6 +54,8 @@ def check_token(token: str | bool | None) -> None:
 
 def limit_requests() -> None:
     """Limit the requests of huggingface_hub's session, and of those that replace it after a connection error."""
+    # hf_xet has a client of its own, which reads this when its first transfer starts.
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{math.ceil(REQUEST_TIMEOUT_SECONDS)}s")
     with _installing:
         session = get_session()
         if hasattr(session.send, "limited"):

@@ -128,7 +128,7 @@ def _explain(error: BaseException, repo_id: str) -> OSError:
         return TimeoutError(f"the upload to {repo_id} was not finished in time.")
     is_xet = type(cause) in (ConnectionError, TimeoutError) and _is_of_client(cause)
     if isinstance(cause, errors.HTTPError) or is_xet:
-        problem = f"cannot be reached for {repo_id}, or closed the connection"
+        problem = f"cannot be reached, or closed the connection, for {repo_id}"
         return ConnectionError(f"{host} {problem} ({message}): try again later.")
     if isinstance(cause, OSError):
         is_own = cause.errno is None and type(cause).__module__ == "builtins"
@@ -151,9 +151,7 @@ def _explain_response(error: errors.HfHubHTTPError, repo_id: str, host: str) -> 
         problem = "does not accept this token" if _had_token(error) else "requires a login"
         return PermissionError(f"the Hub {problem} for {repo_id}: {LOG_IN} to a token with access to it {said}")
     if status == 403:
-        return PermissionError(
-            f"this token has no access to {repo_id}, or none to write to it: {LOG_IN} to another {said}"
-        )
+        return PermissionError(f"this token has no access, or no write access to {repo_id}: {LOG_IN} to another {said}")
     problem = "429 (too many requests)" if status == 429 else status
     return OSError(f"the Hub answered {problem} for {repo_id}: try again later {said}")
 

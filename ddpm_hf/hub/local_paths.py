@@ -7,16 +7,20 @@ from typing import Any
 
 import yaml
 
+TEXTS = (".json", ".yaml", ".yml", ".md")
+
 
 def is_local(name: str) -> bool:
     """Whether a data set or folder is given as a path, not as a name on the Hub."""
+    if not name:
+        return False
     path = Path(name).expanduser()
     return path.is_absolute() or name[:1] in (".", "~") or name.count("/") > 1 or "\\" in name or path.exists()
 
 
 def public_name(name: str) -> str:
     """The last part of a path; other names stay as they are."""
-    if not name or not is_local(name):
+    if not is_local(name):
         return name
     return re.split(r"[/\\]", str(Path(name).expanduser().resolve()))[-1]
 
@@ -61,7 +65,9 @@ def without_local_paths(files: dict[str, Path]) -> dict[str, bytes]:
         if name.endswith(".md"):
             text = public_text = _text(name, file)
             for path in sorted(paths, key=len, reverse=True):
-                public_text = public_text.replace(path, paths[path])
+                public_text = re.sub(
+                    rf"(?<!\w){re.escape(path)}(?![\w-])", lambda _, last=paths[path]: last, public_text
+                )
             if public_text != text:
                 changed[name] = public_text.encode()
     _check_no_paths(files, changed, paths)
@@ -69,7 +75,7 @@ def without_local_paths(files: dict[str, Path]) -> dict[str, bytes]:
 
 
 def _text(name: str, file: Path) -> str | None:
-    if not name.endswith((".json", ".yaml", ".yml", ".md")):
+    if not name.endswith(TEXTS):
         return None
     try:
         return file.read_text(encoding="utf-8")
@@ -95,8 +101,9 @@ def _check_no_paths(files: dict[str, Path], changed: dict[str, bytes], paths: di
     words = {path for path in paths if Path(path).is_absolute()} | ({home} if len(home) > 1 else set())
     for name, file in files.items():
         content = changed[name] if name in changed else _searched(file)
+        behind = rb"(?<!\w)" if name.endswith(TEXTS) else b""  # https://host/data is not /data
         for word in words:
-            if re.search(re.escape(word.encode()) + rb"(?![\w.-])", content):
+            if re.search(behind + re.escape(word.encode()) + rb"(?![\w-])", content):
                 raise ValueError(f"{file} must not name a folder of this machine to be published, got {word!r}.")
 
 

@@ -319,4 +319,6 @@ MINIMUM |= dict.fromkeys(("total_images", "batch_size", "checkpoint_every_steps"
 MINIMUM |= dict.fromkeys(("log_every_steps", "max_nonfinite_steps", "push_every_checkpoints"), 1)
 MINIMUM |= dict.fromkeys(("validation_images", "shuffle_buffer", "stream_lanes"), 1)
 INTERVALS = dict.fromkeys(("validation_fraction", "label_dropout"), "[0, 1)")
-INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay", "push_wait_seconds"), "[0, inf)") | {"ema_decay": "(0, 1)"}
+INTERVALS |= dict.fromkeys(("input_perturbation", "offset_noise", "weight_decay", "push_wait_seconds"), "[0, inf)") | {
+    "ema_decay": "(0, 1)"
+}

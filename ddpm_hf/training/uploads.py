@@ -8,6 +8,7 @@ resumed run, or by `ddpm-publish <output_dir>`.
 import logging
 import os
 import queue
+import shlex
 import shutil
 import threading
 from collections.abc import Callable
@@ -164,7 +165,7 @@ class Uploader:
         return True
 
     def _log_kept(self, names: str, reason: str) -> None:
-        command = f"ddpm-publish {self.output_dir} --repo_id {self.repo_id}"
+        command = f"ddpm-publish {shlex.quote(str(self.output_dir))} --repo_id {self.repo_id}"
         logger.warning(
             "Could not upload %s: %s\nIt is kept in %s; upload it with: %s", names, reason, self.output_dir, command
         )

@@ -41,6 +41,7 @@ PUBLISH = {
     "card check": ("POST /api/validate-yaml {user}$", ERRORS),
     "upload mode": ("POST .*/{user}/m/preupload/", ERRORS | UPLOAD),
     "commit": ("POST .*/{user}/m/commit/", ERRORS | LOST | UPLOAD),
+    "read back": ("POST .*/{user}/m/paths-info/[0-9a-f]+ {user}$", ERRORS | DOWNLOAD),
     "tag": ("POST .*/{user}/m/tag/", ERRORS | LOST),
 }
 PUBLISH_LFS = {
