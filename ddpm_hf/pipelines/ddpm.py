@@ -224,7 +224,8 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
                 `device_map`, ...
 
         Raises FileNotFoundError for a folder without a pipeline and for what is not on the Hub, PermissionError for a
-        repository that may not be read, ConnectionError without a network, OSError for files damaged in transit.
+        repository that may not be read, ConnectionError without a network, TimeoutError for a Hub that does not answer, OSError
+        for files damaged in transit and answers that are not the Hub's.
         """
         name = str(pretrained_model_name_or_path)
         folder = Path(name)
