@@ -66,7 +66,7 @@ Criterion = Callable[["ddpm_hf.DDPMPipelineCustom"], tuple[float, float | None]]
 def make_criterion(args: EMAArguments, config, pipe, accelerator) -> tuple[str, Criterion]:
     """The name of what is minimized, and a function from a pipeline to its value and, if known, standard error. Whatever
     does not depend on the weights is computed here, once."""
-    from ddpm_hf.evaluation.measures import measure_bound
+    from ddpm_hf.evaluation.bounds import measure_bound
     from ddpm_hf.training.run_data import open_images
     from ddpm_hf.training.validation import ValidationLoss, load_validation_images
 
@@ -86,8 +86,7 @@ def make_criterion(args: EMAArguments, config, pipe, accelerator) -> tuple[str, 
         return f"loss of {len(validation)} validation images", lambda pipe: (loss(pipe.unet), None)
 
     def bits_per_dim(pipe) -> tuple[float, float]:
-        num_images = max(args.validation_images, 2 * args.bound_stride)
-        options = (num_images, args.bound_stride, args.seed, "validation bound", args.batch_size)
+        options = (args.validation_images, args.bound_stride, args.seed, "validation bound", args.batch_size)
         bound = measure_bound(pipe, diffusion, validation, *options)
         return bound.bits_per_dim, bound.standard_error
 

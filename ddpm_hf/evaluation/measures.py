@@ -1,4 +1,4 @@
-"""Measurements of a model: its images, bound, samples and features, and the metrics that are computed on them.
+"""The images, samples and features that a model is measured on.
 
 The work is spread over the processes that `accelerate` or `torchrun` started, and every process gets the full result.
 `run` is the content of the model's config.yaml, {} for a model without one.
@@ -6,8 +6,8 @@ The work is spread over the processes that `accelerate` or `torchrun` started, a
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,21 +15,22 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
-from ddpm_hf.data.decoding import ImageFormat, to_signed
+from ddpm_hf import DDPMPipelineCustom
+from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.finding import NoSuchSplit
 from ddpm_hf.data.images import Images, leave_out_broken
-from ddpm_hf.diffusion.analytic import estimate_analytic_moments
-from ddpm_hf.diffusion.likelihood import BoundSums, VariationalBound
 from ddpm_hf.evaluation.encoding import quantize
 from ddpm_hf.evaluation.features import Backbone, dataset_revision
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.models.builders import temb_channels
-from ddpm_hf.schedulers.samplers import as_ddpm
+from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.seeds import make_generator
+
+logger = logging.getLogger(__name__)
 
 
 def process_share(total: int) -> range:
@@ -47,10 +48,17 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------- images
 
 
+def image_size(unet_config: Mapping) -> tuple[int, int]:
+    """(H, W) of a model's images."""
+    size = unet_config["sample_size"]
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
 def model_images(
     dataset: datasets.Dataset, unet_config: Mapping, run: dict, image_column: str | None, label_column: str | None
 ) -> Images:
     """The images of a data set at the model's size, resized as in training, with the labels of a class-conditional model.
+    Broken images are left out if the run left them out (its `skip_broken_images`).
 
     Raises ValueError if the model is class-conditional and neither `label_column` nor the run names the labels, and for
     labels that do not fit the model.
@@ -62,12 +70,14 @@ def model_images(
             raise ValueError("the model is class-conditional: label_column must say which column holds the labels.")
     elif label_column is not None:
         raise ValueError(f"label_column must be left out for an unconditional model, got {label_column!r}.")
-    size = unet_config["sample_size"]
-    size = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     crop, background = run.get("crop", "center"), run.get("background", "white")
     levels = run.get("white_level")
-    form = ImageFormat(size, unet_config["in_channels"], crop, background, bits=8, white_level=levels)
+    form = ImageFormat(
+        image_size(unet_config), unet_config["in_channels"], crop, background, bits=8, white_level=levels
+    )
     images = Images(dataset, form, image_column, labels)
+    if run.get("skip_broken_images"):
+        leave_out_broken(images, True)
     if embed_type is not None:
         images.check_conditions(temb_channels(unet_config) if embed_type == "identity" else None)
     elif labels is not None:
@@ -80,7 +90,7 @@ def split_as_trained(images: Images, run: dict) -> Images | None:
     a run without that."""
     if not (fraction := run.get("validation_fraction")):
         return None
-    leave_out_broken(images, run.get("skip_broken_images", False))
+    leave_out_broken(images, False)
     return images.split_validation(fraction)
 
 
@@ -114,55 +124,6 @@ def random_indices(images: Images, seed: int, purpose: str) -> list[int]:
     return torch.randperm(len(images), generator=make_generator("cpu", seed, purpose, 0)).tolist()
 
 
-def load_batch(images: Images, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x_0 in [-1, 1] and the labels of a class-conditional model."""
-    batch = images[indices]
-    labels = batch["labels"].to(device) if "labels" in batch else None
-    return to_signed(batch["images"].to(device)), labels
-
-
-# ---------------------------------------------------------------------- the chain and its bound
-
-
-def predict(pipe: DDPMPipelineCustom, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None):
-    return pipe.unet(x_t, t, labels).sample
-
-
-def set_variance(pipe: DDPMPipelineCustom, variance_type: str, images: Images, num_images: int, seed: int) -> None:
-    """Give the pipeline a scheduler with this variance. The moments of "analytic" come from `num_images` images."""
-    moments, ddpm = None, as_ddpm(pipe.scheduler)
-    if variance_type == "analytic":
-        device = pipe.unet.device
-        x_0, labels = load_batch(images, random_indices(images, seed, "moments")[:num_images], device)
-        model, generator = partial(predict, pipe, labels=labels), make_generator(device, seed, "moments", 1)
-        moments = estimate_analytic_moments(ddpm.diffusion, model, [x_0], generator).tolist()
-    changes = {"variance_type": variance_type, "analytic_moments": moments}
-    pipe.scheduler = DDPMSchedulerCustom.from_config(ddpm.config, **changes)
-
-
-def measure_bound(
-    pipe, chain: GaussianDiffusion, images: Images, limit: int, stride: int, seed: int, purpose: str, batch_size: int
-) -> VariationalBound:
-    """The variational bound of a chain on at most `limit` random images, each at every `stride`-th timestep.
-
-    `purpose` is part of the seed. Raises ValueError for a scheduler with thresholding, which has no bound.
-    """
-    config = as_ddpm(pipe.scheduler).config
-    if config.thresholding:
-        raise ValueError("thresholding=True has no bound: what it does to a pixel depends on all others.")
-    edge = config.clip_sample_range
-    clip = (lambda x_0: x_0.clamp(-edge, edge)) if config.clip_sample else None
-    chosen = random_indices(images, seed, purpose)[:limit]
-    sums, share = BoundSums(len(chain), stride), process_share(len(chosen))
-    for start in range(0, len(share), batch_size):
-        positions = share[start : start + batch_size]
-        x_0, labels = load_batch(images, [chosen[p] for p in positions], pipe.unet.device)
-        generators = [make_generator("cpu", seed, purpose, 1 + p) for p in positions]
-        sums.add(chain, partial(predict, pipe), x_0, generators, torch.tensor(positions) % stride, clip, labels)
-    sums.values.copy_(sum(gather_object([sums.values])))
-    return sums.result(chain)
-
-
 # ---------------------------------------------------------------------- samples and features
 
 
@@ -182,11 +143,18 @@ def draw_conditions(pipe: DDPMPipelineCustom, images: Images, count: int, seed: 
     return chosen[torch.randperm(count, generator=make_generator("cpu", seed, "conditions", 0))]
 
 
-def describe_conditions(pipe: DDPMPipelineCustom, split: str) -> str | None:
-    """What `draw_conditions` does with the images of a split, for protocols."""
+def describe_conditions(pipe: DDPMPipelineCustom, split: str | None) -> str | None:
+    """What `draw_conditions` does with the images of a split, for protocols; None for no split."""
     if pipe.unet.config.class_embed_type is not None:
         return f"drawn from the {split} split"
-    return None if pipe.unet.config.num_class_embeds is None else f"classes by their shares of the {split} split"
+    if pipe.unet.config.num_class_embeds is None:
+        return None
+    return "classes in turn" if split is None else f"classes by their shares of the {split} split"
+
+
+def default_num_samples(dim: int | None) -> int:
+    """A number of samples that gives the covariance of `dim` features full rank; None for no features."""
+    return 500 if dim is None or dim <= 400 else 5000
 
 
 def make_samples(
@@ -197,8 +165,16 @@ def make_samples(
     batch_size: int,
     conditions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Samples of the model, uint8 (N, C, H, W), rounded as in a PNG file. `conditions`: see `sample_images`."""
-    images = sample_images(pipe, process_share(num_samples), steps, seed, batch_size, conditions)
+    """Samples of the model, uint8 (N, C, H, W), rounded as in a PNG file. `conditions`: see `sample_images`. Raises
+    NonFiniteSamples on every process for samples with NaN or infinite values."""
+    images, problem = None, None
+    try:
+        images = sample_images(pipe, process_share(num_samples), steps, seed, batch_size, conditions)
+    except NonFiniteSamples as error:
+        problem = str(error)
+    # All processes raise: one that ended alone would leave the others waiting.
+    if problems := [p for p in gather_object([problem]) if p is not None]:
+        raise NonFiniteSamples(problems[0])
     return gather_rows(torch.from_numpy(quantize(images, 8)).permute(0, 3, 1, 2).contiguous())
 
 
@@ -233,10 +209,19 @@ def real_features(
     folder = Path(cache_dir or Path(HF_HOME) / "ddpm_hf" / "features")
     file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
     # The main process decides for all: a process that found no file would wait forever for the others' features.
-    (features,) = broadcast_object_list([load_file(file)["features"] if is_main and file.is_file() else None])
+    (features,) = broadcast_object_list([_read_features(file) if is_main and file.is_file() else None])
     if features is None:
         features = features_of(backbone, lambda i: images[i]["images"], len(images), batch_size)
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_file(file, save({"features": features.contiguous()}, metadata={"key": text}))
     return features
+
+
+def _read_features(file: Path) -> torch.Tensor | None:
+    """The features in a file of the cache; None for a damaged file, whose features are computed again."""
+    try:
+        return load_file(file)["features"]
+    except (SafetensorError, KeyError, OSError) as error:
+        logger.warning("The features in %s are computed again, because the file cannot be read: %s", file, error)
+        return None

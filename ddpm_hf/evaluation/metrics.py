@@ -14,19 +14,23 @@ from ddpm_hf.checks import check_choice
 CLOSEST = 10  # pairs that `memorization` returns
 QUANTILES = (0.05, 0.25, 0.5, 0.75)
 BLOCK = 1024  # rows of a distance or kernel matrix that are in memory at a time
+NEAREST_PRECISION, NEAREST_DENSITY = 3, 5  # neighbors whose distance is the radius of a ball
+# Least numbers of images on either side.
+MIN_KERNEL, MIN_PRECISION, MIN_DENSITY = 3, NEAREST_PRECISION + 1, NEAREST_DENSITY + 1
 
 
 class Moments(NamedTuple):
-    """Mean (d,) and unbiased covariance (d, d) of `num` features, float64."""
+    """Mean (d,) and unbiased covariance (d, d) of features, float64."""
 
     mean: torch.Tensor
     covariance: torch.Tensor
-    num: int
 
 
 class Estimate(NamedTuple):
+    """A value and its standard error, None if that is unknown."""
+
     value: float
-    standard_error: float
+    standard_error: float | None
 
 
 def moments(features: torch.Tensor, name: str = "features") -> Moments:
@@ -45,7 +49,7 @@ def moments(features: torch.Tensor, name: str = "features") -> Moments:
     for i in blocks:
         centered = features[i : i + BLOCK].cpu().double() - mean
         covariance.addmm_(centered.T, centered)
-    return Moments(mean, covariance.div_(n - 1), n)
+    return Moments(mean, covariance.div_(n - 1))
 
 
 def check_enough(n: int, d: int, name: str = "features") -> None:
@@ -85,7 +89,7 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
     All pairs are used, so the result is not random. Raises ValueError for fewer than 3 images in either set.
     """
     check_choice("kernel", kernel, ("polynomial", "rbf"))
-    x, y = _check_pair(x, y, 3)
+    x, y = _check_pair(x, y, MIN_KERNEL)
     n, m = len(x), len(y)
 
     def sums(a, b, same=False):
@@ -113,7 +117,7 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
     return Estimate(value.item(), variance.sqrt().item())
 
 
-def precision_recall(real: torch.Tensor, samples: torch.Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: torch.Tensor, samples: torch.Tensor, k: int = NEAREST_PRECISION) -> tuple[float, float]:
     """Share of samples in the manifold of real images, and share of real images in the manifold of samples
     (Kynkäänniemi et al. 2019). A manifold is the union of balls whose radius is the distance to the k-th neighbor."""
     real, samples = _check_pair(real, samples, k + 1)
@@ -123,7 +127,7 @@ def precision_recall(real: torch.Tensor, samples: torch.Tensor, k: int = 3) -> t
     return precision, recall
 
 
-def density_coverage(real: torch.Tensor, samples: torch.Tensor, k: int = 5) -> tuple[float, float]:
+def density_coverage(real: torch.Tensor, samples: torch.Tensor, k: int = NEAREST_DENSITY) -> tuple[float, float]:
     """Mean number of real images' balls that contain a sample, divided by k, and share of these balls that contain at
     least one sample (Naeem et al. 2020). A ball's radius is the distance to the k-th real neighbor."""
     real, samples = _check_pair(real, samples, k + 1)

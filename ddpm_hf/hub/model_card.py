@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ddpm_hf import __version__
 from ddpm_hf.data.builtin import BUILTIN
 from ddpm_hf.evaluation.judges import judge_of
+from ddpm_hf.evaluation.report import bits_per_dim, sampler_name
 from ddpm_hf.hub.local_paths import is_local, public_config, public_name
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -31,8 +32,8 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
 
     Args:
         config_yaml: the resolved training configuration.
-        metrics: the content of `metrics.json`: "training", and those of "quality", "evaluation", "steps_and_variances"
-            and "ema" that were measured.
+        metrics: the content of `metrics.json`: "training", and those of "quality", "evaluation" and "ema" that were
+            measured.
     """
     given = yaml.safe_load(config_yaml)
     config = public_config(given)
@@ -61,6 +62,8 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
         config_yaml=config_yaml,
         quality_section=judge.card_section(quality).strip() if judge else None,
         average=average_of_weights(config, metrics),
+        sampler_name=sampler_name,
+        bits_per_dim=bits_per_dim,
         versions={"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     )
 
@@ -82,13 +85,16 @@ def evaluation_results(evaluation: dict | None) -> list[EvalResult]:
     if not evaluation:
         return []
     protocol = evaluation["protocol"]
-    how = f"to the {protocol['split']} split, {protocol['sampler']}, {protocol['steps']} steps, seed {protocol['seed']}"
+    how = f"{protocol['sampler']}, {protocol['steps']} steps, seed {protocol['seed']}"
     rows = [
         ("bits_per_dim", f"bits/dim (upper bound), {name}, {bound['num_images']} images", bound["bits_per_dim"])
         for name, bound in evaluation["bits_per_dim"].items()
         if name.startswith("validation")
     ]
-    rows += [(f["name"].split(",")[0], f"{f['name']}, {how}", f["value"]) for f in evaluation["figures"]]
+    rows += [
+        (f["name"].split(",")[0], f"{f['name']}, to {f['protocol']['reference']}, {how}", f["value"])
+        for f in evaluation["figures"]
+    ]
     source = ("unconditional-image-generation", public_name(evaluation["dataset"]), Path(evaluation["dataset"]).name)
     return [EvalResult(*source, kind, round(value, 5), metric_name=name) for kind, name, value in rows]
 

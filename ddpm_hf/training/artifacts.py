@@ -14,10 +14,11 @@ from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.evaluation.plots import denoising_strip, figure_bytes, image_grid, loss_curve
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
-from ddpm_hf.hub.model_card import make_card
+from ddpm_hf.hub.model_card import make_card, update_results
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.pipelines.guidance import class_names_of
 from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.transfer import Retries, download_snapshot
 
 GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 
@@ -117,3 +118,25 @@ def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> Non
     """Write metrics.json, and the model card that is made from it."""
     write_metrics(folder, metrics)
     atomic_file(folder / "README.md", str(make_card(config_yaml, metrics)))
+
+
+def write_evaluation(folder: Path, evaluation: dict, pictures: dict[str, bytes]) -> None:
+    """Write an evaluation into metrics.json, its pictures, and its results into the card. The card of a training run is
+    made again from its metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        atomic_file(folder / name, content)
+    metrics, card = read_metrics(folder) | {"evaluation": evaluation}, folder / "README.md"
+    if "training" in metrics and (folder / "config.yaml").is_file():
+        write_metrics_and_card(folder, (folder / "config.yaml").read_text(), metrics)
+        return
+    write_metrics(folder, metrics)
+    if card.is_file():
+        atomic_file(card, update_results(card.read_text(), folder.name, evaluation))
+
+
+def run_folder(model: str) -> Path:
+    """The folder of a model's config.yaml and metrics.json, if it has them: `model` itself, or a download from the Hub."""
+    if Path(model).is_dir():
+        return Path(model)
+    return download_snapshot(model, Retries(tries=3), allow_patterns=["config.yaml", "metrics.json"])

@@ -303,6 +303,8 @@ class TrainingConfig:
         saved = {option.name: option.default for option in fields(self) if option.default is not MISSING} | saved
         saved["crop"] = saved["crop"].replace("centre", "center")
         mine = asdict(self)
+        if saved.get("dataset") == Path(self.dataset).name:  # a published checkpoint has no path of a machine
+            saved["dataset"] = self.dataset
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
             use = "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub import HubServer
+from tests.hub import Fault, HubServer
 from tests.hub.server import Answer
-from tests.hub.test_faults import TABLES, Bench, LoadBench
+from tests.hub.test_faults import TABLES, Bench, LoadBench, calls, make_pipeline
 
 PAGE = {"Content-Type": "text/html; charset=utf-8"}
 LOGIN = b"<!DOCTYPE html><html><title>Log in</title><body>Wi-Fi</body></html>"
@@ -133,3 +133,48 @@ def test_wrong_answers_for_ever_end_in_a_sentence(for_ever):
         if not fine:
             wrong[case] = outcome
     assert wrong == {}, "\n".join(f"{case}: {outcome}" for case, outcome in wrong.items())
+
+
+def test_success_of_a_portal_makes_no_tag_and_no_branch(tmp_path):
+    """The answer to the request that makes a name is not read, so a portal's JSON looks like success."""
+    portal = {"instead": Answer(200, b'{"ok": true}', JSON)}
+    with HubServer() as hub:
+        asked = []
+        for name, path, times in (("t", "tag", 99), ("b", "branch", 99), ("t1", "tag", 1), ("b1", "branch", 1)):
+            token = hub.add_user(name)
+            hub.faults.append(Fault(f"POST .*/{name}/m/{path}/", times=times, **portal))
+            make_pipeline(tmp_path / name, seed=0)
+            options = {"folder": str(tmp_path / name), "token": token, "tag": "v1", "revision": "other"}
+            asked.append({"call": "publish", "repo_id": f"{name}/m"} | options)
+        tag, branch, tag_once, branch_once = calls(hub, tmp_path, "lfs", asked, TRIES="2")
+        assert "reported success, but t/m has no tag 'v1': try again" in tag["error"]
+        assert "reported success, but b/m has no branch 'other': try again" in branch["error"]
+        for name, outcome in (("t1", tag_once), ("b1", branch_once)):
+            repo = hub.repo(f"{name}/m")
+            assert repo.tags == {"v1": outcome["commit"]} and repo.branches["other"] == outcome["commit"], outcome
+
+
+def test_a_branch_that_keeps_moving_is_said_in_a_sentence(tmp_path):
+    with HubServer() as hub:
+        hub.faults.append(Fault("POST .*/user/m/commit/", status=412, times=99))
+        make_pipeline(tmp_path / "m", seed=0)
+        asked = {"call": "publish", "repo_id": "user/m", "folder": str(tmp_path / "m"), "token": hub.add_user("user")}
+        (outcome,) = calls(hub, tmp_path, "lfs", [asked])
+    assert outcome == {"error": "OSError: other clients kept committing to user/m: try again later."}
+
+
+def test_an_empty_list_of_files_in_the_cache_is_asked_for_again(tmp_path):
+    with HubServer() as hub:
+        files = make_pipeline(tmp_path / "m", seed=0)
+        commit = hub.add_repo("user/m", files).at().oid
+        asked = {
+            "call": "load",
+            "repo_id": "user/m",
+            "token": hub.add_user("user"),
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        trees = tmp_path / "cache/models--user--m/trees"
+        trees.mkdir(parents=True)
+        (trees / f"{commit}.json").write_text('{"format_version": 1, "files": {}}')
+        (outcome,) = calls(hub, tmp_path, "lfs", [asked])
+    assert {name: (Path(outcome["folder"]) / name).read_bytes() for name in files} == files

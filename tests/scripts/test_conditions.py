@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.finding import open_dataset
-from ddpm_hf.evaluation import measures
+from ddpm_hf.evaluation import bounds, measures
 from ddpm_hf.training.build import build
 from ddpm_hf.training.presets import parse_config
 from tests.conftest import flags
@@ -135,7 +135,7 @@ def test_the_bound_is_that_of_the_conditions_of_the_images(trained, halves):
     labels = images.dataset["condition"][:]
     wrong.dataset = images.dataset.remove_columns("condition").add_column("condition", labels[1:] + labels[:1])
     right, wrong = (
-        measures.measure_bound(pipe, pipe.scheduler.diffusion, part, 20, 5, 0, "bound", 20).bits_per_dim
+        bounds.measure_bound(pipe, pipe.scheduler.diffusion, part, 20, 5, 0, "bound", 20).bits_per_dim
         for part in (images, wrong)
     )
     assert right < 0.8 * wrong

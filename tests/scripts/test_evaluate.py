@@ -12,15 +12,14 @@ import yaml
 from ddpm_hf.scripts import evaluate
 from ddpm_hf.scripts import sample as sample_script
 from huggingface_hub import ModelCard
-from transformers import CLIPImageProcessorPil, Dinov2Config, Dinov2Model
 
-from benchmarks import steps_and_variances
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.images import Images
-from ddpm_hf.evaluation.features import InceptionBackbone
+from ddpm_hf.training.artifacts import write_evaluation
 from tests.conftest import TINY_SCHEDULER
+from tests.evaluation.helpers import small_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,23 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def options(model, tmp_path):
     """Arguments of a small evaluation on a vision model of transformers."""
-    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dinov2")
-    size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
-    CLIPImageProcessorPil(**size).save_pretrained(tmp_path / "dinov2")
-    some = {name: split.select(range(60)) for name, split in digits().items()}
-    datasets.DatasetDict(some).save_to_disk(tmp_path / "some_digits")
-    given = {
-        "model": model,
-        "dataset": tmp_path / "some_digits",
-        "features": tmp_path / "dinov2",
-        "num_samples": 20,
-        "steps": 5,
-        "bound_images": 12,
-        "bound_stride": 3,
-        "cache_dir": tmp_path / "cache",
-    }
-    return [f"--{name}={value}" for name, value in given.items()]
+    return [f"--{name}={value}" for name, value in (small_evaluation(model, tmp_path) | {"steps": 5}).items()]
 
 
 def measured(folder):
@@ -172,7 +155,7 @@ def test_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp
     (model / "config.yaml").unlink()
     (model / "README.md").write_text("---\nlicense: mit\n---\n\n# Somebody's model\n")
     evaluate.main(options)
-    evaluate.write(model, measured(model), {})
+    write_evaluation(model, measured(model), {})
     card = ModelCard.load(model / "README.md")
     assert "# Somebody's model" in card.text and card.data.license == "mit"
     assert len(card.data.eval_results) == 3 + 6  # three bounds and six figures, not twice
@@ -182,7 +165,12 @@ def test_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp
     ("changed", "message"),
     [
         (["--num_samples=0"], "num_samples must be an integer of at least 1, got 0"),
-        (["--bound_images=5"], "bound_images must be an integer of at least 6, 2 × bound_stride, got 5"),
+        (["--bound_images=1"], "bound_images must be an integer of at least 2, got 1"),
+        (["--seed=-1"], "seed must be an integer of at least 0, got -1"),
+        (["--steps=0"], "steps must be an integer of at least 1, got 0"),
+        (["--steps=21"], "num_inference_steps must be .* got 21"),
+        (["--schedulers", "ddpm", "ddmi"], "schedulers must be one of .*'ddim'.*, got 'ddmi'"),
+        (["--schedulers=pndm", "--steps=7"], "steps"),
         (
             ["--variance_type=learned"],
             "variance_type must be one of .'fixed_small', 'fixed_large', 'analytic'., got 'learned'",
@@ -265,43 +253,4 @@ def test_too_few_images_leave_out_the_frechet_distance_alone(model, options, tmp
     evaluate.main([*options, f"--num_samples={samples}", f"--dataset={tmp_path / 'few'}"])
     names = [figure["name"].split("-")[0] for figure in measured(model)["figures"]]
     assert names == ["KD", "precision", "recall", "density", "coverage"]
-    assert "FD is left out: it needs at least 13 images on either side" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("dim", [64, 400, 401, 768, InceptionBackbone.dim])
-def test_default_number_of_samples_suits_the_number_of_features(dim):
-    assert evaluate.default_num_samples(dim) > dim
-    assert evaluate.default_num_samples(64) == evaluate.default_num_samples(None) == 500
-
-
-def test_steps_and_variances_table_has_a_row_for_each_pair(model, options, tmp_path, capsys):
-    kept = ("--model", "--dataset", "--features", "--num_samples", "--bound", "--cache")
-    chosen = [option for option in options if option.startswith(kept)]
-    steps_and_variances.main([*chosen, f"--output_dir={tmp_path / 'table'}", "--steps", "5"])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "fixed" in line or "analytic" in line]
-    assert [row[:2] for row in rows] == [["5", variance] for variance in ("fixed_small", "fixed_large", "analytic")]
-    assert (tmp_path / "table" / "analytic-5" / "metrics.json").is_file()
-    table = json.loads((model / "metrics.json").read_text())["steps_and_variances"]
-    for row, printed in zip(table["rows"], rows, strict=True):
-        alone = measured(tmp_path / "table" / f"{row['variance_type']}-5")
-        assert row["bits_per_dim"] == alone["bits_per_dim"]["validation, 5 steps"]["bits_per_dim"]
-        assert row["FD"] == alone["figures"][0]["value"] and printed[5] == f"{row['FD']:.3f}"
-        assert f"| 5 | {row['variance_type']} | {row['bits_per_dim']:.2f} ± " in (model / "README.md").read_text()
-
-
-def test_report_has_a_line_for_every_result():
-    bound = {"bits_per_dim": 3.5, "standard_error": 0.1, "prior": 1e-5, "terms": [2.0], "num_images": 12, "stride": 3}
-    near = {"closer_than_5_percent_of_validation": 0.04, "closer_p_value": 0.62}
-    figure = {"name": "FD-DINOv2, n = 20", "value": 1.25, "validation": None}
-    lines = evaluate.report(
-        {
-            "bits_per_dim": {"validation, 20 steps": bound},
-            "best_timesteps": {"rows": [{"steps": n, "predicted_bits_per_dim": 4.25} for n in (5, 10)]},
-            "figures": [figure, figure | {"name": "KD-DINOv2, n = 20", "validation": 0.5, "standard_error": 0.01}],
-            "memorization": {"pixels": near},
-        }
-    ).splitlines()
-    assert len(lines) == 5 and "3.5000 ± 0.1000" in lines[0] and "12 images, each at 1 of 3 timesteps" in lines[0]
-    assert lines[1].endswith("best timesteps    5 steps 4.2500, 10 steps 4.2500")
-    assert "1.2500" in lines[2] and "± 0.01  (validation images: 0.5000)" in lines[3]
-    assert "pixels: 4.0% of samples (p = 0.62" in lines[4]
+    assert "FD is left out: at least 13 images are needed on either side" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from ddpm_hf.scripts import choose_ema, evaluate, sample
 
 OPTIONS = {
     "choose_ema": choose_ema.EMAArguments,
-    "evaluate": evaluate.EvaluateArguments,
+    "evaluate": evaluate.EvaluationOptions,
     "sample": sample.SampleArguments,
 }
 CODE = """

@@ -172,6 +172,13 @@ def test_total_images_may_change_on_resume_with_a_constant_rate():
         dataclasses.replace(cosine, total_images=2000).check_same_run(dataclasses.asdict(cosine), Path("there"))
 
 
+def test_a_published_checkpoint_resumes_on_a_folder_of_the_same_name(tmp_path):
+    config = TrainingConfig(dataset=str(tmp_path / "birds"), total_images=1000)
+    config.check_same_run(dataclasses.asdict(config) | {"dataset": "birds"}, Path("there"))
+    with pytest.raises(ValueError, match="dataset: 'fish' there"):
+        config.check_same_run(dataclasses.asdict(config) | {"dataset": "fish"}, Path("there"))
+
+
 OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision dataset_name split validation_split image_column
 label_column num_classes class_embed_type resolution channels crop background white_level random_flip skip_broken_images
 validation_fraction memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
