@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int
+from ddpm_hf.checks import (
+    ArgumentTypeError,
+    check_bool,
+    check_choice,
+    check_device,
+    check_float,
+    check_int,
+    check_list,
+    check_text,
+)
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
@@ -104,3 +113,52 @@ def test_check_choice_accepts_the_choices_and_names_them(choices):
 def test_check_choice_refuses_unhashable_values_and_none(value, choices):
     with pytest.raises(ValueError, match=r"^schedule must be one of \['linear'\], got "):
         check_choice("schedule", value, choices)
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), Fraction(10**400)], ids=range(3))
+def test_check_float_refuses_what_no_float_can_hold(value):
+    with pytest.raises(ValueError, match="^rate must be a finite number"):
+        check_float("rate", value)
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), torch.zeros(2), True, 1.0, object(), float("nan")])
+def test_check_choice_refuses_what_is_equal_but_of_another_kind(value):
+    with pytest.raises(ValueError, match=r"^bits must be one of \[1, 'a'\]"):
+        check_choice("bits", value, (1, "a"))
+    check_choice("bits", np.int64(1), (1, "a"))
+
+
+def test_check_bool_accepts_bools_of_numpy_alone_besides():
+    assert check_bool("flag", np.True_) is True and check_bool("flag", False) is False
+    for value in (1, 0, "False", None, torch.tensor(True)):
+        with pytest.raises(ArgumentTypeError, match="^flag must be True or False, got "):
+            check_bool("flag", value)
+
+
+@pytest.mark.parametrize("value, kind", [(5, TypeError), (b"a", TypeError), ("", ValueError), ("a\0", ValueError)])
+def test_check_text_refuses_what_cannot_name_a_file(value, kind):
+    with pytest.raises(kind, match="^name must be text"):
+        check_text("name", value)
+
+
+@pytest.mark.parametrize("values", ["ab", {1: 2}, {1}, 5, None, [], torch.tensor(5)])
+def test_check_list_refuses_what_is_no_list(values):
+    with pytest.raises(ValueError, match="^sizes must be a list"):
+        check_list("sizes", values, check_int)
+    assert check_list("sizes", np.array([3, 4]), check_int) == [3, 4] == check_list("sizes", (3, 4), check_int)
+
+
+@pytest.mark.parametrize("value", ["foo", "cuda:99", 1.5, None, "", torch.float32])
+def test_check_device_refuses_what_this_machine_does_not_have(value):
+    with pytest.raises(ValueError, match="^device must be a device of this machine, such as 'cpu', got "):
+        check_device("device", value)
+    assert check_device("device", "meta").type == "meta" and check_device("device", "cpu").type == "cpu"
+    with pytest.raises(ValueError, match="got 'meta'"):
+        check_device("device", "meta", computes=True)
+
+
+@pytest.mark.parametrize("value", [10**5000, "x" * 10**6, [[0] * 10**5] * 10**5, object()], ids=range(4))
+def test_values_in_messages_are_short(value):
+    with pytest.raises(ValueError) as caught:
+        check_int("steps", value, 0, 9)
+    assert len(str(caught.value)) < 500

@@ -11,15 +11,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from transformers.hf_argparser import HfArg, HfArgumentParser
-
 import ddpm_hf
-from ddpm_hf.checks import check_int
 from ddpm_hf.files import atomic_file, atomic_folder, lock_folder
+from ddpm_hf.training.options import OptionParser, check_options, option
 from ddpm_hf.training.processes import fail, prepare_process
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
@@ -29,32 +27,32 @@ PENDING = ".ema.pending"  # a complete set of files that replaces those in the r
 
 @dataclass
 class EMAArguments:
-    model: str = HfArg(help="folder of a run that saved snapshots of its averages")
-    lengths: list[float] = HfArg(
-        default_factory=lambda: [0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2],
-        help="σ_rel: standard deviations in time of the averages, as shares of the run's length",
+    model: str = option(MISSING, "folder of a run that saved snapshots of its averages")
+    lengths: list[float] = option(
+        [0.03, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2],
+        "σ_rel: standard deviations in time of the averages, as shares of the run's length",
+        "(0, 0.2887)",
     )
-    images_seen: int | None = HfArg(default=None, help="end of the averages in images; None: the run's end")
-    criterion: Literal["loss", "bits_per_dim", "fd"] = HfArg(
-        default="loss", help="lowest loss or bits/dim of validation images, or Fréchet distance of samples"
+    images_seen: int | None = option(None, "end of the averages in images; None: the run's end", "[1, inf)")
+    criterion: Literal["loss", "bits_per_dim", "fd"] = option(
+        "loss", "lowest loss or bits/dim of validation images, or Fréchet distance of samples"
     )
-    validation_images: int = HfArg(default=1000, help="loss and bits_per_dim: maximum number of validation images")
-    bound_stride: int = HfArg(default=20, help="bits_per_dim: take each image at every n-th timestep")
-    features: str | None = HfArg(default=None, help="fd: as for evaluate.py")
-    num_samples: int = HfArg(default=500, help="fd: samples of each average")
-    steps: int = HfArg(default=100, help="fd: sampling steps")
-    seed: int = HfArg(default=0, help="seed of the noise and the samples")
-    batch_size: int = HfArg(default=256, help="images per process at a time")
-    cache_dir: str | None = HfArg(default=None, help="fd: folder for features of real images; None: in HF_HOME")
-    measure_only: bool = HfArg(default=False, help="change nothing in the folder")
+    validation_images: int = option(1000, "loss and bits_per_dim: maximum number of validation images", "[1, inf)")
+    bound_stride: int = option(20, "bits_per_dim: take each image at every n-th timestep", "[1, inf)")
+    features: str | None = option(None, "fd: as for evaluate.py")
+    num_samples: int = option(500, "fd: samples of each average", "[1, inf)")
+    steps: int = option(100, "fd: sampling steps", "[1, inf)")
+    seed: int = option(0, "seed of the noise and the samples", "[0, inf)")
+    batch_size: int = option(256, "images per process at a time", "[1, inf)")
+    cache_dir: str | None = option(None, "fd: folder for features of real images; None: in HF_HOME")
+    measure_only: bool = option(False, "change nothing in the folder")
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def check(args: EMAArguments) -> None:
-    """Raise ValueError, naming the option, for values that do not fit and for a folder that is not of a finished run."""
-    for name in ("validation_images", "bound_stride", "num_samples", "steps", "batch_size"):
-        check_int(name, getattr(args, name), 1)
-    if not args.lengths:
-        raise ValueError("lengths must be one or more numbers, got none.")
+    """Raise ValueError for a folder that is not of a finished run."""
     for name in ("config.yaml", "metrics.json", "model_index.json"):
         if not (Path(args.model) / name).is_file():
             raise ValueError(f"model must be the folder of a finished run: {args.model} holds no {name}.")
@@ -101,7 +99,8 @@ def make_frechet_criterion(args: EMAArguments, config, pipe) -> tuple[str, Crite
 
     backbone = features.load_backbone(args.features or features.default_features(config.dataset), pipe.device)
     check_enough(args.num_samples, backbone.dim, "num_samples")
-    dataset = open_dataset(config.dataset, config.dataset_config, config.split, config.dataset_revision)
+    labels = {"label_column": config.label_column, "has_classes": config.class_embed_type is None}
+    dataset = open_dataset(config.dataset, config.dataset_config, config.split, config.dataset_revision, **labels)
     training = measures.model_images(dataset, pipe.unet.config, asdict(config), config.image_column, None)
     measures.split_as_trained(training, asdict(config))
     source = {name: getattr(config, name) for name in ("dataset", "dataset_config", "split")}
@@ -202,10 +201,10 @@ def format_value(value: float, error: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     prepare_process()
-    parser = HfArgumentParser(EMAArguments, description=__doc__, allow_abbrev=False)
+    parser = OptionParser(EMAArguments, __doc__)
     with ExitStack() as stack:
         try:
-            (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+            args = parser.parse(arguments)
             check(args)
             import torch
             from accelerate import Accelerator

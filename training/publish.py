@@ -6,43 +6,41 @@ uploaded. Checkpoints that a training with `--push_to_hub` could not upload are 
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-from transformers import HfArgumentParser
-
-
-def _option(default: str | bool | float | None, help: str):
-    return field(default=default, metadata={"help": help})
+from ddpm_hf.training.config_file import read_options
+from ddpm_hf.training.options import OptionParser, check_options, option
 
 
 @dataclass
 class PublishArguments:
-    model: str | None = _option(None, "folder of a trained model; may be given first, without --model")
-    repo_id: str | None = _option(
+    model: str | None = option(None, "folder of a trained model; may be given first, without --model")
+    repo_id: str | None = option(
         None, "user/name on the Hub, created if it does not exist; None: hub_model_id of config.yaml"
     )
-    private: bool = _option(False, "create a private repository")
-    revision: str | None = _option(None, "branch to commit to, created if it does not exist; None: main")
-    create_pr: bool = _option(False, "open a pull request instead of committing")
-    tag: str | None = _option(None, "tag for the commit")
-    with_training_state: bool = _option(False, "also upload the newest checkpoint, to the branch training-state")
-    commit_message: str = _option("Publish a model trained with ddpm_hf", "title of the commit")
-    first_wait_seconds: float = _option(1.0, "wait before a failed request is retried; it doubles each time")
+    private: bool = option(False, "create a private repository")
+    revision: str | None = option(None, "branch to commit to, created if it does not exist; None: main")
+    create_pr: bool = option(False, "open a pull request instead of committing")
+    tag: str | None = option(None, "tag for the commit")
+    with_training_state: bool = option(False, "also upload the newest checkpoint, to the branch training-state")
+    commit_message: str = option("Publish a model trained with ddpm_hf", "title of the commit")
+    first_wait_seconds: float = option(1.0, "wait before a failed request is retried; it doubles each time", "[0, 60]")
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def parse(arguments: list[str]) -> PublishArguments:
     """The options. Raises ValueError if the folder or the repository's name is missing."""
-    parser = HfArgumentParser(PublishArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
-    (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    args = OptionParser(PublishArguments, __doc__.splitlines()[0]).parse(arguments)
     if args.model is None:
         raise ValueError("model must be the folder of a trained model, as in publish.py outputs/digits, got None.")
     config = Path(args.model) / "config.yaml"
     if args.repo_id is None and config.is_file():
-        args.repo_id = (yaml.safe_load(config.read_text()) or {}).get("hub_model_id")
+        args = replace(args, repo_id=read_options(config).get("hub_model_id"))
     if args.repo_id is None:
         raise ValueError(f"repo_id must be user/name, got None, and {config} has no hub_model_id.")
     return args
@@ -51,7 +49,7 @@ def parse(arguments: list[str]) -> PublishArguments:
 def main(arguments: list[str] | None = None) -> None:
     try:
         args = parse(sys.argv[1:] if arguments is None else arguments)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         sys.exit(f"publish.py: error: {error}")
     # Imported after parsing, so that --help and wrong options are answered without waiting for torch.
     from ddpm_hf.hub.publish import publish

@@ -9,62 +9,62 @@ import hashlib
 import io
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import ddpm_hf
-from ddpm_hf.checks import check_choice, check_int
+from ddpm_hf.checks import check_device, check_int
 from ddpm_hf.data.arrays import array_file
 from ddpm_hf.evaluation.encoding import PNG_CHANNELS, png_bytes, quantize
 from ddpm_hf.files import atomic_file
+from ddpm_hf.training.options import OptionParser, check_options, option
 from ddpm_hf.training.processes import fail, prepare_process
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
 
-FORMATS = ("png", "npz", "parquet")
+Sampler = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++sde", "unipc", "heun", "euler", "lms", "pndm", "deis"]
 
 
 @dataclass
 class SampleArguments:
-    model: str = HfArg(help="folder, or repository on the Hub")
-    num_images: int = HfArg(default=64, help="total number of images, including existing ones")
-    scheduler: str | None = HfArg(
-        default=None,
-        help="ddpm, ddim, dpmsolver++, dpmsolver++sde, unipc, heun, euler, lms, pndm, deis; None: the saved one",
-    )
-    steps: int | None = HfArg(default=None, help="sampling steps; None: the model's T")
-    timesteps: str | None = HfArg(
-        default=None,
-        help="timesteps instead of evenly spaced ones: 'best' for those of evaluate.py with the best likelihood in --steps "
+    model: str = option(MISSING, "folder, or repository on the Hub")
+    num_images: int = option(64, "total number of images, including existing ones", "[1, inf)")
+    scheduler: Sampler | None = option(None, "None: the saved one")
+    steps: int | None = option(None, "sampling steps; None: the model's T", "[1, inf)")
+    timesteps: str | None = option(
+        None,
+        "timesteps instead of evenly spaced ones: 'best' for those of evaluate.py with the best likelihood in --steps "
         "steps of ddpm; 'ddimN' for N in equal strides from 0, as improved-diffusion names them; or a descending list "
         "such as 900,500,100,0",
     )
-    seed: int = HfArg(default=0, help="seed; an image depends on it and on the image's index")
-    class_label: str | None = HfArg(
-        default=None,
-        help="of a class-conditional model: a class by name or number, a number for class_embed_type 'timestep', or a .npy "
+    seed: int = option(0, "seed; an image depends on it and on the image's index", "[0, inf)")
+    class_label: str | None = option(
+        None,
+        "of a class-conditional model: a class by name or number, a number for class_embed_type 'timestep', or a .npy "
         "file with one label per row, of which image i gets row i modulo their number; None: the classes in turn",
     )
-    guidance_scale: float = HfArg(default=1.0, help="of classifier-free guidance; 1: no guidance")
-    format: str = HfArg(
-        default="png",
-        help=f"{', '.join(FORMATS)}; a parquet file holds PNG images, and an array of uint16 for color of 16 bits",
+    guidance_scale: float = option(1.0, "of classifier-free guidance; 1: no guidance", "(-inf, inf)")
+    format: Literal["png", "npz", "parquet"] = option(
+        "png", "a parquet file holds PNG images, and an array of uint16 for color of 16 bits"
     )
-    bits: int = HfArg(default=8, help="8 or 16 per channel; color of 16 bits as npz or parquet")
-    batch_size: int = HfArg(default=250, help="images per process at a time")
-    output_dir: str | None = HfArg(default=None, help="folder to write to; None: generated/ in the model's")
-    device: str | None = HfArg(default=None, help="None: a GPU for each process if there are any")
+    bits: Literal[8, 16] = option(8, "per channel; color of 16 bits as npz or parquet")
+    batch_size: int = option(250, "images per process at a time", "[1, inf)")
+    output_dir: str | None = option(None, "folder to write to; None: generated/ in the model's")
+    device: str | None = option(None, "None: a GPU for each process if there are any")
+
+    def __post_init__(self):
+        check_options(self)
 
 
 def main(arguments: list[str] | None = None) -> None:
     prepare_process()
-    parser = HfArgumentParser(SampleArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OptionParser(SampleArguments, __doc__.splitlines()[0])
     try:
-        (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        args = parser.parse(arguments)
         pipe = prepare(args)
         folder = output_folder(args)
         check_record(folder, args)
@@ -112,10 +112,8 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     from ddpm_hf.pipelines.guidance import class_names_of
     from ddpm_hf.schedulers.samplers import make_sampler
 
-    for name, minimum in {"num_images": 1, "batch_size": 1, "seed": 0}.items():
-        check_int(name, getattr(args, name), minimum)
-    check_choice("format", args.format, FORMATS)
-    check_choice("bits", args.bits, (8, 16))
+    if args.device is not None:
+        check_device("device", args.device, computes=True)
     pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler)
@@ -177,9 +175,13 @@ def read_labels(class_label: str) -> list:
             raise ValueError(
                 f"class_label must be a class of the model, a number or a .npy file, got {class_label!r}."
             ) from error
-    labels = np.load(class_label, allow_pickle=False)
-    if labels.ndim == 0 or not len(labels):
-        raise ValueError(f"class_label {class_label!r} must hold at least one row, got shape {labels.shape}.")
+    try:
+        labels = np.load(class_label, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"class_label {class_label!r} cannot be read as an array of numbers: {error}") from error
+    if labels.ndim == 0 or not len(labels) or labels.dtype.kind not in "iuf":
+        given = f"shape {labels.shape} of {labels.dtype}"
+        raise ValueError(f"class_label {class_label!r} must hold at least one row of numbers, got {given}.")
     return labels.tolist()
 
 
@@ -197,7 +199,11 @@ def output_folder(args: SampleArguments) -> Path:
     # Not samples/, where a run writes its previews.
     default = Path(args.model) / "generated" if Path(args.model).is_dir() else Path("generated")
     folder = Path(args.output_dir) if args.output_dir is not None else default
-    (parts_folder(folder, args) if args.format != "png" else folder).mkdir(parents=True, exist_ok=True)
+    try:
+        (parts_folder(folder, args) if args.format != "png" else folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"{error.filename!r}: {error.strerror}"
+        raise ValueError(f"output_dir must be a folder that can be written to, or a new one, got {problem}.") from error
     return folder
 
 
@@ -222,7 +228,12 @@ def file_digest(path: str) -> str:
 def check_record(folder: Path, args: SampleArguments) -> None:
     """Raise ValueError if the folder has images of this seed that were made with other options."""
     file, now = folder / record_name(args), json.loads(record(args))
-    before = json.loads(file.read_text()) if file.is_file() else now
+    try:
+        before = dict(json.loads(file.read_text())) if file.exists() else now
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds {file.name}, which is no record of samples: {error}"
+        ) from error
     # A record of an earlier version lacks an option that was not there yet, and whose default is None.
     changed = ", ".join(
         f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]

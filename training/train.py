@@ -107,8 +107,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     """Set up a run; its folder stays locked until `stack` closes. Raises ValueError for invalid options, data or checkpoints."""
-    import torch
-
     from ddpm_hf.pipelines.guidance import mark_class_names
     from ddpm_hf.training.build import build_scheduler, build_unet
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
@@ -129,8 +127,6 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     )
     uploader.create_repository()
     scheduler = build_scheduler(config)
-    with torch.device("meta"):
-        build_unet(with_num_classes(config, None))  # bad options of the network are refused before images are read
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
         config = with_num_classes(config, images)
@@ -190,11 +186,10 @@ def train(run: Run, signals: StopSignals) -> None:
     from accelerate.utils import gather_object
 
     from ddpm_hf.data.batches import MicroBatches
-    from ddpm_hf.data.finding import left_out
     from ddpm_hf.training.nonfinite import SkippedSteps
     from ddpm_hf.training.resume import data_position, save, warn_of_changes
     from ddpm_hf.training.run_logger import RunLogger
-    from ddpm_hf.training.run_summary import TIMED_STEPS
+    from ddpm_hf.training.run_summary import TIMED_STEPS, describe_data
     from ddpm_hf.training.step import training_step
 
     config, accelerator, num_examples = run.config, run.accelerator, run.images.num_examples
@@ -214,7 +209,7 @@ def train(run: Run, signals: StopSignals) -> None:
         run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
     )
     parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
-    run_logger = RunLogger(config, accelerator, *parts, run.conditions, left_out(run.images.dataset))
+    run_logger = RunLogger(config, accelerator, *parts, run.conditions, describe_data(run.images))
     last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
     exit_code = 0
     model.train()

@@ -1,15 +1,19 @@
 """Which images form the batches of a run, and how they get to the device."""
 
 import atexit
+import logging
 import signal
 import weakref
 from collections.abc import Callable, Iterator
 
 import torch
 
+from ddpm_hf.checks import check_device, check_int
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamBatch, StreamedBatches, StreamedImages, StreamError
 from ddpm_hf.seeds import make_generator
+
+logger = logging.getLogger("train")
 
 
 class GlobalBatches:
@@ -20,7 +24,11 @@ class GlobalBatches:
     """
 
     def __init__(self, num_examples: int, batch_size: int, seed: int, device: torch.device | str = "cpu"):
-        self.num_examples, self.batch_size, self.seed, self.device = num_examples, batch_size, seed, device
+        self.num_examples, self.batch_size = (
+            check_int("num_examples", num_examples, 1),
+            check_int("batch_size", batch_size, 1),
+        )
+        self.seed, self.device = check_int("seed", seed, 0), check_device("device", device)
         self._epoch, self._order = -1, None
 
     def indices(self, step: int) -> torch.Tensor:
@@ -133,6 +141,8 @@ class MicroBatches:
             raise StreamError(*batch.args)
         if isinstance(batch, StreamBatch):
             self._lane_states = batch.lane_states or self._lane_states
+            for warning in batch.warnings:  # here, since a worker's logger may have no handler
+                logger.warning("%s", warning)
             return batch.tensors
         return batch
 

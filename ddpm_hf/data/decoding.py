@@ -1,24 +1,28 @@
 """Convert pictures of any kind, and arrays of NumPy, to tensors of one size and number of channels."""
 
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps
 
-from ddpm_hf.checks import check_choice, check_float, check_int
+from ddpm_hf.checks import check_choice, check_float, check_int, check_list
+from ddpm_hf.data.archives import read_member
 from ddpm_hf.data.arrays import ARRAY_STARTS, MAX_CHANNELS, read_array
 from ddpm_hf.data.pictures import is_deep, read_picture
+from ddpm_hf.data.reasons import reason
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 DEEP = 257  # 65535 / 255: an 8-bit value times this is the same brightness in 16 bits
-# Errors whose messages are sentences. Those of others need the name of their type.
-PLAIN_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+SPECIAL = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket"}
 
 
 class UnreadableImage(ValueError):
@@ -32,12 +36,8 @@ def _reasons() -> Iterator[None]:
         yield
     except UnreadableImage:
         raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage("neither an array of NumPy nor a picture that Pillow knows") from error
     except Exception as error:
-        message, name = str(error), type(error).__name__
-        is_plain = isinstance(error, PLAIN_ERRORS) and message
-        raise UnreadableImage(message if is_plain else f"{name}: {message}" if message else name) from error
+        raise UnreadableImage(reason(error)) from error
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,14 @@ class ImageFormat:
         check_choice("bits", self.bits, (8, None))
         object.__setattr__(self, "white_level", check_white_level(self.white_level))
         object.__setattr__(self, "crop", check_crop_and_background(self.crop, self.background))
-        object.__setattr__(self, "size", tuple(check_int("size", length, 1) for length in self.size))
+        object.__setattr__(self, "size", tuple(check_list("size", self.size, partial(check_int, minimum=1))))
+        if len(self.size) != 2:
+            raise ValueError(f"size must be (H, W), got {self.size}.")
 
 
 def check_crop_and_background(crop: str, background: str) -> str:
     """The crop in its standard spelling. Raises ValueError for an unknown crop or color."""
-    crop = "center" if crop == "centre" else crop  # as older runs wrote it to config.yaml
+    crop = "center" if isinstance(crop, str) and crop == "centre" else crop  # as older runs wrote it to config.yaml
     check_choice("crop", crop, ("center", "pad"))
     try:
         ImageColor.getrgb(background)
@@ -98,8 +100,7 @@ def check_white_level(white_level: Sequence[float] | float | None) -> tuple[floa
     """The values (black, white) of a `white_level`. Raises ValueError if white is not above black."""
     if white_level is None:
         return None
-    given = [white_level] if isinstance(white_level, Real) else list(white_level)
-    levels = tuple(check_float("white_level", level) for level in given)
+    levels = check_list("white_level", [white_level] if isinstance(white_level, Real) else white_level, check_float)
     black, white = (0.0, *levels) if len(levels) == 1 else levels if len(levels) == 2 else (0.0, 0.0)
     if not black < white:
         accepted = "a value above 0, or two: those of black and of white, the second above the first"
@@ -109,18 +110,31 @@ def check_white_level(white_level: Sequence[float] | float | None) -> tuple[floa
 
 @_reasons()
 def read_entry(entry: dict | None) -> bytes:
-    """The file of an undecoded image ({"bytes", "path"}). The path may be a URL, on the Hub for example.
+    """The file of an undecoded image ({"bytes", "path"}). The path may be a URL, on the Hub for example, or that of a file in
+    an archive (see `archives`).
 
-    Raises UnreadableImage for a missing image (None), and a file that cannot be read.
+    Raises UnreadableImage for a missing image (None), and a file that cannot be read or is none, such as a named pipe.
     """
     if entry is None or (entry["bytes"] is None and entry["path"] is None):
         raise UnreadableImage("the image is missing: null")
     if entry["bytes"] is not None:
         return entry["bytes"]
-    if "://" not in entry["path"]:
-        return Path(entry["path"]).read_bytes()
-    with fsspec.open(entry["path"], "rb") as file:
+    path = entry["path"].removeprefix("file://")
+    if "://" not in path:
+        _check_is_file(path)
+        return Path(path).read_bytes()
+    if (data := read_member(path)) is not None:
+        return data
+    with fsspec.open(path, "rb") as file:
         return file.read()
+
+
+def _check_is_file(path: str) -> None:
+    # Reading a pipe or a device would wait for ever.
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((kind for test, kind in SPECIAL.items() if test(mode)), "a device")
+        raise UnreadableImage(f"not a file but {kind}")
 
 
 @_reasons()

@@ -1,33 +1,71 @@
-"""Open data sets, and find the columns in them."""
+"""Open data sets from folders, files and the Hub."""
 
-import glob
-import hashlib
+import json
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
-from ddpm_hf.data import listing
+from ddpm_hf.data import listing, metadata
+from ddpm_hf.data.archives import ARCHIVES, is_archive
 from ddpm_hf.data.arrays import MAX_CHANNELS, array_file
 from ddpm_hf.data.builtin import BUILTIN
+from ddpm_hf.data.columns import Data, mark_images, mark_labels
+from ddpm_hf.data.reasons import BadData, reading
+from ddpm_hf.data.tables import TABLES, has_images, load_tables, read_labels
+from ddpm_hf.data.webdataset import is_webdataset, read_webdataset
 
-TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}  # and their builders
-FILES = (".parquet", ".arrow", ".npy", ".npz", ".csv", ".jsonl", ".tar", ".zip")
+TEXTS = (".csv", ".tsv", ".jsonl")
+FILES = (*TABLES, *listing.ARRAYS, *TEXTS, *ARCHIVES)
+SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` wrote
+PACKED = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zst")  # archives that cannot be read in place
 STREAM_SHARDS = 64  # into which a local data set is divided to be read as a stream
 ROWS_AT_A_TIME = 1000
-FIRST_ROWS = 5
-LEFT_OUT = "left out: "  # starts the description of a data set, where the number of such files is kept
+MARK = "ddpm_hf: "  # starts the description of a data set, where a `Source` is kept
 
 
 class NoSuchSplit(ValueError):
     """The data set exists, but has no split of that name."""
+
+
+@dataclass
+class Source:
+    """Where a data set comes from.
+
+    Attributes:
+        kind: in words, such as "a folder of pictures in 2 folders of classes".
+        splits: the names of its splits.
+        left_out: the files that are not in it, by reason; empty if there are none.
+        num_classes: of a stream, the largest label and one more, if the labels are integers that are known already.
+    """
+
+    kind: str = "a data set"
+    splits: list[str] = field(default_factory=list)
+    left_out: str = ""
+    num_classes: int | None = None
+
+
+@dataclass
+class Opened:
+    """The splits of a data set, or tables of them as of `metadata.tables`.
+
+    Attributes:
+        stamp: what changes with the content of the files.
+        classes: the names of the labels in tables.
+        tables: the Parquet and Arrow files.
+    """
+
+    kind: str
+    splits: dict[str, Data | pa.Table]
+    left_out: Counter = field(default_factory=Counter)
+    stamp: str = ""
+    classes: list[str] | None = None
+    tables: list[Path] = field(default_factory=list)
 
 
 def open_dataset(
@@ -36,109 +74,162 @@ def open_dataset(
     split: str = "train",
     revision: str | None = None,
     streaming: bool = False,
-) -> datasets.Dataset | datasets.IterableDataset:
+    label_column: str | None = None,
+    has_classes: bool = True,
+) -> Data:
     """Open a split of a data set.
 
     Args:
         name: "digits" or "photos" (built in), a folder of pictures, or of arrays (.npy, .npz) without pictures, or of
-            Parquet, Arrow, tar or zip files, one such file, a .csv or .jsonl file with a column "file_name", a folder
-            that `save_to_disk` wrote, or a data set on the Hub.
+            Parquet, Arrow, .tar or .zip files, one such file, a .csv, .tsv or .jsonl file with a column "file_name", a
+            folder that `save_to_disk` wrote, or a data set on the Hub.
         config_name: the configuration, or subset, of a data set on the Hub.
         split: the name of the split. A single split saved to disk is "train".
         revision: a branch, tag or commit of a data set on the Hub.
-        streaming: return an IterableDataset, which reads while iterating and keeps nothing on the disk.
+        streaming: return an IterableDataset, which reads while iterating and keeps nothing on the disk. Archives are read in
+            place, streaming or not.
+        label_column: a column whose strings become classes; a field in a column of dicts is called like "json.label".
+        has_classes: False leaves the strings as they are.
 
     Raises:
         NoSuchSplit: a ValueError that names the splits there are.
-        ValueError: for a folder without images, an unknown data set or revision, and a revision of local data.
+        ValueError: for a folder without images, a damaged file, an unknown data set or revision, and a revision of local
+            data.
     """
     folder = Path(name).expanduser()
     is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if config_name is not None and (folder.is_file() or name in BUILTIN):
+        raise ValueError(f"dataset_config {config_name!r} is for data sets with configurations, and {name!r} has none.")
     if revision is not None and (is_path or name in BUILTIN):
         raise ValueError(f"dataset_revision {revision!r} is for data sets on the Hub, and {name!r} is local.")
     if name in BUILTIN:
         if folder.is_dir():
             raise ValueError(f"dataset {name!r} is built in and is a folder too: write './{name}' for the folder.")
-        found = BUILTIN[name].load()
-    elif (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        found = datasets.load_from_disk(str(folder))
-    elif folder.is_dir():
-        found = _open_folder(folder.resolve(), config_name, split, streaming)
-    elif folder.is_file():
-        found = _open_file(folder.resolve(), split, streaming)
+        found = Opened("built in", BUILTIN[name].load())
+    elif folder.exists():
+        found = _open_local(folder.resolve(), config_name, streaming)
     elif is_path:
         raise ValueError(f"dataset {name!r} is neither 'digits' nor 'photos', nor a folder, nor a name on the Hub.")
     else:
         try:
-            found = datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
+            opened = datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise ValueError(f"dataset {name!r}, dataset_revision {revision!r}: {error}") from error
-    if not isinstance(found, dict):  # a single split, which cannot be both the training and the validation images
-        found = {"train": found}
-    if split not in found:
-        raise NoSuchSplit(f"the data set {name!r} has no split {split!r}; it has {list(found)}.")
-    found = _mark_images(found[split])
-    if isinstance(found, datasets.IterableDataset):
-        return found
-    if len(found) == 0:
-        raise ValueError(f"split {split!r} of the data set {name!r} is empty.")
-    return found.to_iterable_dataset(min(STREAM_SHARDS, len(found))) if streaming else found
+        found = Opened("a data set on the Hub", opened)
+    if not found.splits:
+        raise _no_image(str(folder), found.left_out)
+    if split not in found.splits:
+        raise NoSuchSplit(f"the data set {name!r} has no split {split!r}; it has {list(found.splits)}.")
+    with reading(name):
+        return _make(found, split, streaming, label_column, has_classes)
 
 
-def left_out(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
+def _make(found: Opened, split: str, streaming: bool, label_column: str | None, has_classes: bool) -> Data:
+    splits = found.splits
+    if isinstance(splits[split], pa.Table):
+        splits = {name: _from_table(table, found, streaming) for name, table in splits.items()}
+    labels = None
+    if isinstance(splits[split], datasets.IterableDataset):
+        splits = {split: mark_images(splits[split])}
+        labels = read_labels(found.tables, label_column) if label_column is not None else None
+    dataset = mark_images(mark_labels(splits, label_column, has_classes, labels)[split])
+    if isinstance(dataset, datasets.Dataset) and streaming and label_column in dataset.features:
+        labels = dataset[label_column] if isinstance(dataset.features[label_column], datasets.Value) else None
+    is_known = labels and all(type(label) is int for label in labels)
+    if not isinstance(dataset, datasets.IterableDataset):
+        if len(dataset) == 0:
+            raise BadData(f"the split {split!r} of the data set is empty.")
+        dataset = dataset.to_iterable_dataset(min(STREAM_SHARDS, len(dataset))) if streaming else dataset
+    number = max(labels) + 1 if is_known else None
+    source = Source(found.kind, list(found.splits), listing.describe(+found.left_out), number)
+    dataset.info.description = MARK + json.dumps(asdict(source))
+    return dataset
+
+
+def source_of(dataset: Data) -> Source:
+    """Where the data set that `open_dataset` returned comes from."""
+    before, mark, source = (dataset.info.description or "").partition(MARK)
+    return Source(**json.loads(source)) if mark and not before else Source()
+
+
+def left_out(dataset: Data) -> str:
     """The files of a data set's folder that are not in it, by reason; empty if there are none."""
-    marked, _, reasons = (dataset.info.description or "").partition(LEFT_OUT)
-    return reasons if not marked else ""
+    return source_of(dataset).left_out
 
 
-def _open_folder(folder: Path, config_name: str | None, split: str, streaming: bool) -> dict:
+def _open_local(path: Path, config_name: str | None, streaming: bool) -> Opened:
+    if path.is_file():
+        return _open_file(path, streaming)
+    if not path.is_dir():
+        raise ValueError(f"dataset must be a folder or a file, and {str(path)!r} is neither.")
+    if any((path / name).is_file() for name in SAVED):
+        with reading(path):
+            opened = datasets.load_from_disk(str(path))
+        # A single split cannot be both the training and the validation images.
+        return Opened("a folder of save_to_disk", opened if isinstance(opened, dict) else {"train": opened})
+    return _open_folder(path, config_name, streaming)
+
+
+def _open_folder(folder: Path, config_name: str | None, streaming: bool) -> Opened:
     found = listing.list_images(folder)
-    files = _table_files(found, folder)
-    if files and (not found.splits or _has_images(files[0])):
+    files = _table_files(found)
+    if files and (not found.splits or has_images(files[0])):
         card = folder / "README.md"  # its header may say which files are which
         if config_name is not None or (card.is_file() and "\nconfigs:" in card.read_text(errors="replace")):
-            return datasets.load_dataset(str(folder), config_name, streaming=streaming)
+            with reading(folder):
+                opened = datasets.load_dataset(str(folder), config_name, streaming=streaming)
+            return Opened("a folder with configurations in its README.md", opened)
         left = found.left_out + Counter({"pictures or arrays beside tables": sum(map(len, found.splits.values()))})
-        left[listing.not_an_image(files[0].suffix.lower())] -= len(files)
-        if len(files) == 1 and _is_archive_of_files(files[0]):
-            return _open_folder(_extract(files[0]), None, split, streaming)
-        opened = _open_tables(files, folder, streaming)
-        return {part: _mark(dataset, listing.describe(+left)) for part, dataset in opened.items()}
-    if not found.splits:
-        raise _no_image(str(folder))
-    if split not in found.splits:
-        raise NoSuchSplit(f"the data set {str(folder)!r} has no split {split!r}; it has {list(found.splits)}.")
-    table = listing.tables(found, folder)[split]
-    stamps = [found.stamps.get(name) for name in found.splits[split]]
-    dataset = _from_table(table, listing.class_names(found), str(stamps), streaming)
-    return {split: _mark(dataset, listing.describe(found.left_out))}
+        left["metadata files beside tables or archives"] = len(found.metadata)
+        left.subtract(listing.not_an_image(file.suffix.lower()) for file in files)
+        opened = _open_files(files, folder, streaming)
+        opened.left_out += left
+        return opened
+    if config_name is not None:
+        raise ValueError(
+            f"dataset_config {config_name!r} is for data sets of tables, and {str(folder)!r} holds images."
+        )
+    return _open_listing(found, "a folder")
 
 
-def _table_files(found: listing.Listing, folder: Path) -> list[Path]:
+def _open_listing(found: listing.Listing, where: str) -> Opened:
+    """The images of a folder or of archives."""
+    if not found.splits and not found.metadata:  # metadata may name files that are missing
+        return Opened("", {}, found.left_out)
+    classes = listing.class_names(found)
+    first = next(iter(found.splits.values()), [])[:1]
+    what = "arrays" if first and first[0].suffix in listing.ARRAYS else "pictures"
+    kind = f"{where} of {what}" + (f" in {len(classes)} folders of classes" if classes else "")
+    if found.metadata:
+        kind += " with " + ", ".join(sorted({Path(entry.name).name for entry in found.metadata}))
+    stamp = str([entry.stamp for part in found.splits.values() for entry in part])
+    return Opened(kind, metadata.tables(found), found.left_out, stamp, classes)
+
+
+def _table_files(found: listing.Listing) -> list[Path]:
     """The files of tables or archives in a folder, sorted; those of one kind, tables first."""
-    by_kind = ([folder / f for f in sorted(found.others) if f.lower().endswith(suffix)] for suffix in TABLES)
+    kinds = [(suffix,) for suffix in TABLES] + [ARCHIVES]
+    by_kind = (sorted(Path(entry.path) for entry in found.others if entry.suffix in kind) for kind in kinds)
     return next(filter(None, by_kind), [])
 
 
-def _has_images(file: Path) -> bool:
-    """Whether a table has a column that may hold images. Archives beside pictures are not used."""
-    if file.suffix.lower() != ".parquet":
-        return file.suffix.lower() == ".arrow"
-    kinds = [field.type for field in pa.parquet.read_schema(file)]
-    return any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_entry(kind) for kind in kinds)
-
-
-def _is_entry(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-
-
-def _open_tables(files: list[Path], folder: Path, streaming: bool) -> dict:
-    """Open table files as splits, if the name or the top-level folder of every one names its split, or else as "train"."""
+def _open_files(files: list[Path], folder: Path, streaming: bool) -> Opened:
+    """Open tables or archives as splits, if the name or the top-level folder of every one names its split, or else as one
+    split, "train"."""
     names = [_split_of(file.relative_to(folder)) for file in files]
-    splits = {}
-    for file, split in zip(files, names if all(names) else ["train"] * len(names)):
-        splits.setdefault(split, []).append(glob.escape(str(file)))
-    return datasets.load_dataset(TABLES[files[0].suffix.lower()], data_files=splits, streaming=streaming)
+    names = names if all(names) else ["train"] * len(names)
+    suffixes = "/".join(sorted({file.suffix.lower() for file in files}))
+    what = f"{len(files)} {suffixes} files" if len(files) > 1 else f"a {suffixes} file"
+    if is_archive(files[0]):
+        found = listing.list_archives(files, names if len(files) > 1 and len(set(names)) > 1 else None)
+        if found.splits and all(map(is_webdataset, files)):
+            classes, stamp = listing.class_names(found), str([file.stat().st_mtime_ns for file in files])
+            return Opened(f"{what} of WebDataset", read_webdataset(found, classes), found.left_out, stamp, classes)
+        return _open_listing(found, what)
+    splits: dict[str, list[Path]] = {}
+    for file, split in zip(files, names):
+        splits.setdefault(split, []).append(file)
+    return Opened(what, load_tables(splits, streaming), tables=files)
 
 
 def _split_of(file: Path) -> str | None:
@@ -149,51 +240,39 @@ def _split_of(file: Path) -> str | None:
     return next((listing.SPLITS[word] for word in words if word in listing.SPLITS), None)
 
 
-def _stamp(file: Path) -> str:
-    status = file.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _is_archive_of_files(file: Path) -> bool:
-    """Whether a file is a .zip file, or a .tar file that is not in the format WebDataset, where the files of a row are
-    together and differ in their suffixes, and folders have no meaning."""
-    if file.suffix.lower() != ".tar":
-        return file.suffix.lower() == ".zip"
-    with tarfile.open(file) as archive:
-        names = [Path(member.name) for member in islice(archive, ROWS_AT_A_TIME) if member.isfile()]
-    keys = Counter((name.parent, name.name.split(".")[0]) for name in names)
-    return max(keys.values(), default=0) < 2 and any(len(name.parts) > 1 for name in names)
-
-
-def _extract(archive: Path) -> Path:
-    """The folder in the cache of `datasets` where an archive is extracted, once for each content."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "archives" / hashlib.sha256(_stamp(archive).encode()).hexdigest()
-    manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(cache_dir=str(folder)))
-    return Path(manager.extract(str(archive)))
-
-
-def _open_file(file: Path, split: str, streaming: bool) -> dict | datasets.Dataset | datasets.IterableDataset:
-    suffix, stamp = file.suffix.lower(), _stamp(file)
-    if _is_archive_of_files(file):
-        return _open_folder(_extract(file), None, split, streaming)
-    if suffix in TABLES:
-        return _open_tables([file], file.parent, streaming)[_split_of(Path(file.name)) or "train"]
-    if suffix in (".csv", ".jsonl"):
-        table = listing.resolve_names(listing.read_metadata(file), file.parent)
-        return _from_table(table, None, stamp, streaming)
+def _open_file(file: Path, streaming: bool) -> Opened:
+    suffix, status = file.suffix.lower(), file.stat()
+    stamp = f"{status.st_size} {status.st_mtime_ns}"
+    if suffix in (*TABLES, *ARCHIVES):
+        opened = _open_files([file], file.parent, streaming)
+        if not opened.splits:
+            raise _no_image(str(file), opened.left_out)
+        opened.splits = {"train": next(iter(opened.splits.values()))} if len(opened.splits) == 1 else opened.splits
+        return opened
+    if suffix in TEXTS:
+        entry = listing.Entry(file.name, str(file))
+        table = metadata.mark_paths(metadata.read_metadata(entry, anywhere=True))
+        return Opened(f"a {suffix} file", {"train": table}, stamp=stamp)
     if suffix in listing.ARRAYS:
         features = datasets.Features({"image": datasets.Image()})
-        return _generate(_array_rows, features, {"file": str(file), "stamp": stamp}, streaming)
+        with reading(file):
+            _load_arrays(str(file))
+            rows = _generate(_array_rows, features, {"file": str(file), "stamp": stamp}, streaming)
+        return Opened(f"a {suffix} file of images", {"train": rows})
     raise ValueError(f"a data set of one file must be one of {', '.join(FILES)}, got {str(file)!r}.")
 
 
-def _from_table(table: pa.Table, classes: list[str] | None, stamp: str, streaming: bool):
-    """A data set of rows whose column "image" holds paths. Other columns keep their types."""
+def _from_table(table: pa.Table, found: Opened, streaming: bool) -> datasets.Dataset:
+    """A data set of rows whose columns of images hold paths. Other columns keep their types."""
     features = datasets.Features.from_arrow_schema(table.schema)
-    features |= {name: datasets.Image() for name in listing.path_columns(table)}
-    if classes is not None:
-        features["label"] = datasets.ClassLabel(names=classes)
-    return _generate(_table_rows, datasets.Features(features), {"table": table, "stamp": stamp}, streaming)
+    features |= {name: datasets.Image() for name in metadata.path_columns(table)}
+    if found.classes is not None:
+        features["label"] = datasets.ClassLabel(names=found.classes)
+    features = datasets.Features(features)
+    if streaming:  # in memory
+        rows = datasets.table.table_cast(table.replace_schema_metadata(None), features.arrow_schema)
+        return datasets.Dataset(datasets.table.InMemoryTable(rows), datasets.DatasetInfo(features=features))
+    return _generate(_table_rows, features, {"table": table, "stamp": found.stamp}, False)
 
 
 def _generate(rows, features: datasets.Features, kwargs: dict, streaming: bool):
@@ -210,54 +289,19 @@ def _table_rows(table: pa.Table, stamp: str) -> Iterator[dict]:
 
 def _array_rows(file: str, stamp: str) -> Iterator[dict]:
     """The images of one file: (H, W), (H, W, C) with C of at most 8, or several along a first dimension."""
-    arrays = np.load(file, allow_pickle=False)
-    if not isinstance(arrays, np.ndarray):
-        arrays = next(iter(arrays.values()))
+    arrays = _load_arrays(file)
     is_one = arrays.ndim == 2 or (arrays.ndim == 3 and arrays.shape[2] <= MAX_CHANNELS)
     for image in [arrays] if is_one else arrays:
         yield {"image": {"bytes": array_file(image), "path": None}}
 
 
-def _mark_images(dataset):
-    """Columns that hold the bytes of images, or {bytes, path}, as columns of images, if there is no such column."""
-    columns = dataset.features or {}
-    if any(isinstance(feature, datasets.Image) for feature in columns.values()):
-        return dataset
-    rows = list(dataset.take(FIRST_ROWS))  # several: an image may be null
-    for name in rows[0] if rows else ():
-        values = [row[name] for row in rows]
-        if any(listing.is_image_bytes(value.get("bytes") if isinstance(value, dict) else value) for value in values):
-            if dataset.features is None:
-                dataset = dataset.cast(datasets.Dataset.from_list(rows).features)
-            dataset = dataset.cast_column(name, datasets.Image())
-    return dataset
+def _load_arrays(file: str) -> np.ndarray:
+    arrays = np.load(file, mmap_mode="r" if file.lower().endswith(".npy") else None, allow_pickle=False)
+    return arrays if isinstance(arrays, np.ndarray) else next(iter(arrays.values()))
 
 
-def _mark(dataset, reasons: str):
-    if reasons:
-        dataset.info.description = LEFT_OUT + reasons
-    return dataset
-
-
-def _no_image(folder: str) -> ValueError:
-    return ValueError(f"the folder {folder!r} holds no image (no file with a suffix such as .png, .jpg or .npy).")
-
-
-def find_column(dataset: datasets.Dataset | datasets.IterableDataset, kind, name: str | None, argument: str) -> str:
-    """The column `name`, or the only column, of a kind of feature. Raises ValueError, with the columns, if there is none."""
-    fitting = [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
-    if name is None and len(fitting) == 1:
-        return fitting[0]
-    if name not in fitting:
-        types = ", ".join(f"{column} ({_type(feature)})" for column, feature in dataset.features.items())
-        raise ValueError(f"{argument} must be one of {fitting}, got {name!r}; all columns: {types}.")
-    return name
-
-
-def _type(feature) -> str:
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
-def fingerprint(dataset: datasets.Dataset) -> str:
-    """The hash that `datasets` keeps of a data set's source and transforms. It has no public name (as of datasets 5.2)."""
-    return dataset._fingerprint
+def _no_image(folder: str, left_out: Counter) -> ValueError:
+    found = f"; it has {listing.describe(+left_out)}" if +left_out else ""
+    packed = any(f"({suffix})" in found for suffix in PACKED) or (found and is_archive(Path(folder)))
+    advice = " Unpack the archive, and give its folder." if packed else ""
+    return ValueError(f"{folder!r} holds no image (no file with a suffix such as .png, .jpg or .npy){found}.{advice}")

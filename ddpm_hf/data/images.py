@@ -1,7 +1,6 @@
 """The images of a data set, decoded to one format, on demand or from memory."""
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,34 +10,14 @@ import datasets
 import numpy as np
 import torch
 
-from ddpm_hf.data.arrays import ARRAY_STARTS
-from ddpm_hf.data.decoding import (
-    ImageFormat,
-    UnreadableImage,
-    convert_image,
-    decode_image,
-    match_depth,
-    read_entry,
-    read_image,
-    value_range,
-)
-from ddpm_hf.data.finding import find_column
-from ddpm_hf.data.pictures import has_unused_profile, reads_at_8_bits
+from ddpm_hf.data.checking import check_image, describe_losses
+from ddpm_hf.data.columns import find_column
+from ddpm_hf.data.decoding import ImageFormat, UnreadableImage, decode_image, match_depth, read_entry
+from ddpm_hf.data.finding import source_of
 
 logger = logging.getLogger("train")
 LABELS = 64  # read and checked at a time; of a stream, at its start only
-FEW_VALUES = 32767  # 16-bit values that are all at most this have 15 bits or fewer
 MIN_IMAGES_FOR_WORKERS = 2000  # fewer small images are checked sooner than worker processes start
-
-
-def validation_hash(data: bytes) -> float:
-    """A number in [0, 1) that depends on the bytes of an image file. The image is for validation if the number is less
-    than `validation_fraction`.
-
-    So an image stays on its side when others are added, removed or moved, a larger fraction adds validation images to
-    the same ones, and copies of a file are on one side.
-    """
-    return int.from_bytes(hashlib.sha256(data).digest()[:6], "big") / 2**48
 
 
 @dataclass(eq=False)
@@ -61,6 +40,8 @@ class ImageColumns:
     label_column: str | None = None
 
     def __post_init__(self):
+        # Before casts, in which streams forget their source, and columns that are not used.
+        self.source, self.all_features = source_of(self.dataset), self.dataset.features
         self.size, self.channels = self.format.size, self.format.channels
         self.image_column = find_column(self.dataset, datasets.Image, self.image_column, "image_column")
         if self.label_column is not None:
@@ -74,8 +55,7 @@ class ImageColumns:
         try:
             return decode_image(read_entry(entry), self.format)
         except UnreadableImage as error:
-            path = (entry or {}).get("path") or "an image without a name"
-            raise UnreadableImage(f"{path} ({error})") from error
+            raise UnreadableImage(f"{name_of(entry)} ({error})") from error
 
     def to_batch(self, images: Sequence[torch.Tensor], labels: Sequence | None) -> dict[str, torch.Tensor]:
         """A dict of "images" (B, C, H, W) and, with a label column, "labels" (B,), or (B, D) if they are vectors."""
@@ -107,7 +87,7 @@ class ImageColumns:
         """Raises ValueError unless `num_classes` is the number of class names, if there are any."""
         names = self.class_names
         if names is not None and len(names) != num_classes:
-            classes = f"the classes of the column {self.label_column!r} ({_abbreviate(names)})"
+            classes = f"the classes of the column {self.label_column!r} ({abbreviate(names)})"
             raise ValueError(f"num_classes must be {len(names)}, {classes}, got {num_classes}.")
 
     def label_batches(self, size: int) -> Iterator[list]:
@@ -130,7 +110,7 @@ class ImageColumns:
             if not _are_finite(labels, (len(labels), *shape)):
                 i, wrong = next((i, label) for i, label in enumerate(labels) if not _are_finite(label, shape))
                 found = (
-                    f"{len(wrong)}: {_abbreviate(list(map(repr, wrong)))}" if isinstance(wrong, list) else repr(wrong)
+                    f"{len(wrong)}: {abbreviate(list(map(repr, wrong)))}" if isinstance(wrong, list) else repr(wrong)
                 )
                 where = f"for image {k * LABELS + i} of the data set"
                 raise ValueError(
@@ -179,6 +159,12 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         return len(self)
 
     @property
+    def value_range(self) -> tuple[float, float] | None:
+        """The least and the greatest value in images of more than 8 bits; None if there are none."""
+        low, high = (self._check()[name] for name in ("low", "high"))
+        return None if np.isnan(high).all() else (float(np.nanmin(low)), float(np.nanmax(high)))
+
+    @property
     def num_bytes(self) -> int:
         """The size of all images when decoded."""
         return len(self) * self.channels * self.size[0] * self.size[1] * (2 if self._check()["deep"].any() else 1)
@@ -191,7 +177,7 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         if self._checks is None:
             is_spread = self.num_workers > 1 and len(self) >= MIN_IMAGES_FOR_WORKERS
             checks = self.dataset.select_columns([self.image_column]).map(
-                _check_image,
+                check_image,
                 input_columns=[self.image_column],
                 remove_columns=[self.image_column],
                 fn_kwargs={"form": self.format},
@@ -237,7 +223,7 @@ class Images(ImageColumns, torch.utils.data.Dataset):
             return super().count_classes()
         labels = self.dataset[self.label_column][:]
         if not all(type(label) is int for label in labels):
-            found = _abbreviate(sorted(set(map(repr, labels))))
+            found = abbreviate(sorted(set(map(repr, labels))))
             raise ValueError(f"the labels in the column {self.label_column!r} must be integers, got {found}.")
         return max(labels) + 1
 
@@ -248,8 +234,13 @@ class Images(ImageColumns, torch.utils.data.Dataset):
         labels = self.dataset[self.label_column][:]
         if not all(type(label) is int and 0 <= label < num_classes for label in labels):
             accepted = f"integers in 0..num_classes−1 = {num_classes - 1}"
-            found = _abbreviate(sorted(set(map(repr, labels))))
+            found = abbreviate(sorted(set(map(repr, labels))))
             raise ValueError(f"the labels in the column {self.label_column!r} must be {accepted}, got {found}.")
+
+
+def name_of(entry: dict | None) -> str:
+    """The path of an undecoded image, or words for one that has none."""
+    return (entry or {}).get("path") or "an image without a name"
 
 
 def _are_finite(labels, shape: tuple[int, ...]) -> bool:
@@ -261,7 +252,8 @@ def _are_finite(labels, shape: tuple[int, ...]) -> bool:
     return values.shape == shape and values.dtype.kind in "biuf" and bool(np.isfinite(values).all())
 
 
-def _abbreviate(names: list[str]) -> str:
+def abbreviate(names: list[str]) -> str:
+    """The names, or the first and the last of many."""
     return ", ".join(names if len(names) <= 10 else [*names[:9], "...", names[-1]])
 
 
@@ -283,40 +275,9 @@ def leave_out_broken(images: Images, is_allowed: bool, what: str = "images") -> 
 
 def _warn_of_losses(images: Images) -> None:
     """Log which images lose bits or colors, and a range of values that leaves most of 16 bits unused."""
-    checks, levels = images._check(), images.format.white_level
-    for name, loss in (
-        ("reduced", "%d color images have 16 bits and are read at 8 bits, as Pillow does; the first is %s."),
-        ("unprofiled", "%d images have a color profile that cannot be used, and are read as sRGB; the first is %s."),
-    ):
-        if len(found := np.flatnonzero(checks[name])):
-            logger.warning(loss, len(found), images.describe(int(found[0])))
-    has_range = ~np.isnan(checks["high"])
-    if not has_range.any():
-        if levels is not None:
-            logger.warning("white_level = %s changes no image: none has more than 8 bits.", list(levels))
-        return
-    low, high = checks["low"][has_range].min(), checks["high"][has_range].max()
-    if levels is None and high <= FEW_VALUES:
-        message = (
-            "%d images of 16 bits have values from %.0f to %.0f, of 0 to 65535: the network gets %.2f to %.2f, of -1 to 1. "
-            "--white_level %d maps values of %d bits to all of that range."
-        )
-        bits = max(1, int(high).bit_length())
-        signed = (value / 32767.5 - 1 for value in (low, high))
-        logger.warning(message, has_range.sum(), low, high, *signed, 2**bits - 1, bits)
-
-
-# `datasets` finds the results in its cache by the name of this function: with other results, it needs another name.
-def _check_image(entry: dict | None, form: ImageFormat) -> dict[str, str | bool | float]:
-    result = {"problem": "", "deep": False, "reduced": False, "unprofiled": False}
-    result |= {"low": float("nan"), "high": float("nan"), "hash": 1.0}
-    try:
-        data = read_entry(entry)
-        image = read_image(data)
-        result["deep"] = convert_image(image, form).dtype == torch.uint16
-    except UnreadableImage as error:
-        return result | {"problem": str(error)}
-    result["low"], result["high"] = value_range(image) or (result["low"], result["high"])
-    if not data.startswith(ARRAY_STARTS):
-        result |= {"reduced": reads_at_8_bits(data), "unprofiled": has_unused_profile(data)}
-    return result | {"hash": validation_hash(data)}
+    checks = images._check()
+    for sentence in describe_losses(checks, images.format, images.describe).values():
+        logger.warning("%s", sentence)
+    if images.format.white_level is not None and np.isnan(checks["high"]).all():
+        levels = list(images.format.white_level)
+        logger.warning("white_level = %s changes no image: none has more than 8 bits.", levels)

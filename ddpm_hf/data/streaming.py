@@ -18,11 +18,14 @@ from itertools import islice, takewhile
 from typing import NamedTuple
 
 import datasets
+import numpy as np
 import torch
 
 from ddpm_hf.checks import check_int
+from ddpm_hf.data.checking import describe_losses, inspect, validation_hash
 from ddpm_hf.data.decoding import UnreadableImage, read_entry
-from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, validation_hash
+from ddpm_hf.data.images import ImageColumns, Images, leave_out_broken, name_of
+from ddpm_hf.data.reasons import reading
 from ddpm_hf.seeds import make_generator
 
 logger = logging.getLogger(__name__)
@@ -50,6 +53,7 @@ class StreamedImages(ImageColumns):
     skip_broken: bool = False
     validation_fraction: float = field(default=0.0, init=False)
     _num_classes: int | None = field(default=None, init=False)
+    _warnings: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         check_int("shuffle_buffer", self.shuffle_buffer, 1)
@@ -58,6 +62,23 @@ class StreamedImages(ImageColumns):
         super().__post_init__()
         columns = (self.image_column, self.label_column)
         self.dataset = self.dataset.select_columns([column for column in columns if column is not None])
+
+    def decode(self, entry: dict | None) -> torch.Tensor:
+        """As of `ImageColumns`. What an image loses is kept for `take_warnings`."""
+        try:
+            image, check = inspect(read_entry(entry), self.format)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{name_of(entry)} ({error})") from error
+        columns = {name: np.asarray([value]) for name, value in check.items()}
+        for kind, sentence in describe_losses(columns, self.format, lambda _: name_of(entry), "Some").items():
+            self._warnings.setdefault(kind, sentence)
+        return image
+
+    def take_warnings(self) -> list[str]:
+        """What the first images that lost bits or colors lost, each kind once."""
+        sentences = [sentence for sentence in self._warnings.values() if sentence]
+        self._warnings.update(dict.fromkeys(self._warnings, ""))
+        return sentences
 
     @property
     def num_examples(self) -> int | None:
@@ -69,13 +90,17 @@ class StreamedImages(ImageColumns):
         """Leave the share `fraction` of the images, chosen by `validation_hash`, out of training. Returns the first of them,
         at most `VALIDATION_LIMIT`, which are read now. Raises ValueError if there are none."""
         self.validation_fraction = fraction
-        rows = list(islice(filter(self.is_validation, self.dataset), VALIDATION_LIMIT))
+        rows = list(islice(filter(self.is_validation, read_rows(self.dataset)), VALIDATION_LIMIT))
         if not rows:
             raise ValueError(f"validation_fraction = {fraction!r} selects no image of the stream.")
         rows = datasets.Dataset.from_list(rows, features=self.dataset.features)
         images = Images(rows, self.format, self.image_column, self.label_column)
         leave_out_broken(images, True, "validation images")
         return images
+
+    def count_classes(self) -> int:
+        """As of `ImageColumns`; also the number that is known from the labels alone."""
+        return self.class_names is None and self.source.num_classes or super().count_classes()
 
     def check_labels(self, num_classes: int) -> None:
         """As of `ImageColumns`. The labels themselves are checked as they are read: one that is not an integer in
@@ -126,10 +151,12 @@ class StreamedImages(ImageColumns):
 
 
 class StreamBatch(NamedTuple):
-    """A micro-batch: "images" (B, C, H, W) and "labels" (B,) or (B, D), and after the last one of a step the states of the lanes."""
+    """A micro-batch: "images" (B, C, H, W) and "labels" (B,) or (B, D), and after the last one of a step the states of the lanes
+    and warnings about its images."""
 
     tensors: dict[str, torch.Tensor]
     lane_states: list[dict] | None
+    warnings: Sequence[str] = ()
 
 
 @dataclass(eq=False)
@@ -160,7 +187,7 @@ class StreamedBatches(torch.utils.data.IterableDataset):
                     yield StreamError(str(error))
                     return
                 yield from (StreamBatch(batch, None) for batch in others)
-                yield StreamBatch(last, [lane.state for lane in self.lanes])
+                yield StreamBatch(last, [lane.state for lane in self.lanes], self.images.take_warnings())
 
     def _take(self, lane: Iterator[dict], pool: ThreadPoolExecutor) -> list[tuple[torch.Tensor, int | None]]:
         """The next images of a lane, decoded, with their labels."""
@@ -232,6 +259,12 @@ class Block:
         yield from takewhile(lambda row: row is not None, islice(reader.rows, size - 1))
 
 
+def read_rows(dataset: datasets.IterableDataset, name: str = "the stream") -> Iterator[dict]:
+    """The rows of a stream. Raises BadData, with its name, for every error of reading it."""
+    with reading(name):
+        yield from dataset
+
+
 class Reader:
     """`rows`: the rows of a lane in the order of their shards, epoch after epoch, from the start of its current block on,
     with None after each epoch."""
@@ -258,7 +291,7 @@ class Reader:
                 self._stream = images.dataset.shard(len(all_shards), shards[shard])
                 if self.at["stream"] is not None:
                     self._stream.load_state_dict(self.at["stream"])
-                for row in self._stream:
+                for row in read_rows(self._stream, f"part {shards[shard] + 1} of {len(all_shards)} of the stream"):
                     is_own = has_own_shards or self.at["row"] % num_lanes == index
                     self.at["row"] += 1
                     if is_own and not images.is_validation(row):

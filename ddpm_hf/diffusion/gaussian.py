@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice
-from ddpm_hf.diffusion.schedules import check_betas
+from ddpm_hf.diffusion.schedules import as_float64, check_alphas, check_betas
 from ddpm_hf.diffusion.tables import (
     CONVERSIONS,
     TableLookup,
@@ -97,10 +97,11 @@ class GaussianDiffusion:
             given = "missing" if analytic_moments is None else "given"
             raise ValueError(f"analytic_moments go with variance_type='analytic': {given} with {variance_type=}.")
         self.prediction_type, self.variance_type = prediction_type, variance_type
-        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if alphas is None:
-            check_betas(betas)
-        self.timesteps = torch.arange(len(betas), device="cpu") if timesteps is None else timesteps
+        betas = as_float64("betas", betas)
+        check_betas(betas, one_is_last=alphas is None)
+        if alphas is not None:
+            alphas = check_alphas(alphas, len(betas))
+        self.timesteps = torch.arange(len(betas), device="cpu") if timesteps is None else as_timesteps(timesteps)
         if self.timesteps.shape != betas.shape:
             raise ValueError(f"timesteps must have shape {tuple(betas.shape)}, got {tuple(self.timesteps.shape)}.")
         self.analytic_moments = None if analytic_moments is None else check_moments(analytic_moments, len(betas))

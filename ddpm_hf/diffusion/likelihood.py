@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm_hf.checks import check_int
 from ddpm_hf.diffusion.gaussian import FIXED_VARIANCES, Clip, GaussianDiffusion
+from ddpm_hf.diffusion.timesteps import MAX_TIMESTEPS
 
 Model = Callable[..., Tensor]
 LEVELS = 256  # of an 8-bit image
@@ -65,8 +66,8 @@ class BoundSums:
     """
 
     def __init__(self, T: int, stride: int = 1):
-        check_int("stride", stride, 1, max(T - 1, 1), f"for a chain of {T} steps")
-        self.T, self.stride = T, stride
+        self.T = T = check_int("T", T, 1, MAX_TIMESTEPS)
+        self.stride = stride = check_int("stride", stride, 1, max(T - 1, 1), f"for a chain of {T} steps")
         # Views: the prior; for each t the count, term and both squared errors; for each offset the count, and the sum
         # and sum of squares of the images' bounds; L_0 by variance.
         sizes = (1, 4 * T, 3 * stride, DECODER_VARIANCES)

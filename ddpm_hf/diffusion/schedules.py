@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int
+from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int, shown
+from ddpm_hf.diffusion.timesteps import MAX_TIMESTEPS
 
 
 def _linear(T: int, beta_start: float, beta_end: float) -> Tensor:
@@ -113,28 +114,47 @@ def make_betas(
     Returns a float64 tensor of shape (T,) with every entry in (0, 1); the last may be 1. Raises TypeError or ValueError
     that names the argument.
     """
-    check_int("num_train_timesteps", num_train_timesteps, 1)
+    check_int("num_train_timesteps", num_train_timesteps, 1, MAX_TIMESTEPS)
     if trained_betas is None:
         check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
         check_float("beta_start", beta_start, "(0, 1)")
         check_float("beta_end", beta_end, "(0, 1)")
         return BETA_SCHEDULES[beta_schedule](num_train_timesteps, beta_start, beta_end)
-    try:
-        betas = torch.as_tensor(trained_betas, dtype=torch.float64, device="cpu").clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(f"trained_betas must be a sequence of numbers, got {trained_betas!r}.") from error
+    betas = as_float64("trained_betas", trained_betas).clone()
     if betas.shape != (num_train_timesteps,):
         raise ValueError(f"trained_betas must have {num_train_timesteps=} entries, got shape {tuple(betas.shape)}.")
     check_betas(betas, "trained_betas")
     return betas
 
 
-def check_betas(betas: Tensor, name: str = "betas") -> None:
-    """ValueError unless `betas` has shape (T,), T ≥ 1, every entry in (0, 1), and the last in (0, 1]."""
+def as_float64(name: str, values: Sequence[float] | Tensor) -> Tensor:
+    """`values` as float64 on the CPU. Raises ArgumentTypeError, naming the argument, if they are not real numbers."""
+    try:
+        numbers = torch.as_tensor(values, device="cpu")
+        if numbers.is_complex() or numbers.dtype == torch.bool:
+            raise TypeError(f"{numbers.dtype} is no real number.")
+        # Not of `numbers`: those of a list of floats are float32.
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentTypeError(f"{name} must be a sequence of numbers, got {shown(values)}.") from error
+
+
+def check_betas(betas: Tensor, name: str = "betas", one_is_last: bool = True) -> None:
+    """ValueError unless `betas` has shape (T,), T ≥ 1, every entry in (0, 1), and the last in (0, 1]. In float64 a β of a
+    sub-chain may be rounded to 1 before the last (`one_is_last=False`)."""
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"{name} must have shape (T,) with T of at least 1, got shape {tuple(betas.shape)}.")
-    if not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
+    if not bool(((betas > 0) & (betas <= 1)).all()) or (one_is_last and bool((betas[:-1] == 1).any())):
         raise ValueError(f"{name} must lie in (0, 1), the last in (0, 1], got {betas.min():g} to {betas.max():g}.")
+
+
+def check_alphas(alphas: Sequence[float] | Tensor, T: int) -> Tensor:
+    """`alphas` as float64 (T,). Raises ValueError or TypeError for other shapes, and for numbers outside [0, 1)."""
+    alphas = as_float64("alphas", alphas)
+    if alphas.shape != (T,) or not bool(((alphas >= 0) & (alphas < 1)).all()):
+        given = f"shape {tuple(alphas.shape)}, {shown(alphas.tolist())}"
+        raise ValueError(f"alphas must be {T} numbers in [0, 1), got {given}.")
+    return alphas
 
 
 def scale_betas_for_timesteps(
@@ -153,11 +173,14 @@ def scale_betas_for_timesteps(
     β would reach 1 (20 for the default range).
     """
     check_int("num_train_timesteps", num_train_timesteps, 1)
+    check_float("beta_start", beta_start, "(0, 1)")
+    check_float("beta_end", beta_end, "(0, 1)")
     scale = 1000 / num_train_timesteps
-    if (largest := max(beta_start, beta_end)) * scale >= 1:
+    largest, name = max((beta_start, "beta_start"), (beta_end, "beta_end"))
+    if largest * scale >= 1:
         raise ValueError(
             f"num_train_timesteps={num_train_timesteps} must be above {1000 * largest:g} for a linear schedule to "
-            f"{largest}: β would reach {largest * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
+            f"{name}={largest}: β would reach {largest * scale:g}. Use beta_schedule='squaredcos_cap_v2'."
         )
     return beta_start * scale, beta_end * scale
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddpm_hf.checks import shown
+from ddpm_hf.diffusion.schedules import as_float64
 from ddpm_hf.diffusion.timesteps import Timestep, to_index_device
 
 # (source, target): target = table·x_t ± table·source, for every pair of ε, x_0 and v.
@@ -154,8 +156,8 @@ def reverse_step_table(tables: dict[str, Tensor], prediction_type: str, std: str
 
 def check_moments(moments: Tensor | Sequence[float], T: int) -> Tensor:
     """`moments` as float64 (T,). Raises ValueError for other shapes, and for numbers that are negative or not finite."""
-    moments = torch.as_tensor(moments, dtype=torch.float64, device="cpu")
+    moments = as_float64("analytic_moments", moments)
     if moments.shape != (T,) or not bool(((moments >= 0) & moments.isfinite()).all()):
-        given = f"shape {tuple(moments.shape)}, values {moments.min():g} to {moments.max():g}"
+        given = f"shape {tuple(moments.shape)}, {shown(moments.tolist())}"
         raise ValueError(f"analytic_moments must be {T} finite numbers of at least 0, got {given}.")
     return moments

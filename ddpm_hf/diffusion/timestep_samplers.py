@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ddpm_hf.checks import check_choice, check_int
+from ddpm_hf.checks import check_choice, check_device, check_int
+from ddpm_hf.diffusion.timesteps import MAX_TIMESTEPS
 
 
 class UniformTimesteps:
@@ -25,7 +26,8 @@ class UniformTimesteps:
     uses_losses = False
 
     def __init__(self, T: int, device: torch.device | str = "cpu"):
-        self.T = check_int("T", T, 1)
+        self.T = check_int("T", T, 1, MAX_TIMESTEPS)
+        check_device("device", device)
 
     def __call__(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw timesteps (B,), int64, with their weights 1/(T·p_t), (B,), float32, on the device of the generator.

@@ -6,18 +6,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_hf.checks import ArgumentTypeError
+from ddpm_hf.checks import ArgumentTypeError, check_choice, check_int, shown
 
 Timestep = int | Tensor
+MAX_TIMESTEPS = 100_000  # of a chain: its tables are lists of floats, too
+MAX_DIGITS = 100  # Python refuses to read integers of more than 4300
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
 
 def spaced_timesteps(T: int, n: int, spacing: str, offset: int = 0) -> Tensor:
     """n of the timesteps 0..T−1 with the spacing of diffusers (Lin et al. 2023, table 2): int64 (n,), descending.
 
     "linspace" includes both ends, "leading" counts up from `offset` in steps of T // n, "trailing" counts down from
-    T−1. Operations and rounding are those of diffusers (NumPy), so that the results agree. Raises ValueError if the
-    offset leads beyond T−1.
+    T−1. Operations and rounding are those of diffusers (NumPy), so that the results agree. Raises ValueError if n is not
+    in 1..T, for an unknown spacing, and if the offset leads beyond T−1.
     """
+    T, offset = check_int("T", T, 1, MAX_TIMESTEPS), check_int("offset", offset, 0)
+    n = check_int("n", n, 1, T, "the chain's T")
+    check_choice("spacing", spacing, TIMESTEP_SPACINGS)
     i = torch.arange(n, dtype=torch.float64, device="cpu")
     if spacing == "linspace":
         return (i * ((T - 1) / max(n - 1, 1))).round().to(torch.int64).flip(0)
@@ -35,6 +41,8 @@ def parse_timesteps(text: str, T: int) -> list[int]:
     """The timesteps, descending, that a text names: "ddimN", the N multiples of the smallest stride that gives N of them
     (as in improved-diffusion), or a list such as "900,500,100,0". Raises ValueError for other texts and for timesteps
     beyond T−1."""
+    if not isinstance(text, str) or max(map(len, text.split(","))) > MAX_DIGITS:
+        raise ValueError(f"timesteps must be text, a descending list in 0..{T - 1}, or 'ddimN', got {shown(text)}.")
     if text.startswith("ddim") and text[4:].isdecimal():
         lengths = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
         if (n := int(text[4:])) not in lengths:
@@ -44,7 +52,7 @@ def parse_timesteps(text: str, T: int) -> list[int]:
     words = text.split(",")
     timesteps = [int(word) for word in words if word.strip().isdecimal()]
     if len(timesteps) < len(words) or timesteps != sorted({*timesteps}, reverse=True) or timesteps[0] >= T:
-        raise ValueError(f"timesteps must be a descending list in 0..{T - 1}, or 'ddimN', got {text!r}.")
+        raise ValueError(f"timesteps must be a descending list in 0..{T - 1}, or 'ddimN', got {shown(text)}.")
     return timesteps
 
 
@@ -68,8 +76,9 @@ def as_timesteps(timesteps: Sequence[int] | Tensor) -> Tensor:
         chosen = timesteps if isinstance(timesteps, Tensor) else torch.tensor(list(timesteps), device="cpu")
     except (TypeError, ValueError, RuntimeError):
         chosen = torch.empty(0)
-    if chosen.ndim != 1 or not chosen.numel() or chosen.is_floating_point() or chosen.dtype == torch.bool:
-        raise ValueError(f"timesteps must be a non-empty list of integers, got {timesteps!r}.")
+    is_integer = not (chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool)
+    if chosen.ndim != 1 or not chosen.numel() or not is_integer or isinstance(timesteps, (dict, set)):
+        raise ValueError(f"timesteps must be a non-empty list of integers, got {shown(timesteps)}.")
     return chosen.to(device="cpu", dtype=torch.int64)
 
 

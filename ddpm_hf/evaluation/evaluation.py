@@ -71,7 +71,10 @@ class Evaluation:
 
     def _open(self, split: str) -> Images:
         options = self.options
-        dataset = open_dataset(options.dataset, options.dataset_config, split, options.dataset_revision)
+        labels = options.label_column or self.run.get("label_column")
+        has_classes = self.pipe.unet.config.get("class_embed_type") is None
+        source = (options.dataset, options.dataset_config, split, options.dataset_revision)
+        dataset = open_dataset(*source, label_column=labels, has_classes=has_classes)
         columns = (options.image_column, options.label_column)
         return measures.model_images(dataset, self.pipe.unet.config, self.run, *columns)
 

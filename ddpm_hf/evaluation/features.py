@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
 
-from ddpm_hf.data.finding import fingerprint
+from ddpm_hf.data.columns import fingerprint
 from ddpm_hf.evaluation.judges import judge_of
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from ddpm_hf.data.arrays import array_file
+from ddpm_hf.data.columns import find_column
 from ddpm_hf.data.decoding import ImageFormat, convert_image, read_entry, read_image
-from ddpm_hf.data.finding import find_column
 from ddpm_hf.data.listing import list_images
 
 Files = Callable[[int], tuple[str, bytes]]  # from an index, the name of an image and its file
@@ -53,10 +53,10 @@ def read_samples(source: str, num_samples: int, size: tuple[int, int], channels:
 
 
 def _folder_images(folder: Path) -> tuple[int, Files]:
-    names = sorted(name for names in list_images(folder).splits.values() for name in names)
-    if not names:
+    entries = sorted(entry for entries in list_images(folder).splits.values() for entry in entries)
+    if not entries:
         raise ValueError(f"the folder {str(folder)!r} holds no image.")
-    return len(names), lambda i: (names[i], (folder / names[i]).read_bytes())
+    return len(entries), lambda i: (entries[i].name, entries[i].read())
 
 
 def _npz_images(file: Path) -> tuple[int, Files]:

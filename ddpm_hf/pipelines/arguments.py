@@ -6,13 +6,14 @@ Every function raises ValueError or TypeError that names the argument, its value
 import copy
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
-from ddpm_hf.checks import check_choice, check_float, check_int
+from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int, check_list, shown
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.compatibility import check_scheduler, output_channels, set_timesteps
@@ -87,11 +88,17 @@ def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> D
 
 def check_network(unet) -> None:
     """The network must be one that is called with x_t and t, and possibly class labels."""
-    plain = unwrap_module(unet)
+    plain = unwrap_module(unet) if isinstance(unet, torch.nn.Module) else unet
+    if not isinstance(plain, torch.nn.Module) or not hasattr(plain, "config"):
+        raise ArgumentTypeError(f"unet must be a network such as a UNet2DModelCustom, got {_kind(unet)}.")
     parameters = list(inspect.signature(plain.forward).parameters.values())[2:]
     if needed := [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]:
         name = type(plain).__name__
         raise ValueError(f"unet must need no more than x_t and t, as UNet2DModelCustom: {name} needs {needed} too.")
+
+
+def _kind(value) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def check_output_type(output_type: str, channels: int) -> None:
@@ -139,11 +146,44 @@ def check_shape(unet, batch_size: int, latents: torch.Tensor | None) -> tuple[in
     if config.sample_size is None and latents is None:
         raise ValueError("the U-Net's configuration has no sample_size: give latents, whose size is then used.")
     size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
+    if latents is not None and config.sample_size is None and latents.ndim != 4:
+        raise ValueError(f"latents must have shape (B, {config.in_channels}, H, W), got {tuple(latents.shape)}.")
     shape = (batch_size, config.in_channels, *(size if config.sample_size is not None else latents.shape[2:]))
     if latents is not None and tuple(latents.shape) != shape:
         raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
     check_size("sample_size" if latents is None else "latents", unet, shape)
+    if latents is not None and not bool(latents.isfinite().all()):  # once per call, not in the loop
+        raise ValueError("latents must be finite, got NaN or infinite values.")
     return shape
+
+
+def check_callback(callback, tensor_inputs: Sequence[str], known: Sequence[str]) -> None:
+    """`callback_on_step_end` must be a function, and `callback_on_step_end_tensor_inputs` a list of known names."""
+    if callback is not None and not callable(callback):
+        raise ArgumentTypeError(f"callback_on_step_end must be a function, got {shown(callback)}.")
+    if isinstance(tensor_inputs, str) or not isinstance(tensor_inputs, Sequence):
+        given = shown(tensor_inputs)
+        raise ArgumentTypeError(f"callback_on_step_end_tensor_inputs must be a list of {list(known)}, got {given}.")
+    for name in tensor_inputs:
+        check_choice("callback_on_step_end_tensor_inputs", name, known)
+
+
+def latents_of(changed, x: torch.Tensor) -> torch.Tensor:
+    """The latents that `callback_on_step_end` returned; x, (B, C, H, W), if it returned none. Reads no values of tensors."""
+    changed = {} if changed is None else changed
+    if not isinstance(changed, dict) or changed.keys() - {"latents"}:
+        raise ArgumentTypeError(f"callback_on_step_end must return None or {{'latents': x}}, got {shown(changed)}.")
+    latents = changed.get("latents", x)
+    check_same_form("the latents that callback_on_step_end returns", latents, x)
+    return latents
+
+
+def check_same_form(name: str, new: torch.Tensor, x: torch.Tensor) -> None:
+    """`new` must be a floating-point tensor of the shape of x. Reads no values."""
+    if not isinstance(new, torch.Tensor) or not new.is_floating_point():
+        raise ArgumentTypeError(f"{name} must be a floating-point tensor, got {_kind(new)}.")
+    if new.shape != x.shape:
+        raise ValueError(f"{name} must have shape {tuple(x.shape)}, got {tuple(new.shape)}.")
 
 
 def check_size(name: str, unet, shape: Sequence[int]) -> None:
@@ -229,7 +269,4 @@ def check_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def check_weights(weights: Sequence[float]) -> list[float]:
-    weights = [float(w) for w in weights]
-    if not weights or not all(0 <= w <= 1 for w in weights):
-        raise ValueError(f"weights must hold at least one number, all in [0, 1], got {weights}.")
-    return weights
+    return check_list("weights", weights, partial(check_float, interval="[0, 1]"))

@@ -8,7 +8,6 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
 
-from ddpm_hf.checks import check_choice
 from ddpm_hf.files import staging_folder
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
 from ddpm_hf.models.unet import UNet2DModelCustom
@@ -16,9 +15,11 @@ from ddpm_hf.pipelines import loading
 from ddpm_hf.pipelines.arguments import (
     Generators,
     SamplingInputs,
+    check_callback,
     check_network,
     check_output_type,
     draw_noise,
+    latents_of,
     prepare_inputs,
 )
 from ddpm_hf.pipelines.denoising import (
@@ -101,15 +102,13 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         after the last step if samples are NaN or infinite, naming the images and the step at which that began.
         """
         check_output_type(output_type, self.unet.config.in_channels)
-        for name in callback_on_step_end_tensor_inputs:
-            check_choice("callback_on_step_end_tensor_inputs", name, self._callback_tensor_inputs)
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         steps, recorded = self.denoise(batch_size, generator, num_inference_steps, **options), RecordedSteps()
         with self.progress_bar(total=len(steps)) as bar:
             for i, step in enumerate(steps):
                 if callback_on_step_end is not None:
                     inputs = {name: step.x for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, step.t, inputs) or {}
-                    step.x = changed.pop("latents", step.x)
+                    step.x = latents_of(callback_on_step_end(self, i, step.t, inputs), step.x)
                 recorded.add(step.t, step.x)
                 bar.update()
         images = self.to_images(step.x, output_type, recorded)
@@ -221,15 +220,16 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             revision, token, cache_dir, force_download, local_files_only: as for
                 `huggingface_hub.snapshot_download`.
             kwargs: other options of `UNet2DModelCustom.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
-                `device_map`, ...
+                `device_map`, ..., or arguments of `UNet2DModelCustom` that replace the saved ones.
 
-        Raises FileNotFoundError for a folder without a pipeline and for what is not on the Hub, PermissionError for a
-        repository that may not be read, ConnectionError without a network, TimeoutError for a Hub that does not answer, OSError
-        for files damaged in transit and answers that are not the Hub's.
+        Raises TypeError for options that are none of these, FileNotFoundError for a folder without a pipeline and for what
+        is not on the Hub, PermissionError for a repository that may not be read, ConnectionError without a network,
+        TimeoutError for a Hub that does not answer, OSError for files damaged in transit and answers that are not the Hub's.
         """
         name = str(pretrained_model_name_or_path)
         folder = Path(name)
         download_options = {option: kwargs.pop(option) for option in loading.DOWNLOAD_OPTIONS if option in kwargs}
+        loading.check_options(kwargs)
         if unet is not None and kwargs:
             raise TypeError(f"{sorted(kwargs)} are options for loading the U-Net, but unet was given.")
         if not folder.is_dir():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpm_hf.pipelines.arguments import SamplingInputs
+from ddpm_hf.pipelines.arguments import SamplingInputs, check_same_form
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.base import ChainScheduler
 
@@ -134,7 +134,9 @@ def denoising_loop(inputs: SamplingInputs, x: torch.Tensor, functions: StepFunct
                 x, x_0 = result.prev_sample, getattr(result, "pred_original_sample", None)
         step = DenoisingStep(t, x, x_0)
         yield step
-        x = step.x
+        if step.x is not x:
+            check_same_form("x of a DenoisingStep", step.x, x)
+            x = step.x
 
 
 def _clone_outputs(function: Callable) -> Callable:

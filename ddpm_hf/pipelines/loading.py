@@ -1,9 +1,11 @@
 """Load and save pipelines, and convert models and schedulers between this package's classes and diffusers'."""
 
+import inspect
 import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -20,6 +22,11 @@ from ddpm_hf.transfer import Retries, download_snapshot
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?P<variant>\.[^.]+?)?(-\d+-of-\d+)?\.(safetensors|bin)$")
 INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?P<variant>\.[^.]+)?\.json$")
 OWN_SCHEDULERS = tuple(OWN.values())
+# Those of diffusers' `ModelMixin.from_pretrained` that load one network into a pipeline.
+UNET_OPTIONS = (
+    "torch_dtype", "variant", "use_safetensors", "device_map", "max_memory", "offload_folder", "offload_state_dict",
+    "low_cpu_mem_usage", "disable_mmap", "quantization_config",
+)  # fmt: skip
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -54,6 +61,14 @@ def _has_configurations(folder: Path) -> bool:
 
 def _has_weights(folder: Path) -> bool:
     return _has_configurations(folder) and any(WEIGHTS.match(file.name) for file in folder.rglob("*"))
+
+
+def check_options(options: Mapping) -> None:
+    """Raise ArgumentTypeError for options of `from_pretrained` that nothing would read."""
+    known = (*UNET_OPTIONS, *list(inspect.signature(UNet2DModelCustom).parameters))
+    if unknown := sorted(options.keys() - set(known)):
+        accepted = ("unet", "scheduler", *DOWNLOAD_OPTIONS, *known)
+        raise ArgumentTypeError(f"{unknown[0]} must be an option of from_pretrained, which are {', '.join(accepted)}.")
 
 
 def find_component(folder: Path, component: str, config_name: str, source: str) -> Path:

@@ -9,15 +9,15 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
-from ddpm_hf.checks import check_choice, check_float, check_int
+from ddpm_hf.checks import check_bool, check_choice, check_float, check_int
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion, ReverseStep, add_scaled_
 from ddpm_hf.diffusion.schedules import make_betas, rescale_zero_terminal_snr
-from ddpm_hf.diffusion.timesteps import Timestep, as_timesteps, spaced_timesteps
+from ddpm_hf.diffusion.timesteps import TIMESTEP_SPACINGS, Timestep, as_timesteps, spaced_timesteps
 from ddpm_hf.interop import SavesAsStock
 
 logger = logging.getLogger(__name__)
 
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+FLAGS = ("clip_sample", "thresholding", "rescale_betas_zero_snr")
 # The schedules that every diffusers scheduler knows by name. All others are saved as trained_betas.
 STOCK_BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # Appended to beta_schedule in the configuration of an analytic scheduler. Stock schedulers would silently treat
@@ -46,6 +46,8 @@ class ChainScheduler(SavesAsStock, SchedulerMixin, ConfigMixin):
     def _set_up(self, variance_type: str) -> None:
         """Check the arguments, which are registered, and compute the tables of the chain."""
         config, T = self.config, self.config.num_train_timesteps
+        for name in FLAGS:
+            check_bool(name, config[name])
         check_choice("timestep_spacing", config.timestep_spacing, TIMESTEP_SPACINGS)
         check_int("steps_offset", config.steps_offset, 0)
         if config.clip_sample:

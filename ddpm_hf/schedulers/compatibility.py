@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from diffusers import SchedulerMixin
 
+from ddpm_hf.checks import ArgumentTypeError
 from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES
 from ddpm_hf.diffusion.timesteps import as_timesteps, spaced_timesteps
 from ddpm_hf.interop import stock_config
@@ -34,7 +35,10 @@ SEARCHED, MAX_TRIALS = 20, 4  # for another number of steps to name in an error 
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError unless this class of scheduler samples from the chain of a DDPM."""
+    """Raise ValueError, or TypeError for what is no scheduler, unless it samples from the chain of a DDPM."""
+    if not isinstance(scheduler, SchedulerMixin):
+        given = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else f"a {type(scheduler).__name__}"
+        raise ArgumentTypeError(f"scheduler must be one of this package or of diffusers, got {given}.")
     names = {cls.__name__ for cls in type(scheduler).__mro__}
     if "DDPMScheduler" not in getattr(scheduler, "_compatibles", ()) or names & set(NOT_FOR_DDPM):
         name = type(scheduler).__name__

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from ddpm_hf.checks import check_float
+from ddpm_hf.checks import check_bool, check_float
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
 from ddpm_hf.diffusion.timesteps import Timestep, to_index_device
 from ddpm_hf.schedulers.base import ChainScheduler, Generators, check_noise_arguments
@@ -58,7 +58,7 @@ class DDIMSchedulerCustom(ChainScheduler):
         analytic_moments: Sequence[float] | None = None,
         analytic_trained_betas: Sequence[float] | None = None,
     ):
-        self._last = -1 if set_alpha_to_one else 0
+        self._last = -1 if check_bool("set_alpha_to_one", set_alpha_to_one) else 0
         self._set_up("fixed_small" if analytic_moments is None else "analytic")
 
     def _sub_chain(self, timesteps: torch.Tensor) -> GaussianDiffusion:

@@ -1,13 +1,23 @@
 """The U-Net and the scheduler of a training run."""
 
+import torch
+
 from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.pipelines.guidance import mark_null_class
 from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.run_data import with_num_classes
 
 
 def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
     """The U-Net and the scheduler that a configuration describes."""
     return build_unet(config), build_scheduler(config)
+
+
+def check_builds(config: TrainingConfig) -> None:
+    """Build the network without memory, and the scheduler. Raises ValueError, naming the option, if that is not possible."""
+    build_scheduler(config)
+    with torch.device("meta"):
+        build_unet(with_num_classes(config, None))
 
 
 def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom:

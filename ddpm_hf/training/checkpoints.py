@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn, optim
 
 from ddpm_hf import __version__
+from ddpm_hf.checks import check_int
 from ddpm_hf.files import UNFINISHED, atomic_folder
 from ddpm_hf.training.sharding import copy_full, full_on_cpu
 
@@ -29,6 +30,9 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Te
     Raises OSError if it cannot be written, for example on a full disk; earlier checkpoints do not change.
     """
     folder = checkpoint_folder(root, step)
+    for name in tensors:
+        if not (isinstance(name, str) and name.isidentifier()):  # a file's name in the folder, not a path out of it
+            raise ValueError(f"the names of tensors must be words such as 'model', got {name!r}.")
     with atomic_folder(folder) as staged:
         for name, group in tensors.items():
             # Written by Python, whose OSError has an errno. That of safetensors' own writer is in the message alone.
@@ -41,8 +45,8 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Te
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Folder of the checkpoint of a step."""
-    return root / f"{PREFIX}{step:08d}"
+    """Folder of the checkpoint of a step. Raises ValueError or TypeError for what is no step."""
+    return Path(root) / f"{PREFIX}{check_int('step', step, 0):08d}"
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ddpm_hf.checks import check_float
+from ddpm_hf.checks import ArgumentTypeError, check_bool, check_float, check_int, shown
 from ddpm_hf.training.sharding import copy_full, reshard, to_local
 
 
@@ -32,17 +32,21 @@ class EMA:
     def __init__(
         self, model: nn.Module, halflife_images: float | None = None, *, decay: float | None = None, warmup: bool = True
     ):
+        check_network(model)
+        self.warmup = check_bool("warmup", warmup)
         if (halflife_images is None) == (decay is None):
             raise ValueError(f"either halflife_images or decay must be given, got {halflife_images!r} and {decay!r}.")
         if decay is None:
             halflife_images = check_float("halflife_images", halflife_images, "(0, inf)")
         else:
             decay = check_float("decay", decay, "(0, 1)")
-        self.halflife_images, self.fixed_decay, self.warmup = halflife_images, decay, warmup
+        self.halflife_images, self.fixed_decay = halflife_images, decay
         self._average = float32_parameters(model)
 
     def decay(self, images_seen: int, batch_size: int) -> float:
         """The weight of the past at a step of `batch_size` images that ends at `images_seen` images."""
+        batch_size = check_int("batch_size", batch_size, 1)
+        images_seen = check_int("images_seen", images_seen, batch_size)
         if self.fixed_decay is not None:
             step = images_seen // batch_size - 1
             return min(self.fixed_decay, (1 + step) / (10 + step)) if self.warmup else self.fixed_decay
@@ -76,6 +80,12 @@ class EMA:
         finally:
             reshard(model)
             load_parameters(model, kept)
+
+
+def check_network(model: nn.Module) -> None:
+    """Raise ArgumentTypeError for what is no network, and so has no parameters."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model must be a torch.nn.Module, got {shown(model)}.")
 
 
 def float32_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -29,12 +29,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ddpm_hf.checks import check_float
+from ddpm_hf.checks import check_float, check_int, check_list
 from ddpm_hf.files import atomic_file
-from ddpm_hf.training.ema import float32_parameters, lerp_parameters, load_averages
+from ddpm_hf.training.ema import check_network, float32_parameters, lerp_parameters, load_averages
 
 SIGMAS = (0.05, 0.10)  # σ_rel of the two tracked averages (EDM2, section 3.2)
 MAX_SIGMA = 12**-0.5  # σ_rel of γ = 0, the mean over the whole run
+MIN_SIGMA = 1e-6  # γ is about 1/σ_rel, and the profiles are computed in float64
 MAX_PROFILE_ERROR = 0.2  # relative to ‖p‖; a rebuilt profile with a larger error is not the requested one
 PREFIX = "images-"
 
@@ -44,9 +45,12 @@ def gamma_from_sigma(sigma: float) -> float:
 
     Raises ValueError unless 0 < σ_rel ≤ 12^(−½) = 0.2887, the length of the mean over the whole run.
     """
-    check_float("length σ_rel", sigma, f"(0, {MAX_SIGMA}]")
-    a = sigma**-2
+    a = _check_sigma("length σ_rel", sigma) ** -2
     return max(float(np.roots([1, 7, 16 - a, 12 - a]).real.max()), 0.0)
+
+
+def _check_sigma(name: str, sigma: float) -> float:
+    return check_float(name, sigma, f"({MIN_SIGMA}, {MAX_SIGMA}]")
 
 
 class PowerEMA:
@@ -57,8 +61,9 @@ class PowerEMA:
     """
 
     def __init__(self, model: nn.Module, sigmas: Sequence[float] = SIGMAS):
-        self.gammas = {sigma: gamma_from_sigma(sigma) for sigma in sigmas}
-        self._averages = {sigma: float32_parameters(model) for sigma in sigmas}
+        check_network(model)
+        self.gammas = {sigma: gamma_from_sigma(sigma) for sigma in check_list("sigmas", sigmas, _check_sigma)}
+        self._averages = {sigma: float32_parameters(model) for sigma in self.gammas}
 
     def update(self, model: nn.Module, images_seen: int, batch_size: int, skipped: Tensor | None = None) -> None:
         """Update the averages. Call it after every optimizer step, from the first on. `skipped`: as in `EMA.update`."""
@@ -172,7 +177,7 @@ def plan_rebuild(snapshots: Sequence[Snapshot], sigma: float, images_seen: int |
     """
     if not snapshots:
         raise ValueError("there are no snapshots to rebuild an average from.")
-    time = snapshots[-1].images_seen if images_seen is None else images_seen
+    time = snapshots[-1].images_seen if images_seen is None else check_int("images_seen", images_seen, 1)
     used = [snapshot for snapshot in snapshots if snapshot.images_seen <= time]
     if not used:
         raise ValueError(f"images_seen must be at least {snapshots[0].images_seen}, the first snapshot's, got {time}.")

@@ -38,7 +38,8 @@ def open_images(config: TrainingConfig) -> RunImages:
 
 def open_split(config: TrainingConfig, split: str, streaming: bool = False) -> Images | StreamedImages:
     """The images of a split, not checked yet. Raises NoSuchSplit if there is no such split."""
-    dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision, streaming)
+    labels = (config.label_column, config.class_embed_type is None)
+    dataset = open_dataset(config.dataset, config.dataset_config, split, config.dataset_revision, streaming, *labels)
     form = ImageFormat(
         config.resolution, config.channels, config.crop, config.background, white_level=config.white_level
     )

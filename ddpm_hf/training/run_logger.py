@@ -48,6 +48,7 @@ class RunLogger:
         first_step: step at which this part of the run begins; files that an earlier part wrote after it are removed.
         restored: `state()` from the checkpoint that the run resumes from; None at the start.
         train_examples: for the summary; None for a stream, whose length is unknown.
+        data: lines of the summary about the images (see `describe_data`).
         conditions: for the samples of a run with `class_embed_type`, those of the first training images.
     """
 
@@ -61,7 +62,7 @@ class RunLogger:
     restored: dict | None
     train_examples: int | None
     conditions: torch.Tensor | None = None
-    left_out: str = ""
+    data: str = ""
 
     def __post_init__(self):
         config, accelerator, first_step = self.config, self.accelerator, self.first_step
@@ -82,7 +83,7 @@ class RunLogger:
             accelerator.init_trackers("logs", config=settings, init_kwargs=options)
         examples = (self.train_examples, len(self.validation or ()))
         parameters = self.unet.num_parameters()
-        accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.left_out))
+        accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.data))
         done, total = first_step * config.batch_size, config.num_steps * config.batch_size
         self._bar = tqdm(desc="Training", initial=done, total=total, unit="img", unit_scale=True)
         self._shown = {}

@@ -1,14 +1,19 @@
 """What is printed about a run at its start: size, memory and length, then its speed and the time left."""
 
 import time
+from textwrap import shorten
 
 import torch
 from accelerate import Accelerator
+from datasets import ClassLabel
 from tqdm import tqdm
 
+from ddpm_hf.data.images import Images, abbreviate
+from ddpm_hf.data.streaming import StreamedImages
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.posthoc_ema import SIGMAS
 
+WIDTH = 40  # characters of the name of a class
 TIMED_STEPS = 5  # after the first one, which compiles and allocates
 
 
@@ -18,21 +23,21 @@ def describe_run(
     parameters: int,
     examples: tuple[int | None, int],
     first_step: int,
-    left_out: str = "",
+    data: str = "",
 ) -> str:
     """Lines to print before the first step.
 
     Args:
         parameters: number of parameters of the network, which are float32.
         examples: number of training images (None for a stream) and of validation images.
-        left_out: the files of the data set's folder that are not among its images, by reason (see `finding.left_out`).
+        data: more lines about the images (see `describe_data`).
     """
     train_examples, validation_examples = examples
     averages = 1 + len(SIGMAS) * (config.ema_snapshot_every_images > 0)
     copies = {"parameters": 1, "gradients": 1, "Adam": 2, "averages": averages}
     memory = [f"{name} {tqdm.format_sizeof(4 * parameters * n, 'B')}" for name, n in copies.items()]
     shape = "×".join(str(n) for n in (*config.resolution, config.channels))
-    data = "a stream of images" if train_examples is None else f"{train_examples:,} images"
+    counted = "a stream of images" if train_examples is None else f"{train_examples:,} images"
     files = {
         "checkpoints/": (config.checkpoint_every_steps, " steps"),
         "log.jsonl": (config.log_every_steps, ""),
@@ -45,14 +50,31 @@ def describe_run(
     precision = "" if config.mixed_precision == "no" else f", {config.mixed_precision}"
     resumed = f", from step {first_step:,}" if first_step else ""
     hardware = f"{processes} process{'es' * (processes > 1)} ({accelerator.device.type}{precision})"
-    omitted = f"Left out    {left_out}\n" if left_out else ""
     return (
-        f"Data        {data} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n{omitted}"
+        f"Data        {counted} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n{data}"
         f"Network     {parameters:,} parameters on {hardware}\n"
         f"Memory      {', '.join(memory)}; plus activations\n"
         f"Length      {config.num_steps:,} steps of {config.batch_size:,} images{resumed}\n"
         f"Written to  {config.output_dir}/: {', '.join(written)}; the model at the end"
     )
+
+
+def describe_data(images: Images | StreamedImages) -> str:
+    """Lines about what was found: the kind and the splits of the data set, its classes, the files that are left out and why,
+    and the range of values in images of more than 8 bits."""
+    source, lines = images.source, {}
+    many = len(source.splits) > 1
+    lines["Found"] = source.kind + (f"; splits {', '.join(source.splits)}" if many else "")
+    for column, feature in images.all_features.items():
+        if isinstance(feature, ClassLabel) and images.label_column in (None, column):
+            unused = "" if images.label_column else "; --label_column trains on them"
+            names = abbreviate([shorten(name, WIDTH) for name in feature.names])
+            lines["Classes"] = f"{len(feature.names)} in the column {column!r}: {names}{unused}"
+    lines["Left out"] = source.left_out
+    if isinstance(images, Images) and images.value_range is not None:
+        low, high = images.value_range
+        lines["Values"] = f"{low:g} to {high:g} in images of more than 8 bits"
+    return "".join(f"{name:<12}{line}\n" for name, line in lines.items() if line)
 
 
 class SpeedReport:

@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.datasets import load_digits, load_sample_image
 
 from ddpm_hf.data.builtin import digits, photos
-from ddpm_hf.data.finding import fingerprint
+from ddpm_hf.data.columns import fingerprint
 
 
 def test_digits_are_those_of_scikit_learn_split_without_overlap():

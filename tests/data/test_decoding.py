@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import os
+import socket
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -392,10 +395,31 @@ def test_a_missing_image_is_unreadable(entry):
 
 def test_a_file_that_cannot_be_opened_is_unreadable(tmp_path):
     for path in (tmp_path, tmp_path / "absent.png", "nul\0.png"):
-        with pytest.raises(UnreadableImage, match="Is a directory|No such file|null byte"):
+        with pytest.raises(UnreadableImage, match="not a file but a folder|No such file|null byte"):
             read_entry({"bytes": None, "path": str(path)})
     (tmp_path / "here.png").write_bytes(b"here")
     assert read_entry({"bytes": None, "path": str(tmp_path / "here.png")}) == b"here"
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("fifo", "a named pipe"), ("device", "a device"), ("socket", "a socket")])
+def test_special_files_are_refused_without_waiting(tmp_path, kind, reason):
+    path = {"device": "/dev/zero"}.get(kind, str(tmp_path / "a.png"))
+    if kind == "fifo":
+        os.mkfifo(path)
+    with socket.socket(socket.AF_UNIX) as server:
+        if kind == "socket":
+            server.bind(path)
+        (tmp_path / "link.png").symlink_to(path)
+        reads = [path, f"file://{path}", str(tmp_path / "link.png")]
+        with ThreadPoolExecutor(3) as pool:
+            results = [pool.submit(read_entry, {"bytes": None, "path": read}) for read in reads]
+            try:
+                for result in results:
+                    with pytest.raises(UnreadableImage, match=f"not a file but {reason}"):
+                        result.result(timeout=20)
+            finally:
+                if kind == "fifo":  # lets threads that wait go on
+                    os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))
 
 
 def damaged(data: bytes, random: np.random.Generator) -> bytes:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.columns import find_column, fingerprint
 from ddpm_hf.data.decoding import ImageFormat
-from ddpm_hf.data.finding import NoSuchSplit, find_column, fingerprint, left_out, open_dataset
+from ddpm_hf.data.finding import NoSuchSplit, left_out, open_dataset
 from ddpm_hf.data.images import Images
 
 
@@ -33,6 +34,14 @@ def test_a_revision_of_local_data_raises(tmp_path):
     for name in ("digits", str(tmp_path)):
         with pytest.raises(ValueError, match="dataset_revision 'main' is for data sets on the Hub"):
             open_dataset(name, revision="main")
+
+
+def test_a_configuration_of_data_that_has_none_raises(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    (tmp_path / "table.csv").write_text("file_name\nimage.png\n")
+    for name in ("digits", str(tmp_path), str(tmp_path / "table.csv")):
+        with pytest.raises(ValueError, match="dataset_config 'foo' is for data sets"):
+            open_dataset(name, "foo")
 
 
 def test_a_folder_named_like_a_built_in_data_set_raises(tmp_path, monkeypatch):

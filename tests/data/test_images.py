@@ -11,9 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.data.checking import validation_hash
 from ddpm_hf.data.decoding import ImageFormat, UnreadableImage
 from ddpm_hf.data.finding import open_dataset
-from ddpm_hf.data.images import Images, leave_out_broken, validation_hash
+from ddpm_hf.data.images import Images, leave_out_broken
 from tests.data.test_decoding import png
 
 

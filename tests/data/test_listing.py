@@ -3,11 +3,18 @@
 from collections import Counter
 
 import numpy as np
-import pyarrow
-import pytest
 from PIL import Image
 
-from ddpm_hf.data.listing import class_names, describe, is_image_bytes, is_picture, list_images, read_metadata, tables
+from ddpm_hf.data.listing import (
+    Entry,
+    class_names,
+    describe,
+    is_image_bytes,
+    is_picture,
+    list_archives,
+    list_images,
+)
+from tests.data.test_archives import pack
 
 
 def write(folder, *names):
@@ -19,13 +26,50 @@ def write(folder, *names):
 def test_hidden_folders_and_files_are_not_read(tmp_path):
     write(tmp_path, "a/0.png", ".hidden/1.png", "__MACOSX/2.png", "a/._0.png")
     found = list_images(tmp_path)
-    assert found.splits == {"train": ["a/0.png"]} and describe(found.left_out) == "1 hidden"
+    assert [entry.name for entry in found.splits["train"]] == ["a/0.png"] and describe(found.left_out) == "1 hidden"
 
 
 def test_a_file_is_stamped_with_its_size_and_time(tmp_path):
     write(tmp_path, "0.png")
     status = (tmp_path / "0.png").stat()
-    assert list_images(tmp_path).stamps == {"0.png": (status.st_size, status.st_mtime_ns)}
+    entry = Entry("0.png", str(tmp_path / "0.png"), (status.st_size, status.st_mtime_ns))
+    assert list_images(tmp_path).splits == {"train": [entry]}
+    assert entry.read() == (tmp_path / "0.png").read_bytes()
+
+
+def test_files_beside_another_are_named_in_folders_and_archives():
+    for path in ("/x/a/0.png", "zip://a/0.png::/x/a/0.png.zip"):
+        start, end = path.split("a/0.png", 1)
+        entry = Entry("a/0.png", path)
+        assert entry.ends == (start, end)
+        assert (
+            entry.beside("b/./1.png") == f"{start}a/b/1.png{end}" and entry.beside("../2.png") == f"{start}2.png{end}"
+        )
+
+
+def test_hidden_members_and_folders_around_an_archive_do_not_count(tmp_path):
+    names = ("data/cat/0.png", "data/dog/1.png", "__MACOSX/data/cat/._0.png", "data/cat/.2.png", ".x/3.png")
+    found = list_archives([pack(tmp_path / "data.zip", *names)])
+    assert [entry.name for entry in found.splits["train"]] == ["data/cat/0.png", "data/dog/1.png"]
+    assert class_names(found) == ["cat", "dog"] and describe(found.left_out) == "1 hidden"
+    found = list_archives([pack(tmp_path / "x.tar", "x/train/cat/0.png", "x/test/dog/1.png", "x/LICENSE.png")])
+    assert {split: len(part) for split, part in found.splits.items()} == {"train": 1, "test": 1}
+    assert class_names(found) == ["cat", "dog"]
+    found = list_archives(
+        [pack(tmp_path / f"{name}.zip", f"{name}/0.png") for name in ("train", "test")], ["train", "test"]
+    )
+    assert class_names(found) is None and list(found.splits) == ["train", "test"]
+    assert class_names(list_archives([pack(tmp_path / f"{name}.zip", f"{name}/0.png") for name in "ab"])) == ["a", "b"]
+
+
+def test_archives_are_of_their_splits(tmp_path):
+    files = [pack(tmp_path / f"{i}.tar", "cat/0.png", f"dog/{i}.png") for i in range(2)]
+    found = list_archives(files, ["train", "validation"])
+    assert {split: [entry.name for entry in part] for split, part in found.splits.items()} == {
+        "train": ["cat/0.png", "dog/0.png"],
+        "validation": ["cat/0.png", "dog/1.png"],
+    }
+    assert len(list_archives(files).splits["train"]) == 4
 
 
 def test_folders_at_several_depths_are_no_classes(tmp_path):
@@ -34,25 +78,6 @@ def test_folders_at_several_depths_are_no_classes(tmp_path):
     write(tmp_path, "b/2.png")
     (tmp_path / "b" / "c" / "1.png").unlink()
     assert class_names(list_images(tmp_path)) == ["a", "b"]
-
-
-def test_missing_files_of_metadata_stay_in_the_split_of_their_folder(tmp_path):
-    write(tmp_path, "train/0.png", "test/1.png")
-    (tmp_path / "metadata.csv").write_text("file_name,x,mask_file_name\ntest/2.png,1,\ntrain/0.png,2,train/m.png\n")
-    made = tables(list_images(tmp_path), tmp_path)
-    assert made["test"]["image"].to_pylist() == [str(tmp_path / "test" / name) for name in ("2.png", "1.png")]
-    assert made["train"]["mask"].to_pylist() == [str(tmp_path / "train" / "m.png")]
-    assert made["test"]["x"].to_pylist() == [1, None]
-
-
-def test_metadata_of_a_subfolder_names_files_inside_it(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"file_name": ["0.png"], "v": [[1, 2]]}), tmp_path / "metadata.parquet")
-    table = read_metadata(tmp_path / "metadata.parquet", "a/b")
-    assert table.to_pylist() == [{"file_name": "a/b/0.png", "v": [1, 2]}]
-    for name in ("/etc/0.png", "a/../../0.png", "file://0.png"):
-        pyarrow.parquet.write_table(pyarrow.table({"file_name": [name]}), tmp_path / "metadata.parquet")
-        with pytest.raises(ValueError, match=f"inside the folder .* got '{name}'"):
-            read_metadata(tmp_path / "metadata.parquet")
 
 
 def test_pictures_and_arrays_are_recognized_by_content(tmp_path):

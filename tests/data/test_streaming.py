@@ -24,6 +24,7 @@ from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamedImages, StreamError
+from tests.data.test_decoding import png
 from tests.hub import HubServer
 
 EXAMPLES = 90
@@ -172,6 +173,26 @@ def test_a_stream_resumes_exactly_with_and_without_workers(folders, shards, lane
         assert done + keys(after) == straight
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_with_words_as_labels_resumes_exactly(tmp_path, workers):
+    some = digits()["train"].select(range(EXAMPLES))
+    words = [f"class {label}" for label in some["label"]]
+    rows = some.remove_columns("label").add_column("info", [{"kind": {"word": word}} for word in words])
+    for i in range(3):
+        rows.shard(3, i).to_parquet(tmp_path / f"{i}.parquet")
+    source = open_dataset(str(tmp_path), streaming=True, label_column="info.kind.word")
+    images = StreamedImages(source, ImageFormat((8, 8), 1), label_column="info.kind.word", shuffle_buffer=32)
+    assert images.class_names == sorted(set(words))
+    label = dict(zip(keys([Images(some, ImageFormat((8, 8), 1))[range(EXAMPLES)]]), some["label"]))
+    straight = [(key, n) for batch in batches(images) for key, n in zip(keys([batch]), batch["labels"].tolist())]
+    assert all(label[key] == n for key, n in straight)
+    before = batches(images, num_workers=workers)
+    done = keys(islice(before, 5))
+    state = json.loads(json.dumps(before.gather_state(list)))
+    after = batches(images, first_step=5, state=state, num_workers=workers)
+    assert done + keys(after) == [key for key, _ in straight]
+
+
 def test_a_stream_resumes_on_two_processes_with_its_number_of_lanes(folders):
     straight = keys(batches(stream(folders[5], num_lanes=2)))
     before = batches(stream(folders[5], num_lanes=2))
@@ -242,6 +263,45 @@ def test_images_of_a_folder_are_streamed_with_their_labels(tmp_path):
     batch = next(batches(images))
     assert sorted(batch["images"][:, 0, 0, 0].tolist()) == [20 * i for i in range(12)]
     assert all((value >= 120) == label for value, label in zip(batch["images"][:, 0, 0, 0], batch["labels"]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_losses_of_a_stream_are_said_once_at_its_first_image(tmp_path, workers, caplog):
+    gray = np.linspace(100, 4000, 64).round().astype(np.uint16).reshape(8, 8)
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(png(np.stack([gray] * 3, -1), 2))
+        Image.fromarray(gray).save(tmp_path / f"{i} gray.png")
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i} profiled.png", icc_profile=b"no profile")
+    source = open_dataset(str(tmp_path), streaming=True)
+    run = batches(StreamedImages(source, ImageFormat((8, 8), 1), shuffle_buffer=4), steps=9, num_workers=workers)
+    with caplog.at_level("WARNING"):
+        next(run)
+        first = len(caplog.messages)
+        list(run)
+    assert first >= 1 and len(caplog.messages) == 3
+    for part in ("Some color images have 16 bits", "Some images have a color profile", "from 100 to 4000"):
+        (message,) = [text for text in caplog.messages if part in text]
+        assert str(tmp_path) in message
+
+
+def test_a_damaged_part_of_a_stream_ends_the_run_with_its_number(folders, tmp_path):
+    files = sorted(folders[5].rglob("*.parquet"))
+    for i, name in enumerate(files):
+        data = name.read_bytes()
+        (tmp_path / name.name).write_bytes(data if i != 2 else data[:4] + bytes(2000) + data[2004:])
+    with pytest.raises(StreamError, match="part 3 of 5 of the stream cannot be read: "):
+        list(batches(stream(tmp_path, label_column=None), steps=30))
+    with pytest.raises(ValueError, match="the stream cannot be read: "):
+        stream(tmp_path, label_column=None).split_validation(0.9)
+
+
+def test_numbers_of_classes_that_are_known_need_not_be_given(folders, tmp_path):
+    rows = digits()["train"].select(range(EXAMPLES)).cast_column("label", datasets.Value("int64"))
+    rows.to_parquet(tmp_path / "a.parquet")
+    source = open_dataset(str(tmp_path), streaming=True, label_column="label")
+    assert StreamedImages(source, ImageFormat((8, 8), 1), label_column="label").count_classes() == 10
+    with pytest.raises(ValueError, match="num_classes must be given"):
+        stream(tmp_path).count_classes()
 
 
 CLIENT = """

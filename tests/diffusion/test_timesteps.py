@@ -104,3 +104,25 @@ def test_timesteps_of_the_chain_pass_the_check(t):
 def test_other_timesteps_fail_the_check(t):
     with pytest.raises(ValueError, match="timestep"):
         check_timestep(t, 10, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((20, 21, "leading"), "n must be an integer in 1..20, the chain's T, got 21"),
+        ((20, 0, "linspace"), "n must be an integer in 1..20"),
+        ((20, "5", "linspace"), "n must be .* got '5'"),
+        ((20, 5, "even"), "spacing must be one of .* got 'even'"),
+        ((20, 5, "leading", -1), "offset must be an integer of at least 0, got -1"),
+        ((10**9, 5, "leading"), "T must be an integer in 1..100000, got 1000000000"),
+    ],
+)
+def test_a_spacing_that_does_not_exist_is_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        spaced_timesteps(*arguments)
+
+
+@pytest.mark.parametrize("timesteps", [torch.tensor([1j]), {5: 1}, {5, 1}, [2**70], [None], "5,0", torch.tensor([])])
+def test_what_is_no_list_of_integers_is_refused(timesteps):
+    with pytest.raises(ValueError, match="timesteps must be a non-empty list of integers"):
+        as_timesteps(timesteps)

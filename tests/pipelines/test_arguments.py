@@ -191,3 +191,66 @@ def test_scheduler_with_another_T_is_refused_before_the_first_step(tiny_pipeline
 def test_scheduler_made_from_the_models_own_has_its_T(tiny_pipeline, name):
     tiny_pipeline.scheduler = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config)
     assert tiny_pipeline(num_inference_steps=5, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_exchanged_parts_and_classes_are_refused_by_name(tiny_pipeline):
+    unet, scheduler = tiny_pipeline.unet, tiny_pipeline.scheduler
+    for given, message in [
+        ((scheduler, unet), "unet must be a network such as a UNet2DModelCustom, got a DDPMSchedulerCustom"),
+        ((unet, unet), "scheduler must be one of this package or of diffusers, got a UNet2DModelCustom"),
+        ((type(unet), scheduler), "unet must be .* got the class UNet2DModelCustom"),
+        ((unet, type(scheduler)), "scheduler must be .* got the class DDPMSchedulerCustom"),
+        ((torch.nn.Linear(2, 2), scheduler), "unet must be .* got a Linear"),
+        ((None, scheduler), "unet must be .* got a NoneType"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            DDPMPipelineCustom(*given)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_refused_before_the_first_step(tiny_pipeline, bad):
+    latents, ran = torch.zeros(1, 3, 8, 8), []
+    latents[0, 1, 2, 3] = bad
+    tiny_pipeline.unet.register_forward_pre_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match="latents must be finite, got NaN or infinite values"):
+        tiny_pipeline(latents=latents)
+    assert ran == []
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (
+            {"latents": torch.zeros(1, 3, 4, 4)},
+            r"latents that callback_on_step_end returns must have shape \(1, 3, 8, 8\), got",
+        ),
+        ({"latents": torch.zeros(3, 8, 8)}, "must have shape"),
+        ({"latents": torch.zeros(1, 3, 8, 8, dtype=torch.int64)}, "must be a floating-point tensor"),
+        ({"latents": None}, "must be a floating-point tensor, got a NoneType"),
+        ({"x": torch.zeros(1, 3, 8, 8)}, r"callback_on_step_end must return None or \{'latents': x\}"),
+        (torch.zeros(1, 3, 8, 8), "callback_on_step_end must return None"),
+        (False, "callback_on_step_end must return None or .* got False"),
+    ],
+)
+def test_what_a_callback_may_not_return_is_refused_after_one_step(tiny_pipeline, returned, message):
+    called = []
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(callback_on_step_end=lambda *_: called.append(1) or returned)
+    assert called == [1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"callback_on_step_end": 5}, {"callback_on_step_end_tensor_inputs": "latents"},
+     {"callback_on_step_end_tensor_inputs": None}],
+)  # fmt: skip
+def test_a_callback_that_is_no_function_is_refused_by_name(tiny_pipeline, given):
+    with pytest.raises(TypeError, match=f"^{next(iter(given))} must be"):
+        tiny_pipeline(**given)
+
+
+def test_an_iterator_refuses_an_x_of_another_shape(tiny_pipeline):
+    steps = tiny_pipeline.denoise(num_inference_steps=3)
+    next(steps).x = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="x of a DenoisingStep must have shape"):
+        next(steps)

@@ -386,3 +386,21 @@ def test_diffusers_from_pipe_takes_this_packages_components(tiny_pipeline):
     stock.set_progress_bar_config(disable=True)
     mine, theirs = (images(p, generator=seeded(0), num_inference_steps=20) for p in (tiny_pipeline, stock))
     torch.testing.assert_close(mine, theirs, rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("option", ["torch_dtyp", "trust_remote_code", "custom_pipeline", "ignore_mismatched_sizes"])
+def test_an_option_that_nothing_reads_is_refused_by_name(tiny_pipeline, tmp_path, option):
+    tiny_pipeline.save_pretrained(tmp_path)
+    with pytest.raises(
+        TypeError, match=f"^{option} must be an option of from_pretrained, which are unet, scheduler, rev"
+    ):
+        DDPMPipelineCustom.from_pretrained(tmp_path, **{option: True})
+    options = {
+        "torch_dtype": torch.float16,
+        "low_cpu_mem_usage": False,
+        "dropout": 0.1,
+        "token": None,
+        "revision": None,
+    }
+    loaded = DDPMPipelineCustom.from_pretrained(tmp_path, **options)
+    assert loaded.unet.dtype == torch.float16 and loaded.unet.config.dropout == 0.1

@@ -126,7 +126,7 @@ def test_next_sweep_completes_one_that_was_killed_moving_files(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lengths", "0.3"], r"length σ_rel must be a finite number in \(0, 0.28867\d*\], got 0.3"),
+        (["--lengths", "0.3"], r"lengths must be a finite number in \(0, 0.2887\), got 0.3"),
         (["--lengths", "0.05", "0.001"], "σ_rel = 0.001 is out of the range of these 10 snapshots"),
         (["--images_seen", "5"], "images_seen must be at least 32"),
         (["--steps", "0"], "steps must be an integer of at least 1"),

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from ddpm_hf.scripts import choose_ema, evaluate, sample
+from ddpm_hf.scripts import choose_ema, evaluate, publish, sample
 
 OPTIONS = {
     "choose_ema": choose_ema.EMAArguments,
+    "publish": publish.PublishArguments,
     "evaluate": evaluate.EvaluationOptions,
     "sample": sample.SampleArguments,
 }

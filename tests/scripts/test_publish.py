@@ -18,7 +18,7 @@ sys.argv = [sys.argv[1], "--help"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    assert not {"torch", "diffusers", "ddpm_hf"} & set(sys.modules)
+    assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code, SCRIPT], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,11 @@
 """The sampling script, and the benchmark of the digits' quality."""
 
-import dataclasses
 import json
+import pickle
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import datasets
 import numpy as np
@@ -169,9 +170,8 @@ def test_color_of_16_bits_as_png_raises_naming_other_formats(make_pipeline, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_help_names_every_sampler():
-    field = next(f for f in dataclasses.fields(sample_script.SampleArguments) if f.name == "scheduler")
-    assert field.metadata["help"].split(";")[0].split(", ") == list(SAMPLERS)
+def test_every_sampler_is_a_choice():
+    assert get_args(sample_script.Sampler) == tuple(SAMPLERS)
 
 
 def test_classes_cycle_by_index_without_the_null_class(make_pipeline, tmp_path):
@@ -277,19 +277,52 @@ def test_class_can_be_given_by_its_name(make_pipeline, tmp_path):
     ("options", "message"),
     [
         (["--scheduler", "dpm"], "scheduler must be one of.*'dpm'"),
-        (["--steps", "0"], "num_inference_steps.*0"),
+        (["--steps", "0"], "steps must be an integer of at least 1, got 0"),
+        (["--steps", "99"], "num_inference_steps.*99"),
         (["--format", "gif"], "format.*gif"),
         (["--bits", "12"], "bits.*12"),
         (["--batch_size", "0"], "batch_size.*0"),
         (["--class_label", "1"], "class_labels must be left out"),
         (["--guidance_scale", "2"], "guidance_scale=2"),
         (["--seed", "-1"], "seed.*-1"),
+        (["--seed", "one"], "seed must be an integer of at least 0, got 'one'"),
+        (["--device", "foo"], "device must be a device of this machine, such as 'cpu', got 'foo'"),
+        (["--device", "meta"], "device must be a device of this machine, .*got 'meta'"),
+        (["--guidance_scale", "nan"], r"guidance_scale must be a finite number in \(-inf, inf\), got nan"),
+        (["--class_label", "nowhere.npy"], "class_label 'nowhere.npy' cannot be read"),
+        (["--class_label", ""], "class_label must be text that is not empty"),
+        (["--numimages", "3"], "unknown option --numimages"),
     ],
 )
 def test_wrong_options_are_named_and_nothing_is_written(model, tmp_path, options, message):
     with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}"):
         sample_script.main(["--model", str(model), "--output_dir", str(tmp_path / "out"), *options])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", pickle.dumps([1])])
+def test_class_label_file_that_is_no_array_is_named(make_pipeline, tmp_path, content):
+    make_pipeline(num_class_embeds=3).save_pretrained(tmp_path / "model")
+    (tmp_path / "labels.npy").write_bytes(content)
+    with pytest.raises(SystemExit, match="sample.py: error: class_label '.*labels.npy' cannot be read as an array"):
+        sample_script.main(["--model", str(tmp_path / "model"), "--class_label", str(tmp_path / "labels.npy")])
+
+
+@pytest.mark.parametrize("format", ["png", "npz"])
+@pytest.mark.parametrize("place", ["/dev/null", "{folder}/file", "{folder}/link", "{folder}/file/below"])
+def test_output_that_is_no_folder_is_one_sentence(model, tmp_path, format, place):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "else")
+    options = ["--format", format, "--output_dir", place.format(folder=tmp_path)]
+    with pytest.raises(SystemExit, match="sample.py: error: output_dir must be a folder"):
+        sample_script.main(["--model", str(model), *options])
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_record_that_is_damaged_is_named(model, tmp_path, content):
+    (tmp_path / "seed0.json").write_text(content)
+    with pytest.raises(SystemExit, match="sample.py: error: output_dir .* holds seed0.json, which is no record"):
+        sample_script.main(["--model", str(model), "--steps", "2", "--output_dir", str(tmp_path)])
 
 
 def test_digits_quality_prints_metrics_and_updates_the_card(model, capsys):

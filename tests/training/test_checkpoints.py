@@ -185,3 +185,18 @@ def test_a_folder_is_one_run_s_until_that_run_ends_or_is_killed(tmp_path):
     for _ in range(2):
         with lock_folder(tmp_path, wait_seconds=5):
             pass
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "..", "/tmp/x", 5])
+def test_a_name_that_leads_out_of_the_checkpoint_is_refused(tmp_path, name):
+    root = tmp_path / "checkpoints"
+    with pytest.raises(ValueError, match="the names of tensors must be words"):
+        save_checkpoint(root, 1, {name: {"w": torch.zeros(1)}}, {})
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("step", ["../x", -1, 1.0, None])
+def test_a_step_that_is_no_number_is_refused(tmp_path, step):
+    with pytest.raises(ValueError, match="step must be an integer of at least 0"):
+        save_checkpoint(tmp_path, step, {}, {})
+    assert list(tmp_path.rglob("*")) == []

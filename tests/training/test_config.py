@@ -22,7 +22,7 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"report_to": "paper"}, "report_to must be one of .*tensorboard.* got 'paper'"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"total_images": 5}, "less than one batch"),
-        ({"sample_steps": 1001}, "sample_steps must be an integer in 1..1000, got 1001"),
+        ({"sample_steps": 1001}, "sample_steps must be an integer in 1..1000, num_train_timesteps, got 1001"),
         ({"crop": "left"}, r"crop must be one of \['center', 'pad'\], got 'left'"),
         ({"background": "whitish"}, "background must be a color such as 'white'.* got 'whitish'"),
         ({"white_level": [0]}, r"white_level must be a value above 0, or two: .* got \[0\]"),
@@ -62,7 +62,7 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"num_classes": 10}, "num_classes = 10 is for label_column only"),
         (
             {"label_column": "label", "num_classes": 0},
-            "num_classes must be an integer of at least 1, the number of classes in 'label', got 0",
+            "num_classes must be an integer of at least 1, got 0",
         ),
         (
             {"label_column": "label", "num_classes": 2, "label_dropout": 1.0},

@@ -1,6 +1,7 @@
 """The images of a run are opened, checked, split and kept in memory as its config says."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -99,8 +100,20 @@ def test_number_of_classes_is_that_of_the_data(tmp_path, labels, feature, expect
 
 def test_number_of_classes_that_the_data_do_not_tell_must_be_given(tmp_path):
     folder = save_labels(tmp_path / "data", [0, 4, 2])
+    (arrow,) = Path(folder).glob("*.arrow")
     with pytest.raises(ValueError, match="num_classes must be given: the classes of the column 'label' have no names"):
-        open_images(parse_config([*TINY, "--dataset", folder, "--label_column", "label", "--streaming"]))
-    folder = save_labels(tmp_path / "words", ["cat", "dog"])
-    with pytest.raises(ValueError, match="the labels in the column 'label' must be integers, got 'cat', 'dog'"):
+        open_images(parse_config([*TINY, "--dataset", str(arrow), "--label_column", "label", "--streaming"]))
+    folder = save_labels(tmp_path / "numbers", [0.5, 2.0])
+    with pytest.raises(ValueError, match="the labels in the column 'label' must be integers, got 0.5, 2.0"):
         open_images(parse_config([*TINY, "--dataset", folder, "--label_column", "label"]))
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_words_are_classes_with_names_unless_labels_are_conditions(tmp_path, streaming):
+    folder = save_labels(tmp_path / "words", ["dog", "cat", "dog"])
+    options = [*TINY, "--dataset", folder, "--label_column", "label"]
+    config = parse_config([*options, *streaming])
+    images, _ = open_images(config)
+    assert images.class_names == ["cat", "dog"] and with_num_classes(config, images).num_classes == 2
+    with pytest.raises(ValueError, match="must be finite numbers, got 'dog'"):
+        open_images(parse_config([*options, *streaming, "--class_embed_type", "timestep"]))

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from ddpm_hf.training import run_summary
 from ddpm_hf.training.presets import parse_config
-from ddpm_hf.training.run_summary import SpeedReport, describe_run
+from ddpm_hf.training.run_data import open_images
+from ddpm_hf.training.run_summary import SpeedReport, describe_data, describe_run
 from tests.conftest import TINY_TRAINING, flags
 
 
@@ -28,8 +30,22 @@ def test_speed_and_time_left_follow_from_the_timed_steps(monkeypatch):
     assert line == "Speed       40.0 images/s over 5 steps; about 06:40 to go"
 
 
-def test_the_summary_says_what_is_left_out():
+def test_the_lines_about_the_data_follow_the_number_of_images():
     config = parse_config([*flags(**TINY_TRAINING), "--output_dir", "somewhere"])
-    for reasons, line in (("", "Network"), ("3 hidden", "Left out    3 hidden")):
-        lines = describe_run(config, Accelerator(cpu=True), 1000, (8, 0), 0, reasons).splitlines()
-        assert lines[1].startswith(line)
+    for data, lines in (
+        ("", ["Network"]),
+        ("Found       x\nLeft out    3 hidden\n", ["Found       x", "Left out    3", "Network"]),
+    ):
+        found = describe_run(config, Accelerator(cpu=True), 1000, (8, 0), 0, data).splitlines()
+        assert found[0].startswith("Data        8 images") and all(map(str.startswith, found[1:], lines))
+
+
+def test_classes_are_described_with_abbreviated_names(tmp_path):
+    for name in ("a" * 60, *map(str, range(20))):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+    options = [*flags(**TINY_TRAINING, channels=1), "--dataset", str(tmp_path)]
+    for labels, unused in (([], "; --label_column trains on them\n"), (["--label_column", "label"], "\n")):
+        images, _ = open_images(parse_config([*options, *labels]))
+        names = "0, 1, 10, 11, 12, 13, 14, 15, 16, ..., [...]"
+        assert f"Classes     21 in the column 'label': {names}{unused}" in describe_data(images)

@@ -1,0 +1,103 @@
+"""The rules of a training configuration that one option alone cannot state: which values fit together.
+
+Each function raises ValueError that names the options. `config` is a TrainingConfig whose options have passed `check_options`.
+"""
+
+from dataclasses import fields
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ddpm_hf.checks import check_choice, check_int
+
+
+def check_rules(config) -> None:
+    """Raise ValueError for values that do not fit together, and for those that would be ignored."""
+    for check in (_check_choices, _check_size, _check_data, _check_ema, _check_uses, _check_chain):
+        check(config)
+
+
+def _check_choices(config) -> None:
+    """Choices that are known only once torch is imported, and names on the Hub."""
+    check_int("sample_steps", config.sample_steps, 1, config.num_train_timesteps, "num_train_timesteps")
+    if config.compile is not None:
+        from torch.compiler import list_backends
+
+        check_choice("compile", config.compile, list_backends(None))
+    if config.hub_model_id is not None:
+        try:
+            validate_repo_id(config.hub_model_id)
+        except HFValidationError as error:
+            raise ValueError(f"hub_model_id must be user/name, got {config.hub_model_id!r}: {error}") from error
+    elif config.push_to_hub:
+        raise ValueError("push_to_hub needs hub_model_id, the model's name on the Hub: user/name.")
+
+
+def _check_size(config) -> None:
+    if len(config.resolution) != 2:
+        raise ValueError(f"resolution must be one number or height and width, got {config.resolution!r}.")
+    (height, width), halvings = config.resolution, len(config.block_out_channels) - 1
+    if height % 2**halvings or width % 2**halvings:
+        needed = f"use multiples of {2**halvings}, or fewer block_out_channels"
+        raise ValueError(f"resolution {height}×{width} cannot be halved {halvings} times: {needed}.")
+    if config.total_images < config.batch_size:
+        raise ValueError(
+            f"total_images = {config.total_images} is less than one batch, batch_size = {config.batch_size}."
+        )
+    if config.stream_lanes is not None and config.batch_size % config.stream_lanes:
+        raise ValueError(f"stream_lanes = {config.stream_lanes} must divide batch_size = {config.batch_size}.")
+
+
+def _check_data(config) -> None:
+    from ddpm_hf.data.decoding import check_crop_and_background, check_white_level
+
+    check_crop_and_background(config.crop, config.background)
+    check_white_level(config.white_level)
+    if not config.dataset:
+        raise ValueError("dataset must be given: --dataset with 'digits', 'photos', a folder, or a name on the Hub.")
+    if config.validation_split == config.split:
+        raise ValueError(f"validation_split must be another split than split, which is {config.split!r}.")
+    if config.validation_split is not None and config.validation_fraction:
+        raise ValueError("validation_split and validation_fraction exclude each other.")
+
+
+def _check_ema(config) -> None:
+    """Either a half-life or a decay is given; the default is a half-life of 1,000,000 images."""
+    halflife, decay = config.ema_halflife_images, config.ema_decay
+    if halflife and decay is not None:
+        both = f"ema_halflife_images = {halflife} and ema_decay = {decay}"
+        raise ValueError(f"{both} exclude each other; --ema_halflife_images 0 removes a preset's half-life.")
+    if halflife == 0 and decay is None:
+        raise ValueError("ema_halflife_images = 0 needs an ema_decay.")
+
+
+def _check_uses(config) -> None:
+    """An option that only another one uses is left at its default without it."""
+    learned, bound = config.variance_type == "learned_range", config.loss_weighting == "vlb"
+    conditional, has_classes = config.label_column is not None, config.class_embed_type is None
+    uses = [
+        ("loss_weighting='min_snr'", config.loss_weighting == "min_snr", ["min_snr_gamma"]),
+        ("loss_weighting='p2'", config.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
+        ("variance_type='learned_range' without loss_weighting='vlb'", learned and not bound, ["hybrid_lambda"]),
+        ("label_column", conditional, ["num_classes", "label_dropout", "class_embed_type"]),
+        ("class_embed_type=None", has_classes, ["num_classes", "label_dropout"]),
+    ]
+    defaults = {spec.name: spec.default for spec in fields(config)}
+    for user, is_given, names in uses:
+        for name in names:
+            if not is_given and getattr(config, name) != defaults[name]:
+                raise ValueError(f"{name} = {getattr(config, name)} is for {user} only: leave it out.")
+
+
+def _check_chain(config) -> None:
+    """The objective fits the chain."""
+    learned, bound = config.variance_type == "learned_range", config.loss_weighting == "vlb"
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        why = "ε of pure noise says nothing about the image; use 'v_prediction' or 'sample'"
+        raise ValueError(f"rescale_betas_zero_snr = True excludes prediction_type = 'epsilon': {why}.")
+    if (bound and config.input_perturbation) or ((bound or learned) and config.offset_noise):
+        name = "offset_noise" if config.offset_noise else "input_perturbation"
+        with_what = "loss_weighting='vlb'" if bound else "variance_type='learned_range'"
+        raise ValueError(
+            f"{name} = {getattr(config, name)} changes the chain of the bound: use it without {with_what}."
+        )

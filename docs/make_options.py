@@ -1,0 +1,36 @@
+"""Write docs/options.md, the list of the options of the scripts, from the tables that the scripts use."""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from ddpm_hf.scripts.choose_ema import EMAArguments
+from ddpm_hf.scripts.publish import PublishArguments
+from ddpm_hf.scripts.sample import SampleArguments
+
+from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.options import accepted, default_of
+
+TABLES = {"train": TrainingConfig, "sample": SampleArguments, "choose_ema": EMAArguments, "publish": PublishArguments}
+INTRODUCTION = """# Options
+
+Every option of the scripts: its name, what it accepts, its default, and what it is for. `python docs/make_options.py` writes this
+page. `--config` of `train.py` takes a preset or a YAML file (JSON too) with these names as keys. The same checks hold for files and
+command lines. A square bracket includes the end of a range. `--option None` removes a value that the preset gives.
+"""
+
+
+def text() -> str:
+    """The content of docs/options.md."""
+    parts = [INTRODUCTION]
+    for script, table in TABLES.items():
+        rows = [f"\n## training/{script}.py\n", "| option | accepts | default | |", "|---|---|---|---|"]
+        for spec in fields(table):
+            default = "" if default_of(spec) is MISSING else f"`{default_of(spec)!r}`"
+            cells = (f"`--{spec.name}`", accepted(table, spec), default, spec.metadata["help"])
+            rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+        parts.append("\n".join(rows) + "\n")
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "options.md").write_text(text(), encoding="utf-8")
