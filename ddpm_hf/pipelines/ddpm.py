@@ -222,8 +222,9 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             kwargs: other options of `UNet2DModelCustom.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
                 `device_map`, ..., or arguments of `UNet2DModelCustom` that replace the saved ones.
 
-        Raises TypeError for options that are none of these, FileNotFoundError for a folder without a pipeline and for what is not on the Hub, PermissionError for a
-        repository that may not be read, ConnectionError without a network, OSError for files damaged in transit.
+        Raises TypeError for options that are none of these, FileNotFoundError for a folder without a pipeline and for what
+        is not on the Hub, PermissionError for a repository that may not be read, ConnectionError without a network,
+        TimeoutError for a Hub that does not answer, OSError for files damaged in transit and answers that are not the Hub's.
         """
         name = str(pretrained_model_name_or_path)
         folder = Path(name)

@@ -37,6 +37,9 @@ DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_f
 def download_pipeline(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
     """Download a pipeline's configurations and safetensors from the Hub and return the folder. If it has no
     safetensors and `allow_pickle`, its `.bin` weights. Errors are those of `download_snapshot`."""
+    for name, kinds in {"revision": str, "cache_dir": (str, Path), "token": (str, bool)}.items():
+        if kwargs.get(name) is not None and not isinstance(kwargs[name], kinds):
+            raise ArgumentTypeError(f"{name} must be a string or None, got {type(kwargs[name]).__name__}.")
     if repo_id.count("/") > 1 or repo_id.startswith((".", "/")):
         raise FileNotFoundError(f"{repo_id!r} is neither a local folder nor the name of a repository (user/name).")
     configs = ["model_index.json", "config.json", "scheduler_config.json", "unet/*.json", "scheduler/*.json"]
@@ -44,14 +47,24 @@ def download_pipeline(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
     safe = [pattern + ".safetensors" for pattern in weights]
     kwargs.setdefault("retries", Retries(tries=3))  # few, since a person is waiting
     try:
-        folder = download_snapshot(repo_id, allow_patterns=configs + ["*.safetensors.index.json"] + safe, **kwargs)
+        patterns = [*configs, "*.safetensors.index.json", *safe]
+        folder = download_snapshot(repo_id, needed=_has_configurations, allow_patterns=patterns, **kwargs)
         if allow_pickle and not any(folder.rglob("*.safetensors")):
             # Read with weights_only: no code in a pickle is executed.
-            folder = download_snapshot(repo_id, allow_patterns=configs + [p + ".bin" for p in weights], **kwargs)
+            patterns += [pattern + ".bin" for pattern in weights]
+            folder = download_snapshot(repo_id, needed=_has_weights, allow_patterns=patterns, **kwargs)
     except Exception as error:
         error.add_note(f"There is no folder {repo_id!r} here, so it was looked for on the Hub.")
         raise
     return folder
+
+
+def _has_configurations(folder: Path) -> bool:
+    return any(folder.rglob("config.json")) and any(folder.rglob("scheduler_config.json"))
+
+
+def _has_weights(folder: Path) -> bool:
+    return _has_configurations(folder) and any(WEIGHTS.match(file.name) for file in folder.rglob("*"))
 
 
 def check_options(options: Mapping) -> None:
