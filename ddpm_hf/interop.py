@@ -1,9 +1,15 @@
 """Save in the format of diffusers: the JSON files name diffusers' classes and hold only arguments that those take."""
 
+import inspect
 import json
+from numbers import Real
+from pathlib import Path
 
 import diffusers
 import numpy as np
+
+from ddpm_hf.checks import ArgumentTypeError
+from ddpm_hf.model_files import class_name, read_json_object
 
 
 class SavesAsStock:
@@ -21,6 +27,35 @@ class SavesAsStock:
         # A configuration file holds no numbers of NumPy.
         super().register_to_config(**{name: _plain(value) for name, value in kwargs.items()})
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file) -> dict:
+        # Called by diffusers' load_config (seen in 0.42), whose own reader takes a list, or null, for a configuration.
+        config = read_json_object(json_file)
+        class_name(json_file, config, cls.__name__)
+        config.pop("_use_default_values", None)  # never saved: arguments listed there would be ignored
+        return config
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """`ConfigMixin.from_config`. Raises TypeError for an argument that the class does not have."""
+        unknown = sorted(name for name in kwargs if name not in inspect.signature(cls).parameters)
+        if unknown and not return_unused_kwargs and isinstance(config, dict):
+            raise ArgumentTypeError(f"{cls.__name__} has no argument {' and no '.join(unknown)}.")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """The `from_pretrained` of diffusers. Raises ValueError or TypeError, naming the file, if a configuration does not
+        describe an object of this class."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            if str(pretrained_model_name_or_path) in str(error):
+                raise
+            kind = ArgumentTypeError if isinstance(error, TypeError) else ValueError
+            source = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "", cls.config_name)
+            raise kind(f"{source} does not describe a {cls.__name__}: {error}") from error
+
     def to_json_string(self) -> str:
         config = json.loads(super().to_json_string())
         for name in (*self.own_arguments, "_name_or_path"):  # the latter is often a path on the user's machine
@@ -31,10 +66,13 @@ class SavesAsStock:
 
 
 def _plain(value):
-    """`value`, and the items of a list or tuple, with numbers of NumPy as those of Python."""
+    """`value`, and the items of a list or tuple, with numbers of NumPy, and fractions, as those of Python."""
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
+        # Not `type(value)`: a named tuple takes its items one by one.
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, (int, float)) else value
 
 
 def refuse_pickle(safe_serialization: bool) -> None:

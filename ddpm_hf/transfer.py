@@ -1,29 +1,25 @@
-"""Downloads from the Hub: retries, checksums, and errors explained in one sentence."""
+"""Retries of calls to the Hub, and downloads with checksums."""
 
 import hashlib
 import os
 import random
 import re
-import time
-import traceback
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, ModelInfo, constants, errors, get_session, hf_hub_download, snapshot_download
+from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
 
+from ddpm_hf.answers import UnexpectedAnswer
 from ddpm_hf.checks import check_float, check_int
+from ddpm_hf.hub_client import LIBRARY, check_token, hub_api, limit_requests, pause
+from ddpm_hf.hub_errors import OFFLINE, explain_error, explained, is_transient
 
 Result = TypeVar("Result")
 CHECKSUM = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
-LOG_IN = "run `hf auth login`, or set HF_TOKEN"
-OFFLINE = "the network is disabled: load it once with HF_HUB_OFFLINE unset and local_files_only=False."
-REQUEST_TIMEOUT_SECONDS = 300.0  # without an answer; the client itself waits forever
-
-NO_NETWORK = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
-
 # Files with a correct checksum, with their sizes and times, so that each is read once and not at every load.
 _checked: set[tuple[Path, str, int, int]] = set()
 
@@ -50,45 +46,11 @@ class Retries:
 DEFAULT_RETRIES = Retries()
 
 
-class BranchMoved(Exception):
-    """Another client committed to the branch after we had read it."""
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed later."""
-    error = _cause(error)
-    if isinstance(error, NO_NETWORK):
-        return False
-    if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(error, (errors.HTTPError, ConnectionError, TimeoutError, BranchMoved)) or _is_client_error(error)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error behind those that the client wraps: uploads in a thread, requests that find no cached copy, and downloads
-    with force_download (a ValueError)."""
-    is_wrapped = isinstance(error, (RuntimeError, errors.LocalEntryNotFoundError)) and error.__cause__ is not None
-    is_wrapped |= type(error) is ValueError and isinstance(error.__cause__, errors.HTTPError)
-    return _cause(error.__cause__) if is_wrapped else error
-
-
-def _is_client_error(error: BaseException) -> bool:
-    """Whether a RuntimeError, or an OSError without errno, comes from huggingface_hub or hf_xet.
-
-    hf_xet (seen in 1.8) reports a failed download as a bare RuntimeError. It is native code without Python frames of its
-    own, so its errors end in a frame of huggingface_hub, and a RuntimeError raised by any other library does not.
-    """
-    if type(error) not in (RuntimeError, OSError) or getattr(error, "errno", None) is not None:
-        return False
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(modules) and modules[-1].partition(".")[0] == "huggingface_hub"
-
-
 def with_retries(call: Callable[[], Result], retries: Retries = DEFAULT_RETRIES) -> Result:
     """The result of `call`, retried after transient errors. The last error is raised."""
     for attempt in range(retries.tries):
         try:
-            get_session().timeout = REQUEST_TIMEOUT_SECONDS  # each time: the client makes a new session after an error
+            limit_requests()
             return call()
         except Exception as error:
             header = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
@@ -98,94 +60,73 @@ def with_retries(call: Callable[[], Result], retries: Retries = DEFAULT_RETRIES)
                 raise
         # Not the global random state: it belongs to the training.
         wait = random.SystemRandom().uniform(0.75, 1.25) * retries.first_wait_seconds * 2**attempt
-        time.sleep(max(asked_wait, min(wait, retries.longest_wait_seconds)))
-
-
-def model_info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
-    """`api.model_info`, which by default waits forever for an answer, with a timeout."""
-    return api.model_info(repo_id, revision=revision, timeout=REQUEST_TIMEOUT_SECONDS)
-
-
-def explain_error(error: BaseException, repo_id: str) -> OSError:
-    """The built-in exception that fits an error. Its message says in one sentence what went wrong and what to do.
-
-    The client's own messages span several lines.
-    """
-    host, cause = HfApi().endpoint, _cause(error)
-    message = " ".join(str(cause).split())
-    if isinstance(error, RuntimeError) and cause is not error:  # names the file that was uploaded
-        explained = explain_error(cause, repo_id)
-        return type(explained)(f"{str(error).rstrip('.')}: {explained}")
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, NO_NETWORK):
-        return FileNotFoundError(f"the cache holds no complete copy of {repo_id}, and {OFFLINE}")
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return ConnectionError(f"HF_HUB_OFFLINE is set, so {repo_id} cannot be reached on {host}: unset it.")
-    if isinstance(cause, errors.HfHubHTTPError):
-        return _explain_response(cause, repo_id, host)
-    if isinstance(cause, BranchMoved):
-        return OSError(f"other clients kept committing to {repo_id}: try again later.")
-    if isinstance(cause, errors.HTTPError):
-        return ConnectionError(f"{host} cannot be reached, or closed the connection ({message}): try again later.")
-    return OSError(message)
-
-
-def _explain_response(error: errors.HfHubHTTPError, repo_id: str, host: str) -> OSError:
-    status = error.response.status_code
-    said = f"(the Hub said: {' '.join((error.server_message or 'no message').split())})."
-    if isinstance(error, errors.GatedRepoError):
-        return PermissionError(f"{repo_id} is gated: accept its terms at {host}/{repo_id}, then {LOG_IN}.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        problem = f"{host} has no repository {repo_id}, or it is private"
-        return FileNotFoundError(f"{problem}: check the name, and {LOG_IN} to a token with access.")
-    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
-        missing = "file" if isinstance(error, errors.EntryNotFoundError) else "branch, tag or commit"
-        return FileNotFoundError(f"{repo_id} has no such {missing}: see {host}/{repo_id}/tree/main.")
-    if status == 401:
-        had_token = "Authorization" in error.response.request.headers
-        problem = "does not accept this token" if had_token else f"requires a login for {repo_id}"
-        return PermissionError(f"the Hub {problem}: {LOG_IN} to a token with write access {said}")
-    if status == 403:
-        return PermissionError(f"this token has no write access to {repo_id} {said}")
-    problem = "429 (too many requests)" if status == 429 else status
-    return OSError(f"the Hub answered {problem} for {repo_id}: try again later {said}")
+        pause(max(asked_wait, min(wait, retries.longest_wait_seconds)))
 
 
 # ------------------------------------------------------------------ downloads
 
 
-def download_snapshot(repo_id: str, retries: Retries = DEFAULT_RETRIES, **kwargs) -> Path:
+def download_snapshot(
+    repo_id: str, retries: Retries = DEFAULT_RETRIES, needed: Callable[[Path], bool] | None = None, **kwargs
+) -> Path:
     """The folder of a snapshot, as from `huggingface_hub.snapshot_download`, with the checksum of every file verified.
 
-    A damaged file is downloaded again, once. Offline, and if the Hub cannot be reached, the cached copy is verified as well:
-    the cache names files by their checksums. On a file system without links it does not, and cached files are used as they
-    are. Raises FileNotFoundError, PermissionError or another OSError whose message is one sentence that says what to do.
+    The client keeps the list of a commit's files for ever. It is asked for again if it names a file that is not there, or
+    if it leaves the folder empty or without what is `needed`. A damaged file is downloaded again, once. Offline, and if the
+    Hub cannot be reached, the cached copy is verified as well: the cache names files by their checksums. On a file system
+    without links it does not, and cached files are used as they are. Raises FileNotFoundError, PermissionError or another
+    OSError whose message is one sentence that says what to do, and ValueError for a token that cannot be sent.
     """
     options = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-    try:
-        cached = _cached_files(repo_id, options.get("cache_dir"))
-        folder = Path(with_retries(lambda: snapshot_download(repo_id, **kwargs), retries))
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for file, checksum in _checksums(repo_id, folder, files, retries, options, cached).items():
+    kwargs["library_name"] = LIBRARY
+    check_token(kwargs.get("token"))
+    cache = _cache_of(repo_id, options.get("cache_dir"))
+
+    def call() -> Path:
+        try:
+            return Path(snapshot_download(repo_id, **kwargs))
+        except errors.RemoteEntryNotFoundError as error:
+            _forget_lists(cache)
+            raise UnexpectedAnswer("a list of files that are not there", response=error.response) from error
+
+    with explained(repo_id):
+        cached = {_identity(file) for file in _files_of(cache / "snapshots")}
+        folder = with_retries(call, retries)
+        is_complete = any if needed is None else lambda files: any(files) and needed(folder)
+        if not is_complete(_files_of(folder)) and not _is_offline(options):
+            _forget_lists(cache)
+            folder = with_retries(call, retries)
+        for file, checksum in _checksums(repo_id, folder, _files_of(folder), retries, options, cached).items():
             _verify(repo_id, folder, file, checksum, retries, options)
         return folder
-    except (OSError, errors.HTTPError, RuntimeError) as error:
-        raise explain_error(error, repo_id) from error
+
+
+def _forget_lists(cache: Path) -> None:
+    """Delete the lists that the client keeps, on disk and (in huggingface_hub 2.4) in memory, which has no public name."""
+    in_memory = getattr(sys.modules.get("huggingface_hub._tree_cache"), "_IN_MEMORY_TREE_CACHE", {})
+    for file in cache.glob("trees/*.json"):
+        file.unlink(missing_ok=True)
+        in_memory.pop(str(file), None)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def download_file(repo_id: str, name: str, commit: str, retries: Retries, token: str | None) -> Path:
-    """One file of a commit, verified as in `download_snapshot`."""
-    path = Path(with_retries(lambda: hf_hub_download(repo_id, name, revision=commit, token=token), retries))
+    """One file of a commit, verified as in `download_snapshot`. Errors are those of the client."""
+    how = {"token": token, "library_name": LIBRARY}
+    path = Path(with_retries(lambda: hf_hub_download(repo_id, name, revision=commit, **how), retries))
     folder, options = path.parents[len(Path(name).parts) - 1], {"token": token}
     checksum = _checksums(repo_id, folder, [path], retries, options)[path]
     _verify(repo_id, folder, path, checksum, retries, options)
     return path
 
 
-def _cached_files(repo_id: str, cache_dir: str | Path | None) -> set[tuple[Path, int, int]]:
-    """Path, size and time of the files that the cache holds of a repository."""
+def _cache_of(repo_id: str, cache_dir: str | Path | None) -> Path:
+    """The folder of a repository in the cache."""
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().resolve()
-    files = (cache / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots").rglob("*")
-    return {_identity(file) for file in files if file.is_file()}
+    return cache / repo_folder_name(repo_id=repo_id, repo_type="model")
 
 
 def _identity(file: Path) -> tuple[Path, int, int]:
@@ -207,7 +148,7 @@ def _checksums(
     names = {file.relative_to(folder).as_posix(): file for file in files if file not in known}
     if not names or _is_offline(options):
         return known
-    api = HfApi(token=options.get("token"))
+    api = hub_api(options.get("token"))
     try:
         infos = with_retries(lambda: api.get_paths_info(repo_id, list(names), revision=folder.name), retries)
     except Exception as error:
@@ -231,14 +172,14 @@ def _verify(repo_id: str, folder: Path, file: Path, checksum: str, retries: Retr
     name = file.relative_to(folder).as_posix()
     if _is_offline(options):
         raise OSError(f"{name} of {repo_id} is damaged in the cache ({file}), and {OFFLINE}")
-    options = options | {"revision": folder.name, "force_download": True}
+    options = options | {"revision": folder.name, "force_download": True, "library_name": LIBRARY}
     if not file.is_symlink():
         file.unlink()  # the client keeps a file that is there, even with force_download (seen in huggingface_hub 2.4)
     try:
         with_retries(lambda: hf_hub_download(repo_id, name, **options), retries)
-    except (OSError, errors.HTTPError, RuntimeError, ValueError) as error:
-        explained = explain_error(error, repo_id)
-        raise type(explained)(f"{name} of {repo_id} is damaged in the cache ({file}), and {explained}") from error
+    except Exception as error:
+        reason = explain_error(error, repo_id)
+        raise type(reason)(f"{name} of {repo_id} is damaged in the cache ({file}), and {reason}") from error
     if not _has_checksum(file, checksum):
         # Other programs must not find it in the cache.
         file.resolve().unlink(missing_ok=True)

@@ -7,15 +7,22 @@ from ddpm_hf.scripts.choose_ema import EMAArguments
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
 
+from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.options import accepted, default_of
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.options import accepted, default_of
 
-TABLES = {"train": TrainingConfig, "sample": SampleArguments, "choose_ema": EMAArguments, "publish": PublishArguments}
+TABLES = {
+    "train": TrainingConfig,
+    "sample": SampleArguments,
+    "evaluate": EvaluationOptions,
+    "choose_ema": EMAArguments,
+    "publish": PublishArguments,
+}
 INTRODUCTION = """# Options
 
 Every option of the scripts: its name, what it accepts, its default, and what it is for. `python docs/make_options.py` writes this
 page. `--config` of `train.py` takes a preset or a YAML file (JSON too) with these names as keys. The same checks hold for files and
-command lines. A square bracket includes the end of a range. `--option None` removes a value that the preset gives.
+command lines. A square bracket includes the end of a range. The value `None` removes one that the preset gives.
 """
 
 

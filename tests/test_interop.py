@@ -90,3 +90,26 @@ def test_network_has_the_attributes_that_diffusers_tools_read(tiny_unet, attribu
     kinds = {type(module).__name__ for module in tiny_unet.modules()}
     if attribute in ("_no_split_modules", "_repeated_blocks"):
         assert set(value) <= kinds
+
+
+@pytest.mark.parametrize("cls", [UNet2DModelCustom, DDPMSchedulerCustom])
+def test_arguments_that_a_class_does_not_have_are_refused(cls, tiny_pipeline, tmp_path):
+    part = tiny_pipeline.unet if cls is UNet2DModelCustom else tiny_pipeline.scheduler
+    part.save_pretrained(tmp_path)
+    for load in (
+        lambda **kwargs: cls.from_pretrained(tmp_path, **kwargs),
+        lambda **k: cls.from_config(part.config, **k),
+    ):
+        load()
+        with pytest.raises(TypeError, match=f"{cls.__name__} has no argument dropuot"):
+            load(dropuot=1)
+    assert cls.from_config(part.config, return_unused_kwargs=True, dropuot=1)[1]["dropuot"] == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"_class_name": 5}', '{"num_train_timesteps": "x"}', "{"])
+def test_configurations_that_describe_no_scheduler_are_refused(tmp_path, content):
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(content)
+    with pytest.raises(ValueError) as error:
+        DDPMSchedulerCustom.from_pretrained(tmp_path)
+    assert str(path) in str(error.value)

@@ -9,9 +9,8 @@ in one table. The work is spread over the processes, and the results do not depe
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.hf_argparser import HfArgumentParser
-
-from ddpm_hf.evaluation.options import EvaluationOptions, check_options
+from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.options import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
@@ -29,7 +28,6 @@ def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
     from ddpm_hf.hub.model_card import average_of_weights
     from ddpm_hf.training.artifacts import read_metrics, run_folder, write_evaluation
 
-    check_options(options)
     state, folder = PartialState(), Path(options.output_dir or options.model)
     pipe = DDPMPipelineCustom.from_pretrained(options.model)
     pipe.to(state.device)
@@ -67,15 +65,15 @@ def describe(evaluation: dict) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     prepare_process()
-    parser = HfArgumentParser(EvaluationOptions, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OptionParser(EvaluationOptions, __doc__.splitlines()[0])
     try:
-        (options,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        options = parser.parse(arguments)
         import torch
         from accelerate import PartialState
 
         state = PartialState(cpu=not torch.accelerator.is_available())
         text, problem = evaluate(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         fail("evaluate.py", error)
     if state.is_main_process:
         print(text)

@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ddpm_hf.options import OptionParser, check_options, option
 from ddpm_hf.training.config_file import read_options
-from ddpm_hf.training.options import OptionParser, check_options, option
 
 
 @dataclass
@@ -52,11 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError) as error:
         sys.exit(f"publish.py: error: {error}")
     # Imported after parsing, so that --help and wrong options are answered without waiting for torch.
-    from huggingface_hub.errors import HTTPError
-
     from ddpm_hf.hub.publish import publish
+    from ddpm_hf.hub_errors import explain_error
     from ddpm_hf.training.uploads import publish_step, staged_steps
-    from ddpm_hf.transfer import Retries, explain_error
+    from ddpm_hf.transfer import Retries
 
     folder = Path(args.model)
     try:
@@ -70,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         others = {"model", "repo_id", "first_wait_seconds"}
         options = {name: value for name, value in vars(args).items() if name not in others}
         done = publish(folder, args.repo_id, **options, retries=retries)
-    except (ValueError, OSError, HTTPError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"publish.py: error: {explain_error(error, args.repo_id)}")
     print(f"Published: {done.url}")
 

@@ -20,20 +20,19 @@ import ddpm_hf
 from ddpm_hf.checks import check_device, check_int
 from ddpm_hf.data.arrays import array_file
 from ddpm_hf.evaluation.encoding import PNG_CHANNELS, png_bytes, quantize
+from ddpm_hf.evaluation.options import SamplerName
 from ddpm_hf.files import atomic_file
-from ddpm_hf.training.options import OptionParser, check_options, option
+from ddpm_hf.options import OptionParser, check_options, option
 from ddpm_hf.training.processes import fail, prepare_process
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
-
-Sampler = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++sde", "unipc", "heun", "euler", "lms", "pndm", "deis"]
 
 
 @dataclass
 class SampleArguments:
     model: str = option(MISSING, "folder, or repository on the Hub")
     num_images: int = option(64, "total number of images, including existing ones", "[1, inf)")
-    scheduler: Sampler | None = option(None, "None: the saved one")
+    scheduler: SamplerName | None = option(None, "None: the saved one")
     steps: int | None = option(None, "sampling steps; None: the model's T", "[1, inf)")
     timesteps: str | None = option(
         None,

@@ -142,6 +142,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
         config.hub_private,
         every_steps,
         config.keep_checkpoints,
+        config.push_wait_seconds,
     )
     uploader.create_repository()
     scheduler = build_scheduler(config)

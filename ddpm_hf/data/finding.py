@@ -229,7 +229,7 @@ def _open_files(files: list[Path], folder: Path, streaming: bool) -> Opened:
     if is_archive(files[0]):
         found = listing.list_archives(files, names if len(files) > 1 and len(set(names)) > 1 else None)
         if found.splits and all(map(is_webdataset, files)):
-            classes, stamp = listing.class_names(found), str([file.stat().st_mtime_ns for file in files])
+            classes, stamp = listing.class_names(found), str([_stamp(file) for file in files])
             return Opened(f"{what} of WebDataset", read_webdataset(found, classes), found.left_out, stamp, classes)
         return _open_listing(found, what)
     splits: dict[str, list[Path]] = {}
@@ -246,9 +246,13 @@ def _split_of(file: Path) -> str | None:
     return next((listing.SPLITS[word] for word in words if word in listing.SPLITS), None)
 
 
+def _stamp(file: Path) -> str:
+    status = file.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
 def _open_file(file: Path, streaming: bool) -> Opened:
-    suffix, status = file.suffix.lower(), file.stat()
-    stamp = f"{status.st_size} {status.st_mtime_ns}"
+    suffix, stamp = file.suffix.lower(), _stamp(file)
     if suffix in (*TABLES, *ARCHIVES):
         opened = _open_files([file], file.parent, streaming)
         if not opened.splits:

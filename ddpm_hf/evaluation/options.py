@@ -1,69 +1,66 @@
 """The options of an evaluation, and the samplers that they ask for. Imports no torch, so that --help answers at once."""
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from transformers.hf_argparser import HfArg
+from ddpm_hf.options import check_options, option
 
-from ddpm_hf.checks import check_choice, check_int
-
-VARIANCES = ("fixed_small", "fixed_large", "analytic")
+# A test compares them with what there is.
+SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++sde", "unipc", "heun", "euler", "lms", "pndm", "deis"]
+Variance = Literal["fixed_small", "fixed_large", "analytic"]
 
 
 @dataclass
 class EvaluationOptions:
-    """Where there is a default of None, the help text says what it stands for."""
+    """Every option of `training/evaluate.py`."""
 
-    model: str = HfArg(help="folder, or repository on the Hub")
-    dataset: str | None = HfArg(
-        default=None,
-        help="'digits', 'photos', a folder of images, or a data set on the Hub; None: no data, for FD to --reference alone",
+    model: str = option(MISSING, "folder, or repository on the Hub")
+    dataset: str | None = option(
+        None,
+        "'digits', 'photos', a folder of images, or a data set on the Hub; None: no data, for FD to reference alone",
     )
-    dataset_config: str | None = HfArg(default=None, help="configuration of a data set on the Hub")
-    dataset_revision: str | None = HfArg(default=None, help="branch, tag or commit of a data set on the Hub")
-    split: str = HfArg(default="train", help="split that the model was trained on; distances are to it")
-    validation_split: str | None = HfArg(
-        default=None,
-        help="split that it was not trained on; None: 'test'; without it, the run's validation_fraction of `split`, if any",
+    dataset_config: str | None = option(None, "configuration of a data set on the Hub")
+    dataset_revision: str | None = option(None, "branch, tag or commit of a data set on the Hub")
+    split: str = option("train", "split that the model was trained on; distances are to it")
+    validation_split: str | None = option(
+        None,
+        "split that it was not trained on; None: 'test'; without it, the run's validation_fraction of split, if any",
     )
-    image_column: str | None = HfArg(default=None, help="column of images; None: the only one")
-    label_column: str | None = HfArg(
-        default=None, help="column of labels, for a class-conditional model; None: the run's"
+    image_column: str | None = option(None, "column of images; None: the only one")
+    label_column: str | None = option(None, "column of labels, for a class-conditional model; None: the run's")
+    features: str | None = option(
+        None,
+        "'inception', a vision model of transformers, or a built-in data set that has features of its own; None: the data "
+        "set's own, or facebook/dinov2-base; images of 2, 4 or more channels have none; 'none': the bound alone",
     )
-    features: str | None = HfArg(
-        default=None,
-        help="'inception', a vision model of transformers, or a built-in data set that has features of its own; "
-        "None: the data set's own, or facebook/dinov2-base; images of 2, 4 or more channels have none; 'none': the bound alone",
+    reference: str | None = option(
+        None,
+        ".npz file of moments mu and sigma that FD is to, as pytorch-fid and EDM write them; None: the training split's",
     )
-    reference: str | None = HfArg(
-        default=None,
-        help=".npz file of moments mu and sigma that FD is to, as pytorch-fid and EDM write them; None: the training split's",
+    save_reference: str | None = option(None, ".npz file to write the moments of the training split to")
+    num_samples: int | None = option(None, "number of samples; None: 500, or 5,000 for over 400 features", "[1, inf)")
+    samples: str | None = option(None, "folder, .npz or .parquet of images to measure; None: sample from the model")
+    schedulers: list[SamplerName] | None = option(None, "one or more samplers; None: the saved one")
+    steps: list[int] = option(
+        [100], "one or more numbers of sampling steps, which are also the lengths of respaced chains", "[1, inf)"
     )
-    save_reference: str | None = HfArg(default=None, help=".npz file to write the moments of the training split to")
-    num_samples: int | None = HfArg(default=None, help="number of samples; None: 500, or 5,000 for over 400 features")
-    samples: str | None = HfArg(
-        default=None, help="folder, .npz or .parquet of images to measure; None: sample from the model"
+    variance_type: list[Variance] | None = option(
+        None, "variances of the reverse process of ddpm; None: as saved with the model"
     )
-    schedulers: list[str] | None = HfArg(
-        default=None, help="one or more of those of sample.py, such as ddpm ddim dpmsolver++; None: the saved one"
+    seed: int = option(0, "seed of samples, of the bound, and of the images it is taken on", "[0, inf)")
+    bound_images: int = option(360, "maximum number of images for the bound", "[2, inf)")
+    bound_stride: int = option(
+        20, "full chain: take each image at every n-th timestep; less, if there are under 2n images", "[1, inf)"
     )
-    steps: list[int] = HfArg(
-        default_factory=lambda: [100],
-        help="one or more numbers of sampling steps, which are also the lengths of respaced chains",
-    )
-    variance_type: list[str] | None = HfArg(
-        default=None, help=f"of ddpm: one or more of {', '.join(VARIANCES)}; None: as saved with the model"
-    )
-    seed: int = HfArg(default=0, help="seed of samples, of the bound, and of the images it is taken on")
-    bound_images: int = HfArg(default=360, help="maximum number of images for the bound")
-    bound_stride: int = HfArg(
-        default=20, help="full chain: take each image at every n-th timestep; less, if there are under 2n images"
-    )
-    analytic_images: int = HfArg(default=64, help="training images for the moments of analytic variance")
-    batch_size: int = HfArg(default=256, help="images per process at a time")
-    output_dir: str | None = HfArg(default=None, help="folder to write to; None: the model's")
-    cache_dir: str | None = HfArg(default=None, help="folder for features of real images; None: in HF_HOME")
+    analytic_images: int = option(64, "training images for the moments of analytic variance", "[1, inf)")
+    batch_size: int = option(256, "images per process at a time", "[1, inf)")
+    output_dir: str | None = option(None, "folder to write to; None: the model's")
+    cache_dir: str | None = option(None, "folder for features of real images; None: in HF_HOME")
+
+    def __post_init__(self):
+        check_options(self)
+        check_rules(self)
 
 
 class Sampler(NamedTuple):
@@ -88,23 +85,13 @@ def samplers_of(options: EvaluationOptions) -> list[Sampler]:
     return samplers
 
 
-def check_options(options: EvaluationOptions) -> None:
-    """Raise ValueError, naming the option, for values that do not fit."""
-    from ddpm_hf.schedulers.samplers import SAMPLERS
-
-    check_int("num_samples", 1 if options.num_samples is None else options.num_samples, 1)
-    check_int("seed", options.seed, 0)
-    check_int("bound_images", options.bound_images, 2)
-    for name in ("bound_stride", "analytic_images", "batch_size"):
-        check_int(name, getattr(options, name), 1)
-    choices = {"steps": None, "schedulers": SAMPLERS, "variance_type": VARIANCES}
-    for name, accepted in choices.items():
+def check_rules(options: EvaluationOptions) -> None:
+    """Raise ValueError, naming the options, for values that do not fit together."""
+    for name in ("steps", "schedulers", "variance_type"):
         values = getattr(options, name) or []
-        if len(set(values)) < len(values) or (name == "steps" and not values):
-            raise ValueError(f"{name} must be one or more different values, got {values}.")
-        for value in values:
-            check_int(name, value, 1) if accepted is None else check_choice(name, value, accepted)
-    if options.variance_type and None not in (options.schedulers or [None]) and "ddpm" not in options.schedulers:
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} must be different values, got {values}.")
+    if options.variance_type and "ddpm" not in (options.schedulers or ["ddpm"]):
         raise ValueError(f"variance_type is of the scheduler ddpm, got schedulers={options.schedulers}.")
     if options.samples is not None and len(samplers_of(options)) > 1:
         raise ValueError("samples are those of one sampler: give one of steps, schedulers and variance_type with them.")

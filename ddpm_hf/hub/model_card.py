@@ -14,6 +14,7 @@ from ddpm_hf import __version__
 from ddpm_hf.data.builtin import BUILTIN
 from ddpm_hf.evaluation.judges import judge_of
 from ddpm_hf.evaluation.report import bits_per_dim, sampler_name
+from ddpm_hf.hub.local_paths import is_local, public_config, public_name
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PLAIN_TEMPLATE = Path(__file__).with_name("plain_card_template.md")
@@ -27,22 +28,28 @@ METADATA = {
 def make_card(config_yaml: str, metrics: dict) -> ModelCard:
     """The card of a trained model.
 
+    A data set or folder given as a path is named by the last part of the path, or by the option `dataset_name`.
+
     Args:
         config_yaml: the resolved training configuration.
         metrics: the content of `metrics.json`: "training", and those of "quality", "evaluation" and "ema" that were
             measured.
     """
-    config = yaml.safe_load(config_yaml)
-    name, quality = Path(config["output_dir"]).name, metrics.get("quality")
-    builtin = BUILTIN.get(config["dataset"])
-    dataset = builtin.source if builtin else config["dataset"]
-    is_on_hub = builtin is None and not Path(config["dataset"]).exists()
-    judge = judge_of(config["dataset"]) if quality else None
+    given = yaml.safe_load(config_yaml)
+    config = public_config(given)
+    if config != given:
+        config_yaml = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    name, quality = public_name(str(Path(given["output_dir"]).resolve())), metrics.get("quality")
+    builtin = BUILTIN.get(given["dataset"])
+    dataset = config.get("dataset_name") or (builtin.source if builtin else config["dataset"])
+    # The names of data sets on the Hub have an owner. A single word is what remains of a path in a published configuration.
+    is_on_hub = builtin is None and "/" in given["dataset"] and not is_local(given["dataset"])
+    judge = judge_of(given["dataset"]) if quality else None
     results = judge.card_results(quality, dataset) if judge else []
     results += evaluation_results(metrics.get("evaluation"))
     data = ModelCardData(license="apache-2.0", **METADATA)
     if is_on_hub:
-        data.datasets = [dataset]
+        data.datasets = [given["dataset"]]
     if results:
         data.model_name, data.eval_results = name, results
     return ModelCard.from_template(
@@ -88,7 +95,7 @@ def evaluation_results(evaluation: dict | None) -> list[EvalResult]:
         (f["name"].split(",")[0], f"{f['name']}, to {f['protocol']['reference']}, {how}", f["value"])
         for f in evaluation["figures"]
     ]
-    source = ("unconditional-image-generation", evaluation["dataset"], Path(evaluation["dataset"]).name)
+    source = ("unconditional-image-generation", public_name(evaluation["dataset"]), Path(evaluation["dataset"]).name)
     return [EvalResult(*source, kind, round(value, 5), metric_name=name) for kind, name, value in rows]
 
 

@@ -1,12 +1,15 @@
 """The parts of `UNet2DModelCustom`, built from its configuration, and the checks of that configuration."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.activations import ACT2CLS
 from diffusers.models.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from torch import nn
 
-from ddpm_hf.checks import check_choice, check_int
+from ddpm_hf.checks import ArgumentTypeError, check_bool, check_choice, check_float, check_int, check_list, shown
 from ddpm_hf.models.layers import AttentionBlock, Downsample, DownStage, MidStage, ResnetBlock, Upsample, UpStage
 
 # Block type -> (has attention, how it resamples; None: by downsample_type or upsample_type).
@@ -20,40 +23,109 @@ UP_BLOCK_TYPES = {
     "AttnUpBlock2D": (True, None),
     "ResnetUpsampleBlock2D": (False, "resnet"),
 }
-CHOICES = {
-    "mid_block_type": ("UNetMidBlock2D", None),
-    "time_embedding_type": ("positional", "fourier", "learned"),
-    "class_embed_type": (None, "timestep", "identity"),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "downsample_type": ("conv", "resnet", None),
-    "upsample_type": ("conv", "resnet", None),
-    "downsample_padding": (0, 1),
+Check = Callable[[str, Any], Any]  # (name of an argument, value); raises ValueError or TypeError
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _each(check: Check) -> Check:
+    def check_each(name: str, values: Any) -> None:
+        if not isinstance(values, (list, tuple)):  # of a set or a generator the order, or the items, would be lost
+            raise ArgumentTypeError(f"{name} must be a list or a tuple, got {shown(values)}.")
+        check_list(f"each of {name}", values, check)
+
+    return check_each
+
+
+def _check_size(name: str, value: Any) -> None:
+    pair = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be a number of pixels or a pair (height, width), got {shown(value)}.")
+    for side in pair:
+        check_int(name, side, 1, 2**16)
+
+
+def _block_type(known: dict) -> Check:
+    return lambda name, value: check_choice(name, _without_prefix(value), known)
+
+
+def _without_prefix(block_type: Any) -> Any:
+    """Old checkpoints name their blocks UNetResDownBlock2D and so on."""
+    return block_type.removeprefix("UNetRes") if isinstance(block_type, str) else block_type
+
+
+# Upper limits are far above every published network: they keep a mistyped number from filling the memory.
+_COUNT = partial(check_int, minimum=1, maximum=2**14)
+_TABLE_LENGTH = partial(check_int, minimum=1, maximum=10**6)
+# The type and range of each constructor argument of the U-Net.
+ARGUMENTS: dict[str, Check] = {
+    "sample_size": _or_none(_check_size),
+    "in_channels": _COUNT,
+    "out_channels": _COUNT,
+    "center_input_sample": check_bool,
+    "time_embedding_type": partial(check_choice, choices=("positional", "fourier", "learned")),
+    "time_embedding_dim": _or_none(_COUNT),
+    "freq_shift": partial(check_int, minimum=0),
+    "flip_sin_to_cos": check_bool,
+    "down_block_types": _each(_block_type(DOWN_BLOCK_TYPES)),
+    "mid_block_type": partial(check_choice, choices=("UNetMidBlock2D", None)),
+    "up_block_types": _each(_block_type(UP_BLOCK_TYPES)),
+    "block_out_channels": _each(_COUNT),
+    "layers_per_block": partial(check_int, minimum=1, maximum=100),
+    "mid_block_scale_factor": partial(check_float, interval="(0, inf)"),
+    "downsample_padding": partial(check_choice, choices=(0, 1)),
+    "downsample_type": partial(check_choice, choices=("conv", "resnet", None)),
+    "upsample_type": partial(check_choice, choices=("conv", "resnet", None)),
+    "dropout": partial(check_float, interval="[0, 1)"),
+    "act_fn": lambda name, value: check_choice(name, value.lower() if isinstance(value, str) else value, ACT2CLS),
+    "attention_head_dim": _or_none(_COUNT),
+    "norm_num_groups": _COUNT,
+    "attn_norm_num_groups": _or_none(_COUNT),
+    "norm_eps": partial(check_float, interval="(0, 1]"),
+    "resnet_time_scale_shift": partial(check_choice, choices=("default", "scale_shift")),
+    "add_attention": check_bool,
+    "class_embed_type": partial(check_choice, choices=(None, "timestep", "identity")),
+    "num_class_embeds": _or_none(_TABLE_LENGTH),
+    "num_train_timesteps": _or_none(_TABLE_LENGTH),
+    "zero_init_output": check_bool,
 }
 
 
 def check_arguments(config: FrozenDict) -> None:
     """Raise ValueError or TypeError, naming the argument, if the configuration does not describe a U-Net."""
+    for name, check in ARGUMENTS.items():
+        check(name, config[name])
     channels = tuple(config.block_out_channels)
-    for name, known in (("down_block_types", DOWN_BLOCK_TYPES), ("up_block_types", UP_BLOCK_TYPES)):
-        for block_type in config[name]:
-            check_choice(f"each of {name}", _without_prefix(block_type), known)
+    for name in ("down_block_types", "up_block_types"):
         if len(config[name]) != len(channels):
             raise ValueError(f"{name} must be as long as block_out_channels {channels}, got {tuple(config[name])}.")
-    for name, choices in CHOICES.items():
-        check_choice(name, config[name], choices)
     if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
-        raise ValueError("time_embedding_type='learned' needs num_train_timesteps, got None.")
-    groups = check_int("norm_num_groups", config.norm_num_groups, 1)
-    if any(c % groups for c in channels):
-        raise ValueError(f"norm_num_groups must divide each of block_out_channels {channels}, got {groups}.")
-    mid_groups = config.attn_norm_num_groups
-    if mid_groups and channels[-1] % mid_groups:
-        raise ValueError(f"attn_norm_num_groups must divide {channels[-1]}, the middle's channels, got {mid_groups}.")
+        raise ValueError("num_train_timesteps must be given if time_embedding_type is 'learned', got None.")
+    if config.time_embedding_type == "positional" and config.freq_shift >= (half := channels[0] // 2):
+        # The frequencies are 10000^(−i/(half − freq_shift)), i < half.
+        raise ValueError(
+            f"freq_shift must be less than half of block_out_channels[0], {half}, got {config.freq_shift}."
+        )
+    for name, divided in {"norm_num_groups": channels, "attn_norm_num_groups": channels[-1:]}.items():
+        if config[name] is not None and any(c % config[name] for c in divided):
+            raise ValueError(f"{name} must divide {divided} of block_out_channels, got {config[name]}.")
+    # As in diffusers, one that does not divide them leaves the rest of the channels out.
+    attended = _attended_channels(config)
+    if config.attention_head_dim is not None and any(c < config.attention_head_dim for c in attended):
+        least = f"{min(attended)}, the fewest channels of a level with attention"
+        raise ValueError(f"attention_head_dim must be at most {least}, got {config.attention_head_dim}.")
 
 
-def _without_prefix(block_type: str) -> str:
-    """Old checkpoints name their blocks UNetResDownBlock2D and so on."""
-    return block_type.removeprefix("UNetRes")
+def _attended_channels(config: FrozenDict) -> tuple[int, ...]:
+    """The channels of the stages that have attention."""
+    channels = list(config.block_out_channels)
+    down = [DOWN_BLOCK_TYPES[_without_prefix(block_type)][0] for block_type in config.down_block_types]
+    up = [UP_BLOCK_TYPES[_without_prefix(block_type)][0] for block_type in config.up_block_types]
+    middle = config.mid_block_type is not None and config.add_attention
+    stages = zip([*channels, channels[-1], *reversed(channels)], [*down, middle, *up])
+    return tuple(dict.fromkeys(c for c, has_attention in stages if has_attention))
 
 
 def temb_channels(config: FrozenDict) -> int:
@@ -65,8 +137,7 @@ def build_embeddings(config: FrozenDict) -> tuple[nn.Module, TimestepEmbedding, 
     """The modules that map timesteps (B,) to features (B, n), features to (B, D), and class labels to (B, D)."""
     channels, D = config.block_out_channels[0], temb_channels(config)
     if config.time_embedding_type == "fourier":
-        # set_W_to_weight=False: one random draw, and the key "weight".
-        projection, features = GaussianFourierProjection(channels, scale=16, set_W_to_weight=False), 2 * channels
+        projection, features = GaussianFourierProjection(channels, scale=16), 2 * channels
     elif config.time_embedding_type == "learned":
         projection, features = nn.Embedding(config.num_train_timesteps, channels), channels
     else:
@@ -82,7 +153,7 @@ def build_embeddings(config: FrozenDict) -> tuple[nn.Module, TimestepEmbedding, 
 
 
 def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn.ModuleList]:
-    """The stages of the U: down, middle and up."""
+    """The stages of the U: down, middle and up, created in the order in which stock creates them."""
     channels, layers, groups = list(config.block_out_channels), config.layers_per_block, config.norm_num_groups
     resnet = partial(
         ResnetBlock,
@@ -98,12 +169,16 @@ def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn
         head_dim = config.attention_head_dim or c
         return AttentionBlock(c, head_dim, groups=groups, eps=config.norm_eps, output_scale_factor=scale)
 
+    def alternate(inputs: list[int], c: int, has_attention: bool) -> tuple[list, list]:
+        """Residual blocks from each number of channels in `inputs` to c, and attention blocks, created in turns."""
+        pairs = [(resnet(n, c), attention(c) if has_attention else None) for n in inputs]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs if has_attention]
+
     last, skip_channels, c_in = len(channels) - 1, [channels[0]], channels[0]
     down, middle, up = nn.ModuleList(), None, nn.ModuleList()
     for i, (block_type, c) in enumerate(zip(config.down_block_types, channels)):
         has_attention, resample = DOWN_BLOCK_TYPES[_without_prefix(block_type)]
-        resnets = [resnet(c_in if j == 0 else c, c) for j in range(layers)]
-        attentions = [attention(c) for _ in resnets] if has_attention else []
+        resnets, attentions = alternate([c_in] + [c] * (layers - 1), c, has_attention)
         samplers = []
         if i < last:
             as_resnet = (resample or config.downsample_type) == "resnet"
@@ -113,13 +188,14 @@ def build_stages(config: FrozenDict) -> tuple[nn.ModuleList, MidStage | None, nn
         c_in = c
     if config.mid_block_type is not None:
         scale = config.mid_block_scale_factor
-        resnets = [resnet(c_in, c_in, output_scale_factor=scale) for _ in range(2)]
         mid_groups = config.attn_norm_num_groups or (groups if config.resnet_time_scale_shift == "default" else None)
-        middle = MidStage(resnets, [attention(c_in, mid_groups, scale)] if config.add_attention else [])
+        first = resnet(c_in, c_in, output_scale_factor=scale)
+        attentions = [attention(c_in, mid_groups, scale)] if config.add_attention else []
+        middle = MidStage([first, resnet(c_in, c_in, output_scale_factor=scale)], attentions)
     for i, (block_type, c) in enumerate(zip(config.up_block_types, reversed(channels))):
         has_attention, resample = UP_BLOCK_TYPES[_without_prefix(block_type)]
-        resnets = [resnet((c_in if j == 0 else c) + skip_channels.pop(), c) for j in range(layers + 1)]
-        attentions = [attention(c) for _ in resnets] if has_attention else []
+        inputs = [(c_in if j == 0 else c) + skip_channels.pop() for j in range(layers + 1)]
+        resnets, attentions = alternate(inputs, c, has_attention)
         samplers = []
         if i < last:
             as_resnet = (resample or config.upsample_type) == "resnet"

@@ -9,10 +9,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.activations import get_activation
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from ddpm_hf.checks import check_choice
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
+from ddpm_hf.model_files import WEIGHTS_NAME, check_shard_index, check_weights, class_name, explain_unreadable
 from ddpm_hf.models.builders import build_embeddings, build_stages, check_arguments
 from ddpm_hf.models.layers import AttentionBlock, ResnetBlock, SiLU
 
@@ -79,14 +82,16 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
     ):
         super().__init__()
         check_arguments(self.config)
-        # The order of creation is that of random initialization: a seed gives the same weights in every version.
-        self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], 3, padding=1)
-        self.time_proj, self.time_embedding, self.class_embedding = build_embeddings(self.config)
-        self.temb_act = get_activation(act_fn)
-        self.down_blocks, self.mid_block, self.up_blocks = build_stages(self.config)
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=norm_eps)
+        # Parts are created in stock's order, so that a seed gives the random weights of stock.
+        # Numbers are read from the configuration, where those of NumPy are Python's.
+        config, channels = self.config, self.config.block_out_channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        self.time_proj, self.time_embedding, self.class_embedding = build_embeddings(config)
+        self.temb_act = get_activation(config.act_fn)
+        self.down_blocks, self.mid_block, self.up_blocks = build_stages(config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels, eps=config.norm_eps)
         self.conv_act = SiLU()
-        self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, config.out_channels, 3, padding=1)
         if zero_init_output:
             self.zero_init_output()
         # Convolutions of channels-last images would otherwise copy the weights in every call.
@@ -185,12 +190,55 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
-        """`ModelMixin.from_pretrained`, with the weights converted to channels-last memory."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        """`ModelMixin.from_pretrained`, with the weights converted to channels-last memory.
+
+        Raises ValueError, naming the file or folder, for a configuration of another network, and for weights that lack
+        one, have unknown ones, have another shape, are not floating-point numbers, or are NaN or infinite; OSError, with
+        the reason, for files that cannot be read.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        suffix = f".{variant}" if (variant := kwargs.get("variant")) else ""
+        for index in folder.glob(f"{WEIGHTS_NAME}.*.index{suffix}.json"):
+            check_shard_index(index)
+        default_dtype = torch.get_default_dtype()
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            explain_unreadable(folder, error)
+            raise
+        finally:
+            torch.set_default_dtype(default_dtype)  # diffusers leaves `torch_dtype` there after an error (seen in 0.42)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         if getattr(model, "hf_device_map", None) is None:  # with a device map, weights may be offloaded
             model.to(memory_format=torch.channels_last)
         return loaded
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file) -> dict:
+        config = super()._dict_from_json_file(json_file)
+        names = (cls.stock_class.__name__, cls.__name__)
+        check_choice(f"_class_name in {json_file}", class_name(json_file, config, cls.__name__), names)
+        return config
+
+    # Called by diffusers' from_pretrained (seen in 0.42): the first with the content of a single file of weights, the
+    # second with it, or with the files of sharded weights. Stock leaves out what it does not know, casts integers, and
+    # leaves a missing weight uninitialized.
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict) -> None:
+        if not isinstance(state_dict, dict):
+            raise OSError(f"weights must be tensors by their names, got {type(state_dict).__name__}.")
+        super()._fix_state_dict_keys_on_load(state_dict)
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, resolved_model_file, *args, **kwargs):
+        if kwargs.get("hf_quantizer") is None:
+            files = [state_dict] if state_dict is not None else map(load_state_dict, resolved_model_file)
+            found = {name: tensor for file in files for name, tensor in file.items()}
+            source = str(
+                resolved_model_file[0] if len(resolved_model_file) == 1 else Path(resolved_model_file[0]).parent
+            )
+            check_weights(source, found, model.state_dict(), not kwargs.get("ignore_mismatched_sizes"))
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     def save_pretrained(
         self,

@@ -224,8 +224,9 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             kwargs: other options of `UNet2DModelCustom.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
                 `device_map`, ..., or arguments of `UNet2DModelCustom` that replace the saved ones.
 
-        Raises TypeError for options that are none of these, FileNotFoundError for a folder without a pipeline and for what is not on the Hub, PermissionError for a
-        repository that may not be read, ConnectionError without a network, OSError for files damaged in transit.
+        Raises TypeError for options that are none of these, FileNotFoundError for a folder without a pipeline and for what
+        is not on the Hub, PermissionError for a repository that may not be read, ConnectionError without a network,
+        TimeoutError for a Hub that does not answer, OSError for files damaged in transit and answers that are not the Hub's.
         """
         name = str(pretrained_model_name_or_path)
         folder = Path(name)
@@ -235,6 +236,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             raise TypeError(f"{sorted(kwargs)} are options for loading the U-Net, but unet was given.")
         if not folder.is_dir():
             folder = loading.download_pipeline(name, allow_pickle=not kwargs.get("use_safetensors"), **download_options)
+        loading.check_model_index(folder, [n for n, part in (("unet", unet), ("scheduler", scheduler)) if part is None])
         pipe = cls(
             scheduler=loading.load_scheduler(folder, name) if scheduler is None else scheduler,
             unet=loading.load_unet(folder, name, **kwargs) if unet is None else unet,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ddpm_hf.checks import check_float, check_int
+from ddpm_hf.checks import check_float, check_int, shown
 from ddpm_hf.models.builders import temb_channels
 
 Labels = float | Sequence | torch.Tensor | None
@@ -35,6 +35,18 @@ def mark_class_names(unet, names: Sequence[str]) -> None:
 def class_names_of(unet) -> list[str] | None:
     """The names of the labels 0, 1, ... (without the null class) recorded in the network's configuration, if any."""
     return unet.config.get("_class_names")
+
+
+def check_marks(unet, source: str) -> None:
+    """Raise ValueError if the null class or the class names in a network's configuration, read from `source`, are none."""
+    names, null_class = class_names_of(unet), null_class_of(unet)
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"_class_names in {source} must be a list of texts, got {shown(names)}.")
+    if null_class is not None:
+        try:
+            _check_null_class(unet, null_class)
+        except ValueError as error:
+            raise ValueError(f"_{error} It is read from {source}.") from error
 
 
 def cycled_labels(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_origin, get_t
 
 import yaml
 
+from ddpm_hf.options import check_options, option
 from ddpm_hf.training.config_rules import check_rules
-from ddpm_hf.training.options import check_options, option
 
 if TYPE_CHECKING:
     from ddpm_hf.diffusion.losses import Objective
@@ -40,6 +40,9 @@ class TrainingConfig:
     dataset: str = option("", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub")
     dataset_config: str | None = option(None, "configuration of a data set on the Hub")
     dataset_revision: str | None = option(None, "branch, tag or commit of a data set on the Hub")
+    dataset_name: MayChange[str | None] = option(
+        None, "name of the data in the model card; None: dataset, without the folders of a path"
+    )
     split: str = option("train", "split to train on")
     validation_split: MayChange[str | None] = option(None, "split for validation; None: 'test' if there is one")
     image_column: str | None = option(None, "column of the images; None: the only image column")
@@ -168,6 +171,7 @@ class TrainingConfig:
     push_every_checkpoints: MayChange[int] = option(
         1, "upload every this many checkpoints, and the final model", "[1, inf)"
     )
+    push_wait_seconds: MayChange[float] = option(3600.0, "longest wait for uploads at the end of training", "[0, inf)")
 
     def __post_init__(self):
         if isinstance(self.crop, str) and self.crop == "centre":  # config.yaml of earlier versions
@@ -239,6 +243,8 @@ class TrainingConfig:
         saved = {option.name: option.default for option in fields(self) if option.default is not MISSING} | saved
         saved["crop"] = "center" if saved["crop"] == "centre" else saved["crop"]
         mine = asdict(self)
+        if saved.get("dataset") == Path(self.dataset).name:  # a published checkpoint has no path of a machine
+            saved["dataset"] = self.dataset
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
             use = "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."

@@ -40,6 +40,13 @@ def _check_size(config) -> None:
     if height % 2**halvings or width % 2**halvings:
         needed = f"use multiples of {2**halvings}, or fewer block_out_channels"
         raise ValueError(f"resolution {height}×{width} cannot be halved {halvings} times: {needed}.")
+    # The network takes others, as diffusers' does, and leaves the rest of the channels out of its attention.
+    head_dim, levels = config.attention_head_dim or 1, (config.down_block_types, config.up_block_types[::-1])
+    for channels, *names in zip(config.block_out_channels, *levels):
+        if channels % head_dim and any(name.startswith("Attn") for name in names):
+            raise ValueError(
+                f"attention_head_dim = {head_dim} must divide the {channels} channels of a level with attention."
+            )
     if config.total_images < config.batch_size:
         raise ValueError(
             f"total_images = {config.total_images} is less than one batch, batch_size = {config.batch_size}."

@@ -8,23 +8,26 @@ resumed run, or by `ddpm-publish <output_dir>`.
 import logging
 import os
 import queue
+import shlex
 import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import disable_progress_bars
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.files import atomic_folder
 from ddpm_hf.hub.publish import Published, ensure_repository, publish, tag_commit
-from ddpm_hf.transfer import DEFAULT_RETRIES, Retries, explain_error
+from ddpm_hf.hub_client import abandon_requests
+from ddpm_hf.hub_errors import explain_error
+from ddpm_hf.transfer import DEFAULT_RETRIES, Retries
 
 logger = logging.getLogger("train")
 
 UNPUBLISHED = "unpublished"
+LAST_SECONDS = 5.0  # for requests that are given up to end
 MESSAGE = "Step {} of a training with ddpm_hf"
 
 
@@ -75,6 +78,7 @@ class Uploader:
         private: create a private repository.
         every_steps: upload the checkpoints of steps divisible by this.
         keep: staged pipelines to keep on disk while the Hub cannot be reached.
+        wait_seconds: longest wait of `finish`.
     """
 
     output_dir: Path
@@ -82,9 +86,11 @@ class Uploader:
     private: bool = False
     every_steps: int = 1
     keep: int = 2
+    wait_seconds: float = 3600.0
 
     def __post_init__(self):
         self._steps: queue.Queue[Path | None] = queue.Queue()
+        self._is_late = False
         # A daemon, so that a training that ends with an error does not wait for it. Staged steps stay on disk.
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
 
@@ -95,8 +101,8 @@ class Uploader:
         disable_progress_bars()  # they would be drawn over the training's
         try:
             self.repo_id = ensure_repository(self.repo_id, self.private)
-        except (OSError, HTTPError, RuntimeError) as error:
-            raise ValueError(explain_error(error, self.repo_id)) from error
+        except OSError as error:
+            raise ValueError(str(error)) from error
 
     def start(self, overwrite: bool = False) -> None:
         """Start the thread with what an earlier part of the run has staged, which `overwrite` deletes instead."""
@@ -120,15 +126,19 @@ class Uploader:
             logger.warning("Step %d could not be prepared for upload (%s); the training continues.", step, error)
 
     def finish(self) -> None:
-        """Wait for the upload in progress, then upload the remaining steps and, last, the finished model."""
+        """Upload the remaining steps and, last, the finished model. After `wait_seconds`, the uploads are given up; what
+        is not on the Hub then is kept, and logged with the command that uploads it."""
         if self.repo_id is None:
             return
         self._steps.put(None)
-        self._thread.join()
-        for step_folder in staged_steps(self.output_dir):  # first, so that main ends with the finished model
-            if not self._try(publish_step, step_folder, step_folder.name):
-                break
-        self._try(publish, self.output_dir, "the model")
+        self._thread.join(self.wait_seconds)
+        if self._thread.is_alive():
+            self._is_late = True
+            with abandon_requests():
+                self._thread.join(LAST_SECONDS)
+            left = [folder.name for folder in staged_steps(self.output_dir)]
+            names = ", ".join([*left, "the model"])
+            self._log_kept(names, f"uploads to {self.repo_id} took longer than {self.wait_seconds:g} s.")
 
     def _work(self) -> None:
         while (step_folder := self._steps.get()) is not None:
@@ -136,15 +146,26 @@ class Uploader:
             for old in staged_steps(self.output_dir)[: -self.keep]:
                 if old <= step_folder:  # failed: failures must not fill the disk
                     shutil.rmtree(old, ignore_errors=True)
+        for step_folder in staged_steps(self.output_dir):  # first, so that main ends with the finished model
+            if not self._try(publish_step, step_folder, step_folder.name):
+                break
+        self._try(publish, self.output_dir, "the model")
 
     def _try(self, upload: Callable[..., Published], folder: Path, name: str) -> bool:
         """Whether an upload succeeded. Errors are logged: none of them may end the training."""
+        if self._is_late:
+            return False
         try:
             done = upload(folder, self.repo_id, private=self.private)
         except Exception as error:
-            reason, run = explain_error(error, self.repo_id), self.output_dir
-            command = f"ddpm-publish {run} --repo_id {self.repo_id}"
-            logger.warning("Could not upload %s: %s\nIt is kept in %s; upload it with: %s", name, reason, run, command)
+            if not self._is_late:  # `finish` logs what is kept then
+                self._log_kept(name, str(explain_error(error, self.repo_id)))
             return False
         logger.warning("Uploaded %s: %s", name, done.url)
         return True
+
+    def _log_kept(self, names: str, reason: str) -> None:
+        command = f"ddpm-publish {shlex.quote(str(self.output_dir))} --repo_id {self.repo_id}"
+        logger.warning(
+            "Could not upload %s: %s\nIt is kept in %s; upload it with: %s", names, reason, self.output_dir, command
+        )

@@ -1,8 +1,11 @@
 """Options of an evaluation: every wrong one is named before any work."""
 
+from typing import get_args
+
 import pytest
 
-from ddpm_hf.evaluation.options import EvaluationOptions, Sampler, check_options, samplers_of
+from ddpm_hf.evaluation.options import EvaluationOptions, Sampler, SamplerName, samplers_of
+from ddpm_hf.schedulers.samplers import SAMPLERS
 
 
 def options(**changes):
@@ -26,8 +29,8 @@ def test_samplers_are_all_combinations_with_variances_of_ddpm_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": [10, 10]}, r"steps must be one or more different values, got \[10, 10\]"),
-        ({"steps": []}, "steps must be one or more different values"),
+        ({"steps": [10, 10]}, r"steps must be different values, got \[10, 10\]"),
+        ({"steps": []}, "steps must be a list with at least one item"),
         ({"steps": [10, 0]}, "steps must be an integer of at least 1, got 0"),
         ({"schedulers": ["ddpm", "dppm"]}, "schedulers must be one of .*, got 'dppm'"),
         (
@@ -48,8 +51,12 @@ def test_samplers_are_all_combinations_with_variances_of_ddpm_alone():
 )
 def test_wrong_options_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        check_options(options(**changes))
+        options(**changes)
 
 
 def test_bound_images_may_be_fewer_than_the_stride_needs():
-    check_options(options(bound_images=5, bound_stride=20))
+    assert options(bound_images=5, bound_stride=20).bound_images == 5
+
+
+def test_names_of_samplers_are_those_there_are():
+    assert get_args(SamplerName) == tuple(SAMPLERS)

@@ -73,7 +73,9 @@ class Fault:
     With `status`, the server responds with that error (and `retry_after_seconds`) and does nothing else. Otherwise it
     closes the connection: before it acts, after it acted but before it responds (`after_acting`), or in the middle of the
     request's body (`mid_upload`) or the response's (`mid_download`). `flips` inverts one bit of the response.
-    `delay_seconds` waits first; without another field, the request then succeeds.
+    `delay_seconds` waits first; without another field, the request then succeeds. `alters` changes the response, and
+    `instead` sends another one without acting. `hangs` keeps the connection open: "silent" sends nothing, "headers" no body,
+    "slow" a byte per second.
     """
 
     pattern: str
@@ -84,12 +86,17 @@ class Fault:
     mid_download: bool = False
     flips: bool = False
     delay_seconds: float = 0.0
+    alters: Callable[["Answer"], "Answer"] | None = None
+    instead: "Answer | None" = None
+    hangs: str | None = None
     times: int = 1
+    occurred: int = 0
 
     @property
     def cuts(self) -> bool:
         """Before or after the act; not in the middle."""
         others = self.delay_seconds or self.flips or self.mid_upload or self.mid_download
+        others = others or self.alters or self.instead or self.hangs
         return self.status is None and (self.after_acting or not others)
 
 
@@ -154,6 +161,7 @@ class HubServer:
             for fault in self.faults:
                 if fault.times > 0 and re.search(fault.pattern, asked):
                     fault.times -= 1
+                    fault.occurred += 1
                     return fault
         return None
 
@@ -188,6 +196,22 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+class _Slow:
+    """A stream that writes a byte per second."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, data: bytes) -> None:
+        for byte in data:
+            self.stream.write(bytes([byte]))
+            self.stream.flush()
+            time.sleep(1)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 class _Handler(BaseHTTPRequestHandler):
     """Reads a request and sends the response of `answer`, altered by a fault if one matches."""
 
@@ -216,6 +240,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(json_answer({"error": "This is a fault made on purpose."}, fault.status, **wait))
             if fault.cuts and not fault.after_acting:
                 return self._cut()
+            if fault.instead:
+                return self._send(fault.instead)
+            if fault.hangs == "silent":
+                return self._wait_until_closed()
         try:
             answer = self.answer(request)
         except HubError as error:
@@ -227,6 +255,13 @@ class _Handler(BaseHTTPRequestHandler):
             middle = len(answer.body) // 2
             flipped = answer.body[:middle] + bytes([answer.body[middle] ^ 1]) + answer.body[middle + 1 :]
             answer = Answer(answer.status, flipped, answer.headers)
+        if fault and fault.alters:
+            answer = fault.alters(answer)
+        if fault and fault.hangs == "headers":
+            self._send(answer, only_headers=True)
+            return self._wait_until_closed()
+        if fault and fault.hangs == "slow":
+            self.wfile = _Slow(self.wfile)
         self._send(answer, only_half=bool(fault and fault.mid_download))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
@@ -245,13 +280,22 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def _send(self, answer: Answer, only_half: bool = False) -> None:
+    def _wait_until_closed(self) -> None:
+        """Until the client, or the server's end, closes the connection."""
+        self.close_connection = True
+        self.wfile.flush()
+        self.connection.settimeout(None)
+        with contextlib.suppress(OSError):
+            while self.connection.recv(1024):
+                pass
+
+    def _send(self, answer: Answer, only_half: bool = False, only_headers: bool = False) -> None:
         self.send_response(answer.status)
         headers = {"Content-Length": str(len(answer.body)), **answer.headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and not only_headers:
             self.wfile.write(answer.body[: len(answer.body) // 2 if only_half else None])
         if only_half:
             self.wfile.flush()

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save
 
+from ddpm_hf import UNet2DModelCustom
 from tests.hub import Fault, HubServer, hub_environment, run_client
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -38,6 +41,7 @@ PUBLISH = {
     "card check": ("POST /api/validate-yaml {user}$", ERRORS),
     "upload mode": ("POST .*/{user}/m/preupload/", ERRORS | UPLOAD),
     "commit": ("POST .*/{user}/m/commit/", ERRORS | LOST | UPLOAD),
+    "read back": ("POST .*/{user}/m/paths-info/[0-9a-f]+ {user}$", ERRORS | DOWNLOAD),
     "tag": ("POST .*/{user}/m/tag/", ERRORS | LOST),
 }
 PUBLISH_LFS = {
@@ -69,12 +73,29 @@ def cases(*tables: dict) -> list[tuple[str, str]]:
     return [(endpoint, fault) for table in tables for endpoint, (_, faults) in table.items() for fault in faults]
 
 
+NETWORK = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "block_out_channels": [8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+}
+with torch.device("meta"):
+    SHAPES = {name: tensor.shape for name, tensor in UNet2DModelCustom.from_config(NETWORK).state_dict().items()}
+
+
 def make_pipeline(folder: Path, seed: int) -> dict[str, bytes]:
     """Write the files of a saved pipeline that publishing reads, with weights of its own; the files by name."""
+    random = np.random.default_rng(seed)
+    weights = {name: random.standard_normal(shape, np.float32) for name, shape in SHAPES.items()}
+    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     files = {
-        "model_index.json": b'{"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}',
-        "unet/config.json": json.dumps({"seed": seed}).encode(),
-        WEIGHTS: np.random.default_rng(seed).bytes(150_000),
+        "model_index.json": json.dumps({"_class_name": "DDPMPipeline", **index}).encode(),
+        "scheduler/scheduler_config.json": b'{"_class_name": "DDPMScheduler"}',
+        "unet/config.json": json.dumps(NETWORK | {"seed": seed}).encode(),
+        WEIGHTS: save(weights),
     }
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +104,11 @@ def make_pipeline(folder: Path, seed: int) -> dict[str, bytes]:
 
 
 class Bench:
-    """A Hub on which each case has its own user, model and fault, so that all can run at once."""
+    """A Hub on which each case has its own user, model and fault, so that all can run at once. `options` are environment
+    variables of the client."""
 
-    def __init__(self, hub: HubServer, tmp: Path, table: dict, transport: str):
+    def __init__(self, hub: HubServer, tmp: Path, table: dict, transport: str, **options: str):
+        self.options = options
         self.hub, self.tmp, self.transport = hub, tmp, transport
         self.outcomes, self.files, self.asked = {}, {}, []
         self.cases = cases(table)
@@ -106,10 +129,8 @@ class Bench:
         self.asked.append(asked)
 
     def run(self) -> "Bench":
-        self.outcomes = dict(zip(self.cases, calls(self.hub, self.tmp, self.transport, self.asked)))
-        assert [
-            (fault.pattern, fault.times) for fault in self.hub.faults if fault.times
-        ] == []  # each fault has occurred
+        self.outcomes = dict(zip(self.cases, calls(self.hub, self.tmp, self.transport, self.asked, **self.options)))
+        assert [fault for fault in self.hub.faults if not fault.occurred] == []
         return self
 
 
@@ -119,6 +140,15 @@ class LoadBench(Bench):
         if self.transport == "lfs":
             self.hub.add_repo(f"{user}/m", self.files[endpoint, fault])
         self.asked.append({"call": "load", "repo_id": f"{user}/m", "token": token})
+
+    def upload(self) -> None:
+        """Upload all models over Xet: only a client can make xorbs."""
+        faults, self.hub.faults = self.hub.faults, []
+        folders = [str(self.tmp / asked["repo_id"].split("/")[0]) for asked in self.asked]
+        uploads = [asked | {"call": "publish", "folder": folder} for asked, folder in zip(self.asked, folders)]
+        assert not [done for done in calls(self.hub, self.tmp, "xet", uploads) if "error" in done]
+        self.hub.faults = faults
+        self.hub.requests.clear()
 
 
 def calls(hub: HubServer, tmp: Path, transport: str, asked: list[dict], **options: str) -> list[dict]:
@@ -172,20 +202,8 @@ def test_weights_use_the_transport_under_test(published):
 def loaded(request, tmp_path_factory):
     with HubServer() as hub:
         bench = LoadBench(hub, tmp_path_factory.mktemp("load"), TABLES[f"load, {request.param}"], request.param)
-        if request.param == "xet":  # only a client can make xorbs
-            faults, hub.faults = hub.faults, []
-            uploads = [
-                {
-                    "call": "publish",
-                    "repo_id": asked["repo_id"],
-                    "folder": str(bench.tmp / f"u{i}"),
-                    "token": asked["token"],
-                }
-                for i, asked in enumerate(bench.asked)
-            ]
-            assert not [done for done in calls(hub, bench.tmp, "xet", uploads) if "error" in done]
-            hub.faults = faults
-            hub.requests.clear()
+        if request.param == "xet":
+            bench.upload()
         yield bench.run()
 
 
@@ -336,6 +354,6 @@ def test_a_request_without_an_answer_is_retried(tmp_path):
         hub.faults += [Fault("GET /api/models/user/m user", delay_seconds=3), Fault("POST .*/commit/", delay_seconds=3)]
         asked = {"call": "publish", "repo_id": "user/m", "folder": str(tmp_path / "m"), "token": hub.add_user("user")}
         make_pipeline(tmp_path / "m", seed=0)
-        (outcome,) = calls(hub, tmp_path, "lfs", [asked], REQUEST_TIMEOUT_SECONDS="0.5")
+        (outcome,) = calls(hub, tmp_path, "lfs", [asked], HF_HUB_DOWNLOAD_TIMEOUT="1")
         assert outcome.get("commit") == hub.repo("user/m").at().oid, outcome
         assert sum("/commit/" in request.path for request in hub.requests) == 2

@@ -186,6 +186,18 @@ def test_outputs_and_gradients_equal_those_of_stock(pair, changes, dtype, roundi
 
 
 @each_configuration
+def test_a_seed_gives_the_random_weights_of_stock(unet_config, changes):
+    weights, random_states = [], []
+    for cls in (UNet2DModel, UNet2DModelCustom):
+        torch.manual_seed(0)
+        weights.append(cls(**{**unet_config, **changes}).state_dict())
+        random_states.append(torch.get_rng_state())
+    stock, mine = weights
+    assert stock.keys() == mine.keys() and torch.equal(*random_states)
+    assert [key for key in stock if not torch.equal(stock[key], mine[key])] == []
+
+
+@each_configuration
 def test_outputs_without_gradients_are_the_same_and_keep_the_inputs(pair, changes):
     """In-place operations are used without gradients."""
     mine, stock = pair(**changes)
@@ -744,3 +756,85 @@ def test_missing_weights_are_named(tiny_unet, tmp_path):
     (tmp_path / "bare" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(OSError, match="diffusion_pytorch_model"):
         UNet2DModelCustom.from_pretrained(tmp_path / "bare")
+
+
+def rewrite(folder, change) -> None:
+    """Save the weights of a folder again after `change(weights)`."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = {name: value.clone() for name, value in load_file(path).items()}
+    change(weights)
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("conv_in.bias"), "it lacks conv_in.bias"),
+        (lambda w: w.clear(), "it lacks conv_in.bias, conv_in.weight.* and 139 others"),
+        (lambda w: w.update({"foo": torch.ones(1)}), "it has the unknown foo"),
+        (lambda w: w.update({"conv_in.bias": torch.ones(9)}), r"conv_in.bias must have shape \(8,\), got \(9,\)"),
+        (
+            lambda w: w.update({"conv_in.bias": torch.ones(8, dtype=torch.int64)}),
+            "conv_in.bias must hold floating-point",
+        ),
+        (lambda w: w.update({"conv_in.bias": torch.ones(8, dtype=torch.complex64)}), "conv_in.bias must hold floating"),
+        (lambda w: w["conv_in.bias"].fill_(torch.nan), "conv_in.bias holds NaN"),
+        (lambda w: w["conv_out.weight"][0, 0, 0].fill_(-torch.inf), "conv_out.weight holds NaN or infinite"),
+    ],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"low_cpu_mem_usage": False}, {"torch_dtype": torch.float16}, {"shards": True}]
+)
+def test_weights_that_do_not_fit_are_refused_by_name(tiny_unet, tmp_path, change, words, options):
+    tiny_unet.save_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    source = tmp_path / "diffusion_pytorch_model.safetensors"
+    if options == {"shards": True}:
+        options, weights = {}, load_file(source)
+        source.rename(tmp_path / "shard.safetensors")
+        index = {"metadata": {}, "weight_map": dict.fromkeys([*weights, "w"], "shard.safetensors")}
+        (tmp_path / f"{source.name}.index.json").write_text(json.dumps(index))
+        source = tmp_path / "shard.safetensors"
+    with pytest.raises(ValueError, match=words) as error:
+        UNet2DModelCustom.from_pretrained(tmp_path, **options)
+    assert str(source) in str(error.value) and torch.get_default_dtype() == torch.float32
+
+
+def test_other_shapes_are_drawn_only_where_that_is_asked_for(tiny_unet, tmp_path):
+    tiny_unet.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda w: w.update({"conv_out.bias": torch.ones(6)}))
+    options = {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
+    loaded = UNet2DModelCustom.from_pretrained(tmp_path, **options)
+    assert loaded.conv_out.bias.shape == (3,)
+    assert torch.equal(loaded.conv_in.weight, tiny_unet.conv_in.weight)
+
+
+@pytest.mark.parametrize("shard", ["../shard.safetensors", "missing.safetensors"])
+def test_shards_elsewhere_or_missing_are_refused(tiny_unet, tmp_path, shard):
+    folder = tmp_path / "model"
+    tiny_unet.save_pretrained(folder)
+    shutil.move(folder / "diffusion_pytorch_model.safetensors", tmp_path / "shard.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tiny_unet.state_dict(), shard)}
+    path = folder / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    with pytest.raises((ValueError, FileNotFoundError), match=shard) as error:
+        UNet2DModelCustom.from_pretrained(folder)
+    assert str(path) in str(error.value)
+
+
+def test_an_error_leaves_the_default_precision(tiny_unet, tmp_path):
+    tiny_unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dropout": 7}))
+    with pytest.raises(ValueError, match="dropout must be") as error:
+        UNet2DModelCustom.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    assert str(tmp_path / "config.json") in str(error.value) and torch.get_default_dtype() == torch.float32
+
+
+def test_unknown_configuration_entries_are_named_in_a_warning(tiny_unet, tmp_path, diffusers_log):
+    """As in diffusers: entries of later versions must not make a model useless."""
+    tiny_unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "foo": 1}))
+    UNet2DModelCustom.from_pretrained(tmp_path)
+    assert any("'foo'" in message and "config.json" in message for message in diffusers_log.messages)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.files import staging_folder
 from ddpm_hf.pipelines.guidance import mark_null_class, null_class_of
-from ddpm_hf.pipelines.loading import move_saved
+from ddpm_hf.pipelines.loading import move_saved, scheduler_class
 from tests.pipelines.helpers import ROUNDING, SHORT, images, seeded, stock_unet
 
 
@@ -106,12 +106,105 @@ def test_missing_folder_configuration_and_weights_are_named(tiny_pipeline, tmp_p
         DDPMPipelineCustom.from_pretrained(tmp_path)
 
 
-def test_unknown_scheduler_is_named(tiny_pipeline, tmp_path):
+def with_entry(name: str, value):
+    return lambda content: {**content, name: value}
+
+
+def refused(folder: Path, file: str, kind: type[Exception], words: str) -> None:
+    """Loading fails with an error that begins with, or holds, the file's path; no random state is used for weights."""
+    with pytest.raises(kind, match=words) as error:
+        DDPMPipelineCustom.from_pretrained(folder)
+    assert str(folder / file) in str(error.value)
+
+
+NO_SCHEDULERS = [
+    "MyScheduler",
+    "UNet2DModel",
+    "DDPMPipeline",
+    "SchedulerMixin",
+    "ConfigMixin",
+    "KarrasDiffusionSchedulers",
+]
+NO_SCHEDULERS += ["utils", "logging", "load_image", "__version__", "__getattr__", "schedulers", "FlaxDDPMScheduler"]
+
+
+@pytest.mark.parametrize("name", NO_SCHEDULERS)
+def test_a_name_that_is_no_scheduler_of_diffusers_is_refused(name):
+    assert scheduler_class(name) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        *(
+            ("scheduler/scheduler_config.json", with_entry("_class_name", n), f"scheduler.*{n}")
+            for n in NO_SCHEDULERS[:2]
+        ),
+        ("scheduler/scheduler_config.json", with_entry("_class_name", "../../x"), "must name a class"),
+        ("scheduler/scheduler_config.json", with_entry("_class_name", "VQDiffusionScheduler"), "num_vec_classes"),
+        ("scheduler/scheduler_config.json", with_entry("num_train_timesteps", "20"), "num_train_timesteps"),
+        ("scheduler/scheduler_config.json", with_entry("beta_start", float("nan")), "beta_start"),
+        ("unet/config.json", with_entry("_class_name", "UNet1DModel"), "UNet2DModel"),
+        ("unet/config.json", with_entry("_class_name", None), "must name a class"),
+        ("unet/config.json", with_entry("in_channels", 0), "in_channels must be"),
+        ("unet/config.json", with_entry("norm_eps", float("nan")), "norm_eps must be"),
+        ("unet/config.json", with_entry("_null_class", "x"), "_null_class"),
+        ("unet/config.json", with_entry("_class_names", [1]), "_class_names"),
+        ("model_index.json", with_entry("../../x", ["diffusers", "UNet2DModel"]), r"'\.\./\.\./x'"),
+        ("model_index.json", with_entry("vae", ["diffusers", "AutoencoderKL"]), "'vae'"),
+        ("model_index.json", with_entry("unet", ["../../x", "UNet2DModel"]), "must name a class of diffusers"),
+        ("model_index.json", with_entry("unet", ["os", "system"]), "must name a class of diffusers"),
+        ("model_index.json", with_entry("unet", ["my_module", "UNet2DModel"]), "must name a class of diffusers"),
+        ("model_index.json", with_entry("unet", "UNet2DModel"), "must name a class of diffusers"),
+        ("model_index.json", with_entry("unet", [None, None]), "must name a class of diffusers"),
+        ("model_index.json", with_entry("scheduler", ["diffusers", "UNet2DModel"]), "must name a class of diffusers"),
+        ("model_index.json", with_entry("_class_name", 5), "must name a class"),
+        ("model_index.json", lambda content: {}, "for the unet, got None"),
+        *(
+            (file, lambda content, bad=bad: bad, "JSON object")
+            for file in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+            for bad in ([], None, "text")
+        ),
+    ],
+)
+def test_folders_whose_json_is_wrong_are_refused_with_the_file(tiny_pipeline, tmp_path, file, change, words):
     tiny_pipeline.save_pretrained(tmp_path)
-    path = tmp_path / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "MyScheduler"}))
-    with pytest.raises(ValueError, match="MyScheduler"):
-        DDPMPipelineCustom.from_pretrained(tmp_path)
+    (tmp_path / file).write_text(json.dumps(change(json.loads((tmp_path / file).read_text()))))
+    refused(tmp_path, file, ValueError, words)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1,', b"<html>", b"\xff\xfe"])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_damaged_json_is_refused_with_the_file(tiny_pipeline, tmp_path, file, content):
+    tiny_pipeline.save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    refused(tmp_path, file, ValueError, "is not a JSON file")
+
+
+@pytest.mark.parametrize(
+    ("entries", "given"),
+    [
+        ({"unet": ["ddpm_hf", "UNet2DModelCustom"], "scheduler": ["ddpm_hf", "DDPMSchedulerCustom"]}, []),
+        ({"_class_name": "DDIMPipeline", "safety_checker": [None, None], "requires_safety_checker": False}, []),
+        ({"unet": ["my_module", "MyUNet"]}, ["unet"]),
+        ({"scheduler": ["my_module", "MyScheduler"]}, ["scheduler"]),
+    ],
+)
+def test_only_the_components_to_be_loaded_must_be_known(tiny_pipeline, tmp_path, entries, given):
+    tiny_pipeline.save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    DDPMPipelineCustom.from_pretrained(tmp_path, **{name: getattr(tiny_pipeline, name) for name in given})
+
+
+def test_whole_safetensors_are_preferred_and_damaged_ones_not_replaced(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path)
+    zeros = {name: torch.zeros_like(value) for name, value in tiny_pipeline.unet.state_dict().items()}
+    torch.save(zeros, tmp_path / "unet" / "diffusion_pytorch_model.bin")
+    loaded = DDPMPipelineCustom.from_pretrained(tmp_path).unet
+    assert torch.equal(loaded.conv_in.weight, tiny_pipeline.unet.conv_in.weight)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    refused(tmp_path, "unet/diffusion_pytorch_model.safetensors", OSError, "it is empty")
 
 
 # ---------------------------------------------------------------------- saving

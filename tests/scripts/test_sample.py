@@ -5,7 +5,6 @@ import pickle
 import re
 import subprocess
 import sys
-from typing import get_args
 
 import datasets
 import numpy as np
@@ -19,7 +18,6 @@ from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.evaluation.encoding import quantize
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.pipelines.guidance import mark_class_names, mark_null_class
-from ddpm_hf.schedulers.samplers import SAMPLERS
 
 
 def pixels(folder):
@@ -168,10 +166,6 @@ def test_color_of_16_bits_as_png_raises_naming_other_formats(make_pipeline, tmp_
     with pytest.raises(SystemExit, match="format='png' with bits=16 is for gray images.*use npz or parquet"):
         sample_script.main(["--model", str(tmp_path / "model"), "--bits", "16", "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
-
-
-def test_every_sampler_is_a_choice():
-    assert get_args(sample_script.Sampler) == tuple(SAMPLERS)
 
 
 def test_classes_cycle_by_index_without_the_null_class(make_pipeline, tmp_path):

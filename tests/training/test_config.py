@@ -174,7 +174,14 @@ def test_total_images_may_change_on_resume_with_a_constant_rate():
         dataclasses.replace(cosine, total_images=2000).check_same_run(dataclasses.asdict(cosine), Path("there"))
 
 
-OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision split validation_split image_column
+def test_a_published_checkpoint_resumes_on_a_folder_of_the_same_name(tmp_path):
+    config = TrainingConfig(dataset=str(tmp_path / "birds"), total_images=1000)
+    config.check_same_run(dataclasses.asdict(config) | {"dataset": "birds"}, Path("there"))
+    with pytest.raises(ValueError, match="dataset: 'fish' there"):
+        config.check_same_run(dataclasses.asdict(config) | {"dataset": "fish"}, Path("there"))
+
+
+OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision dataset_name split validation_split image_column
 label_column num_classes class_embed_type resolution channels crop background white_level random_flip skip_broken_images
 validation_fraction memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
@@ -183,7 +190,7 @@ input_perturbation offset_noise seed total_images batch_size micro_batch_size le
 warmup_steps learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images ema_decay ema_warmup
 ema_snapshot_every_images cpu_threads mixed_precision tf32 process_group_timeout compile dry_run checkpoint_every_steps keep_checkpoints
 log_every_steps validate_every_steps validation_images sample_every_steps report_to sample_steps quality_samples
-push_to_hub hub_model_id hub_private push_every_checkpoints"""
+push_to_hub hub_model_id hub_private push_every_checkpoints push_wait_seconds"""
 
 
 def test_the_list_of_options_is_frozen():

@@ -181,8 +181,11 @@ def refused(hub, tmp_path_factory):
     # A wait longer than `longest_wait_seconds` is not retried.
     hub.faults.append(Fault("POST .*/user/kept/commit/", status=429, retry_after_seconds=9999, times=3))
 
-    def train(name: str, **env: str) -> dict:
-        options = [*TINY, name, "--output_dir", str(tmp / name.replace("/", "-")), "--dataset", "user/pictures"]
+    hub.faults.append(Fault("POST .*/user/silent/commit/", hangs="silent"))
+    hub.faults.append(Fault("POST .*/user/revoked/commit/", status=401, times=2))
+
+    def train(name: str, *more: str, **env: str) -> dict:
+        options = [*TINY, name, *more, "--output_dir", str(tmp / name.replace("/", "-")), "--dataset", "user/pictures"]
         return {"script": TRAIN, "arguments": [*options, "--channels", "3"], "env": env}
 
     runs = {
@@ -190,6 +193,9 @@ def refused(hub, tmp_path_factory):
         "no token": train("user/bad", HF_TOKEN=""),
         "foreign": train("other/name"),
         "kept": train("user/kept"),
+        "silent": train("user/silent", "--push_wait_seconds", "3"),
+        "silent, later": {"script": PUBLISH, "arguments": [str(tmp / "user-silent")], "env": {}},
+        "revoked": train("user/revoked"),
         "later": {
             "script": PUBLISH,
             "arguments": [str(tmp / "user-kept"), "--tag", "v1", "--with_training_state"],
@@ -211,7 +217,11 @@ def test_a_run_without_write_access_ends_before_training(hub, refused, run, word
     tmp, runs = refused
     assert runs[run]["status"] == 1
     assert [word for word in ["train.py: error: ", *words] if word not in runs[run]["output"]] == []
-    assert not list(tmp.glob("*/checkpoints")) or list(tmp.glob("*/checkpoints")) == [tmp / "user-kept" / "checkpoints"]
+    assert not list(tmp.glob("*/checkpoints")) or {folder.parent.name for folder in tmp.glob("*/checkpoints")} <= {
+        "user-kept",
+        "user-silent",
+        "user-revoked",
+    }
 
 
 def test_a_refused_upload_is_kept_and_logged_and_training_continues(hub, refused):
@@ -224,6 +234,24 @@ def test_a_refused_upload_is_kept_and_logged_and_training_continues(hub, refused
     assert no_token_in(hub, tmp / "user-kept", output)
 
 
+def test_an_upload_that_hangs_is_given_up_and_kept_at_the_end(hub, refused):
+    tmp, runs = refused
+    assert runs["silent"]["status"] == 0, runs["silent"]["output"]
+    output = runs["silent"]["output"]
+    assert "Could not upload step-00000002, the model: uploads to user/silent took longer than 3 s." in output
+    assert f"ddpm-publish {tmp / 'user-silent'} --repo_id user/silent" in output
+    assert output.count("Could not upload") == 1 and "Traceback" not in output
+    assert runs["silent, later"]["status"] == 0, runs["silent, later"]["output"]
+    assert [commit.title for commit in hub.repo("user/silent").history()] == [FINAL, STEP, "initial commit"]
+
+
+def test_a_token_revoked_during_training_is_said_and_nothing_is_lost(hub, refused):
+    output = refused[1]["revoked"]["output"]
+    assert refused[1]["revoked"]["status"] == 0 and "Traceback" not in output
+    assert output.count("the Hub does not accept this token for user/revoked: run `hf auth login`") == 2
+    assert (refused[0] / "user-revoked" / "unpublished" / "step-00000002" / WEIGHTS).is_file()
+
+
 def test_publish_uploads_kept_steps_to_the_configured_repository(hub, refused):
     tmp, runs = refused
     assert runs["later"]["status"] == 0, runs["later"]["output"]
@@ -234,9 +262,10 @@ def test_publish_uploads_kept_steps_to_the_configured_repository(hub, refused):
     assert "user/pictures" in repo.contents()["README.md"].decode()
     checkpoint = tmp / "user-kept" / "checkpoints" / "checkpoint-00000004"
     state = repo.contents("training-state")
-    assert all(
-        state[f"checkpoints/{checkpoint.name}/{file.name}"] == file.read_bytes() for file in checkpoint.iterdir()
-    )
+    whole = {file.name: file.read_bytes() for file in checkpoint.iterdir() if file.suffix == ".safetensors"}
+    assert {name: state[f"checkpoints/{checkpoint.name}/{name}"] for name in whole} == whole
+    published = [*repo.contents().values(), *state.values()]
+    assert not any(str(path).encode() in content for path in (tmp, Path.home()) for content in published)
 
 
 def test_a_data_set_on_the_hub_gives_the_same_images_streamed(hub, refused, tmp_path):

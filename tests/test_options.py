@@ -14,8 +14,8 @@ from ddpm_hf.scripts.choose_ema import EMAArguments
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
 
+from ddpm_hf.options import OptionParser, accepted, check_options, kinds, option
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.options import OptionParser, accepted, check_options, kinds, option
 
 TABLES = [TrainingConfig, SampleArguments, EMAArguments, PublishArguments]
 
