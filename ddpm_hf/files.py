@@ -1,8 +1,9 @@
-"""Atomic writes of files and folders, and locks on folders."""
+"""Atomic writes of files and folders, checks of the places where they go, and locks on folders."""
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +12,38 @@ from filelock import FileLock, Timeout
 UNFINISHED = ".unfinished"  # suffix of incomplete files and folders, whose names also start with a dot
 
 
+def check_output_folder(name: str, folder: str | Path, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+    """Raise ValueError, naming the argument, if these files and folders cannot be written into `folder`.
+
+    What does not exist can be created. Nothing is written. A disk that is full is not noticed.
+    """
+
+    def refuse(path: str, problem: str) -> None:
+        accepted = "a folder that can be written to, or a new one"
+        raise ValueError(f"{name} must be {accepted}, got {str(folder)!r}: {path!r} {problem}.")
+
+    def check_folder(path: str) -> None:
+        if not os.path.isdir(path):
+            leads = f"is a link to {os.readlink(path)!r}, which does not exist" if os.path.islink(path) else ""
+            refuse(path, leads if leads and not os.path.exists(path) else "is not a folder")
+        if not os.access(path, os.W_OK | os.X_OK):
+            refuse(path, "cannot be written to: it is read-only, or another user's")
+
+    place = Path(folder)
+    while not os.path.lexists(place):
+        place = place.parent
+    check_folder(str(place))
+    for part in (os.path.join(folder, part) for part in folders):
+        if os.path.lexists(part):
+            check_folder(part)
+    for file in (os.path.join(folder, file) for file in files):
+        if os.path.isdir(file):
+            refuse(file, "is a folder, and a file is written there")
+
+
 def atomic_file(file: Path, content: str | bytes) -> None:
     """Write a file under a temporary name in the same folder, then rename it: readers see the old or the new content."""
-    staged = file.with_name(f".{file.name}{UNFINISHED}")
+    staged = _unfinished(file)
     try:
         staged.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(staged)
@@ -21,6 +51,29 @@ def atomic_file(file: Path, content: str | bytes) -> None:
     except OSError:
         staged.unlink(missing_ok=True)
         raise
+
+
+def move_file(file: Path, target: Path) -> None:
+    """Rename a file. To another file system, copy it first under a temporary name: `target` is the old or the new file."""
+    try:
+        os.replace(file, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    staged = _unfinished(target)
+    try:
+        shutil.copyfile(file, staged)
+        sync(staged)
+        os.replace(staged, target)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+    file.unlink()
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}{UNFINISHED}")
 
 
 @contextmanager
@@ -44,7 +97,8 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` at the end, once its files are on disk.
 
-    If anything is raised, or the process is killed while it writes, `folder` stays as it was.
+    If anything is raised, or the process is killed while it writes, `folder` stays as it was. Of a link, the target is
+    replaced. Raises OSError for a mount point, which cannot be.
     """
     folder = folder.resolve()
     staged, old = (folder.with_name(f".{folder.name}{suffix}") for suffix in (UNFINISHED, f".old{UNFINISHED}"))

@@ -12,8 +12,11 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import logging
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -132,6 +135,33 @@ def photos(tmp_path) -> Path:
         photo = load_sample_image("china.jpg" if i % 2 else "flower.jpg")
         Image.fromarray(photo[i * 10 : i * 10 + 200, i * 20 : i * 20 + 200]).save(folder / f"{i:02d}.jpg")
     return folder
+
+
+@pytest.fixture
+def other_disk(tmp_path) -> Iterator[Path]:
+    """A folder on another file system than `tmp_path`."""
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    if folder.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("this machine has one file system")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def mount(tmp_path) -> Iterator[Callable[..., Path]]:
+    """Mounts a new file system on a folder of `tmp_path`, which is created: (name, options of `mount`)."""
+    mounted = []
+
+    def make(name: str, options: str = "size=4m") -> Path:
+        (folder := tmp_path / name).mkdir(exist_ok=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_hf import files
-from ddpm_hf.files import atomic_file, atomic_folder, lock_folder, staging_folder
+from ddpm_hf.files import atomic_file, atomic_folder, check_output_folder, lock_folder, move_file, staging_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +43,100 @@ def test_a_failed_atomic_file_leaves_the_old_content(tmp_path, monkeypatch, step
     with pytest.raises(OSError, match="No space left"):
         atomic_file(tmp_path / "a.txt", "new")
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_a_file_moves_to_any_disk_and_replaces_the_old_one(tmp_path, other_disk, same_disk):
+    target = (tmp_path if same_disk else other_disk) / "target.bin"
+    target.write_text("old")
+    (tmp_path / "new.bin").write_text("new")
+    move_file(tmp_path / "new.bin", target)
+    assert (
+        target.read_text() == "new" and not (tmp_path / "new.bin").exists() and names(target.parent) == ["target.bin"]
+    )
+
+
+def test_a_move_to_a_full_disk_leaves_both_files(tmp_path, mount):
+    (tmp_path / "new.bin").write_bytes(bytes(200_000))
+    full = mount("full", "size=64k")
+    (full / "target.bin").write_text("old")
+    with pytest.raises(OSError, match="No space left"):
+        move_file(tmp_path / "new.bin", full / "target.bin")
+    assert (full / "target.bin").read_text() == "old" and names(full) == ["target.bin"]
+    assert (tmp_path / "new.bin").stat().st_size == 200_000
+
+
+# ------------------------------------------------------------------ places
+
+
+def make_places(root: Path) -> None:
+    (root / "file").touch()
+    (root / "dangling").symlink_to(root / "nowhere")
+    (root / "loop").symlink_to(root / "loop")
+    (root / "to_file").symlink_to(root / "file")
+    os.mkfifo(root / "fifo")
+    socket.socket(socket.AF_UNIX).bind(str(root / "socket"))
+    for part in ("a", "b", "c"):
+        (root / "folder" / f"{part}.txt").mkdir(parents=True)
+    (root / "folder" / "sub").touch()
+    (root / "folder" / "lost").symlink_to(root / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("file", "file' is not a folder"),
+        ("file/below/it", "file' is not a folder"),
+        ("to_file", "to_file' is not a folder"),
+        ("dangling", "dangling' is a link to '.*nowhere', which does not exist"),
+        ("dangling/below", "dangling' is a link to '.*nowhere', which does not exist"),
+        ("loop", "loop' is a link to '.*loop', which does not exist"),
+        ("fifo", "fifo' is not a folder"),
+        ("socket", "socket' is not a folder"),
+        ("/dev/null", "'/dev/null' is not a folder"),
+        ("/dev/null/below", "'/dev/null' is not a folder"),
+    ],
+)
+def test_impossible_folders_are_refused_by_name(tmp_path, monkeypatch, place, problem):
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    make_places(Path())
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        ValueError, match=f"output_dir must be a folder that can be written to.* got '{place}': .*{problem}"
+    ):
+        check_output_folder("output_dir", place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("files", "folders", "problem"),
+    [
+        (["new.txt", "a.txt"], [], "a.txt' is a folder, and a file is written there"),
+        ([], ["new", "sub"], "sub' is not a folder"),
+        ([], ["lost"], "lost' is a link to '.*nowhere', which does not exist"),
+    ],
+)
+def test_files_and_folders_in_the_way_are_refused_by_name(tmp_path, monkeypatch, files, folders, problem):
+    monkeypatch.chdir(tmp_path)
+    make_places(Path())
+    with pytest.raises(ValueError, match=f"output_dir must be .*{problem}"):
+        check_output_folder("output_dir", "folder", files, folders)
+
+
+def test_a_read_only_disk_is_refused_before_anything_is_written(tmp_path, mount):
+    folder = mount("disk", "size=64k,ro")
+    for place in (folder, folder / "new" / "folder"):
+        with pytest.raises(ValueError, match="disk' cannot be written to: it is read-only"):
+            check_output_folder("output_dir", place)
+
+
+def test_places_that_can_be_written_to_are_accepted(tmp_path, other_disk, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(other_disk)
+    (tmp_path / "old.txt").symlink_to("nowhere")  # a file that is written replaces the link
+    for place in (".", "", "new", "new/and/deep", "link", "link/new", "..", str(other_disk)):
+        check_output_folder("output_dir", place, ["a.txt", "old.txt"], ["sub"])
+    assert sorted(os.listdir()) == ["link", "old.txt"] and not list(other_disk.iterdir())
 
 
 # ------------------------------------------------------------------ folders

@@ -7,7 +7,6 @@ Rebuilds averages of these lengths σ_rel from the snapshots of a run with `--em
 folder. The work is spread over the processes, and the results do not depend on their number.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import ddpm_hf
-from ddpm_hf.files import atomic_file, atomic_folder, lock_folder
+from ddpm_hf.files import atomic_file, atomic_folder, lock_folder, move_file
 from ddpm_hf.options import OptionParser, check_options, option
 from ddpm_hf.training.processes import fail, prepare_process
 
@@ -182,7 +181,7 @@ def finish_writing(folder: Path) -> None:
     for file in sorted(file for file in pending.rglob("*") if file.is_file()):
         target = folder / file.relative_to(pending)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
+        move_file(file, target)
     shutil.rmtree(pending)
 
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpm_hf.files import lock_folder
+from ddpm_hf.files import check_output_folder, lock_folder
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.presets import parse_config
-from ddpm_hf.training.processes import TIMEOUT, fail, prepare_process, use_cpu_threads
-from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, lost_process, print_error
+from ddpm_hf.training.processes import fail, prepare_process, settle_with_launcher, use_cpu_threads
+from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED, StopSignals, output_may_fail, print_error
 
 # torch and the libraries on top of it take seconds to import. The functions below import them when they run, after the
 # options were parsed, so that --help and an unknown option are answered at once.
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """What `prepare` sets up. `conditions`: see `preview_conditions`. `restored`: tensors and state of the checkpoint to
-    resume from."""
+    """What `prepare` sets up. `conditions`: see `preview_conditions`. `fingerprint`: of the training images. `restored`:
+    tensors and state of the checkpoint to resume from."""
 
     config: TrainingConfig
     accelerator: Accelerator
@@ -47,6 +47,7 @@ class Run:
     validation: Images | None
     validation_subset: Images | None
     conditions: torch.Tensor | None
+    fingerprint: str | None
     restored: tuple[dict, dict] | None
     uploader: Uploader
 
@@ -56,21 +57,24 @@ def main(arguments: list[str] | None = None) -> None:
     prepare_process()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     with ExitStack() as stack:
+        stack.enter_context(output_may_fail())
         signals = stack.enter_context(StopSignals())
         try:
-            run = prepare(parse_config(arguments), stack)
-        except ValueError as error:
+            config = parse_config(arguments)
+        except ValueError as error:  # answered without torch
             fail("train.py", error)
-        from ddpm_hf.data.streaming import StreamError
+        except (OSError, MemoryError, RuntimeError) as error:
+            from ddpm_hf.training.failures import describe
 
-        try:
-            train(run, signals)
-        except StreamError as error:
-            sys.exit(f"train.py: error: {error}")
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if (sentence := lost_process(error)) is None:
+            if (sentence := describe(error)) is None:
                 raise
-            fail("train.py", f"{sentence} The last checkpoint is intact; the same command resumes from it.")
+            fail("train.py", sentence)
+        from ddpm_hf.training.failures import in_one_sentence
+
+        with in_one_sentence():
+            run = prepare(config, stack)
+        with in_one_sentence(config.output_dir):
+            train(run, signals)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -78,7 +82,12 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     import datasets
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        set_seed,
+    )
 
     from ddpm_hf.training.resume import is_sharded
 
@@ -87,11 +96,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `training_step` accumulates itself
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_group_timeout)),
         ],
     )
+    if config.report_to != "none" and not accelerator.log_with:
+        raise ValueError(f"report_to = {config.report_to!r} needs a package that is not installed: {config.report_to}.")
     if is_sharded(accelerator) and config.compile:
         raise ValueError(f"compile = {config.compile!r} cannot be combined with FSDP.")
     config.micro_batches(accelerator.num_processes)  # raises ValueError if the batch cannot be divided
@@ -107,18 +119,25 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     """Set up a run; its folder stays locked until `stack` closes. Raises ValueError for invalid options, data or checkpoints."""
+    from ddpm_hf.data.builtin import BUILTIN
     from ddpm_hf.pipelines.guidance import mark_class_names
+    from ddpm_hf.training.artifacts import FILES, FOLDERS
     from ddpm_hf.training.build import build_scheduler, build_unet
+    from ddpm_hf.training.checkpoints import prune_checkpoints
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
     from ddpm_hf.training.run_data import load_images, preview_conditions, with_num_classes
     from ddpm_hf.training.uploads import Uploader
     from ddpm_hf.training.validation import load_validation_images
 
+    config = replace(config, mixed_precision=settle_with_launcher(config.mixed_precision))
     accelerator = make_accelerator(config)
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        check_output_folder("output_dir", output_dir, FILES, FOLDERS)
     uploads = config.push_to_hub and accelerator.is_main_process and not config.dry_run
     every_steps = config.checkpoint_every_steps * config.push_every_checkpoints
     uploader = Uploader(
-        Path(config.output_dir),
+        output_dir,
         config.hub_model_id if uploads else None,
         config.hub_private,
         every_steps,
@@ -135,16 +154,17 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     unet = build_unet(config)
     if images.class_names is not None:
         mark_class_names(unet, images.class_names)
-    output_dir = Path(config.output_dir)
     if accelerator.is_main_process and not config.dry_run:
         stack.enter_context(lock_folder(output_dir))
         if config.overwrite:
-            shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+            prune_checkpoints(output_dir / "checkpoints", keep=0)
     accelerator.wait_for_everyone()
-    restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints")
-    check_same_data(images.num_examples, restored)
+    restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints", unet)
+    # The name says what is in built-in data; the bytes of its images depend on the version of Pillow.
+    fingerprint = None if config.dataset in BUILTIN else images.fingerprint
+    check_same_data(images.num_examples, fingerprint, restored)
     uploader.start(config.overwrite)
-    data = (images, validation, validation_subset, conditions)
+    data = (images, validation, validation_subset, conditions, fingerprint)
     return Run(config, accelerator, unet, scheduler, *data, restored, uploader)
 
 
@@ -176,7 +196,7 @@ def build_training(run: Run):
     state = TrainingState(unet, averages, optimizer.optimizer, timestep_sampler)
     if run.restored is not None:
         state.load(run.restored[0])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and "scaler" in run.restored[1]:
             accelerator.scaler.load_state_dict(run.restored[1]["scaler"])
     return model, optimizer, state
 
@@ -213,7 +233,7 @@ def train(run: Run, signals: StopSignals) -> None:
     last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
     exit_code = 0
     model.train()
-    with signals.deferred(world):
+    with signals.deferred(world, timedelta(seconds=config.process_group_timeout)):
         for done in range(first_step + 1, last_step + 1):
             micro_batches, diffusion, sampler = batches.step(), run.scheduler.diffusion, state.timestep_sampler
             report = training_step(accelerator, model, optimizer, diffusion, config, done - 1, micro_batches, sampler)
@@ -234,7 +254,7 @@ def train(run: Run, signals: StopSignals) -> None:
             if is_saved and not config.dry_run:
                 stream = batches.gather_state(gather_object)
                 progress = {
-                    "data": data_position(done, config.batch_size, num_examples, stream),
+                    "data": data_position(done, config.batch_size, num_examples, run.fingerprint, stream),
                     "images_at_a_time": images_at_a_time,
                     "records": run_logger.state(),
                     "nonfinite_steps": skipped.total,

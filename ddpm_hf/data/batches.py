@@ -1,6 +1,7 @@
 """Which images form the batches of a run, and how they get to the device."""
 
 import atexit
+import copy
 import logging
 import signal
 import weakref
@@ -10,7 +11,7 @@ import torch
 
 from ddpm_hf.checks import check_device, check_int
 from ddpm_hf.data.images import Images
-from ddpm_hf.data.streaming import StreamBatch, StreamedBatches, StreamedImages, StreamError
+from ddpm_hf.data.streaming import StreamBatch, StreamedBatches, StreamedImages
 from ddpm_hf.seeds import make_generator
 
 logger = logging.getLogger("train")
@@ -58,7 +59,7 @@ def process_positions(batch_size: int, rank: int, num_processes: int) -> range:
 
 def _ignore_signals(_worker: int) -> None:
     # A signal to all processes, such as Ctrl-C, must not stop the workers before the run has finished its step.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -67,6 +68,19 @@ def _shut_down(loader: weakref.ref) -> None:
     # torch 2.13.
     if (iterator := loader()) is not None:
         iterator._shutdown_workers()
+
+
+class _ReturnsErrors(torch.utils.data.Dataset):
+    """Images whose errors are items, not raised: a DataLoader would add the traceback of its worker to the message."""
+
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __getitem__(self, indices: list[int]) -> dict[str, torch.Tensor] | Exception:
+        try:
+            return self.images[indices]
+        except (ValueError, OSError, MemoryError) as error:
+            return error
 
 
 class MicroBatches:
@@ -87,6 +101,7 @@ class MicroBatches:
 
     Raises:
         StreamError: see `StreamedImages.lanes`.
+        UnreadableImage: for an image whose file was deleted or changed after it was checked.
     """
 
     def __init__(
@@ -117,7 +132,7 @@ class MicroBatches:
             if images.in_memory:
                 self._batches = (images[part] for part in parts)
                 return
-            dataset, sampler = images, (part.tolist() for part in parts)
+            dataset, sampler = _ReturnsErrors(images), (part.tolist() for part in parts)
         loader = torch.utils.data.DataLoader(
             dataset,
             sampler=sampler,
@@ -136,9 +151,9 @@ class MicroBatches:
 
     def __next__(self) -> dict[str, torch.Tensor]:
         batch = next(self._batches)
-        if isinstance(batch, StreamError):
+        if isinstance(batch, Exception):
             # Not `batch` itself: its traceback would refer to this frame, and keep the workers alive.
-            raise StreamError(*batch.args)
+            raise copy.copy(batch)
         if isinstance(batch, StreamBatch):
             self._lane_states = batch.lane_states or self._lane_states
             for warning in batch.warnings:  # here, since a worker's logger may have no handler

@@ -95,6 +95,7 @@ def open_dataset(
         NoSuchSplit: a ValueError that names the splits there are.
         ValueError: for a folder without images, a damaged file, an unknown data set or revision, and a revision of local
             data.
+        ConnectionError: for a data set on the Hub that is not cached, without a network.
     """
     folder = Path(name).expanduser()
     is_path = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -115,6 +116,11 @@ def open_dataset(
             opened = datasets.load_dataset(name, config_name, revision=revision, streaming=streaming)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise ValueError(f"dataset {name!r}, dataset_revision {revision!r}: {error}") from error
+        except ConnectionError as error:
+            use = "connect to the network (and unset HF_HUB_OFFLINE), or use data on this machine"
+            raise ConnectionError(
+                f"dataset {name!r} is no folder here, is not cached, and the Hub cannot be reached: {use}."
+            ) from error
         found = Opened("a data set on the Hub", opened)
     if not found.splits:
         raise _no_image(str(folder), found.left_out)

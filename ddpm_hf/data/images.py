@@ -1,6 +1,7 @@
 """The images of a data set, decoded to one format, on demand or from memory."""
 
 import copy
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -157,6 +158,14 @@ class Images(ImageColumns, torch.utils.data.Dataset):
     def num_examples(self) -> int:
         """The number of images."""
         return len(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the images' files and the labels, in order."""
+        digest = hashlib.sha256(self._check()["hash"].tobytes())
+        for labels in () if self.label_column is None else self.label_batches(LABELS):
+            digest.update(repr(labels).encode())
+        return digest.hexdigest()
 
     @property
     def value_range(self) -> tuple[float, float] | None:

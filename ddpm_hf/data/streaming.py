@@ -10,6 +10,7 @@ within a block of consecutive images on (seed, lane, block). A lane has each of 
 different lengths finish their epochs at different times.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from ddpm_hf.data.reasons import reading
 from ddpm_hf.seeds import make_generator
 
 logger = logging.getLogger(__name__)
+FINGERPRINT_SHARDS = 16  # at most: each is opened once more at the start of a run
 VALIDATION_LIMIT = 512  # validation images that are read from the start of a stream
 
 
@@ -85,6 +87,20 @@ class StreamedImages(ImageColumns):
         """The number of images, validation included, that the data set declares; None if it declares none."""
         split = (self.dataset.info.splits or {}).get(str(self.dataset.split))
         return split.num_examples if split is not None else None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the columns, the number of shards, and the first images and labels of some shards, which it reads."""
+        count = self.dataset.num_shards
+        digest = hashlib.sha256(f"{self.dataset.features} {count}".encode())
+        for i in range(0, count, -(-count // FINGERPRINT_SHARDS)):
+            for row in self.dataset.shard(count, i).take(1):
+                try:
+                    digest.update(read_entry(row[self.image_column]))
+                except UnreadableImage:
+                    digest.update(b"broken")
+                digest.update(repr(row.get(self.label_column)).encode())
+        return digest.hexdigest()
 
     def split_validation(self, fraction: float) -> Images:
         """Leave the share `fraction` of the images, chosen by `validation_hash`, out of training. Returns the first of them,

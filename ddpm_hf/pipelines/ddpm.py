@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
 
-from ddpm_hf.files import staging_folder
+from ddpm_hf.files import check_output_folder, staging_folder
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
 from ddpm_hf.models.unet import UNet2DModelCustom
 from ddpm_hf.pipelines import loading
@@ -193,9 +193,11 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
 
         Arguments are those of `DiffusionPipeline.save_pretrained`; pickled weights (`safe_serialization=False`) are
         refused. Files appear in the folder only when all of them are written. Other files in it are kept.
+        Raises ValueError if `save_directory` cannot be a folder with these files.
         """
         refuse_pickle(safe_serialization)
         folder = Path(save_directory)
+        check_output_folder("save_directory", folder.resolve(), ["model_index.json"], self.components)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.absolute().name)
         with staging_folder(folder) as staged:

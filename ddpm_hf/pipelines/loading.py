@@ -15,6 +15,7 @@ from diffusers.utils import DummyObject
 from diffusers.utils.torch_utils import unwrap_module
 
 from ddpm_hf.checks import ArgumentTypeError, shown
+from ddpm_hf.files import move_file, staging_folder
 from ddpm_hf.interop import stock_config
 from ddpm_hf.model_files import class_name, read_json_object
 from ddpm_hf.models.unet import UNet2DModelCustom
@@ -188,12 +189,28 @@ def move_saved(staged: Path, folder: Path, variant: str | None) -> None:
         return
     for component in sorted(staged.iterdir()):
         old = folder / component.name
+        if old.is_dir() and (old.is_symlink() or old.is_mount()):  # perhaps on another disk
+            _replace_files(component, old, variant)
+            continue
         if component.is_dir() and old.is_dir():
             for file in old.iterdir():
                 if not (component / file.name).exists() and _is_kept(file.name, variant):
                     os.replace(file, component / file.name)
             shutil.rmtree(old)
         os.replace(component, old)
+
+
+def _replace_files(component: Path, old: Path, variant: str | None) -> None:
+    """Replace the files of a component whose folder must stay, after all of the new ones are on its disk."""
+    names = {file.name for file in component.iterdir()}
+    with staging_folder(old) as staged:
+        for name in names:
+            move_file(component / name, staged / name)
+        for name in names:
+            os.replace(staged / name, old / name)
+    for file in old.iterdir():
+        if file.name not in names and not _is_kept(file.name, variant):
+            file.unlink()
 
 
 def _is_kept(name: str, variant: str | None) -> bool:

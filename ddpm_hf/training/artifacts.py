@@ -20,6 +20,19 @@ from ddpm_hf.pipelines.guidance import class_names_of
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.transfer import Retries, download_snapshot
 
+# What a run writes into its folder.
+FILES = (
+    "config.yaml",
+    "log.jsonl",
+    "metrics.json",
+    "README.md",
+    "model_index.json",
+    "samples.png",
+    "denoising.png",
+    "loss.png",
+)
+FILES += (".lock",)
+FOLDERS = ("checkpoints", "unet", "scheduler", "samples", "ema_snapshots", "unpublished", "logs")
 GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 
 

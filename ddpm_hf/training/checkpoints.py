@@ -8,11 +8,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn, optim
 
@@ -22,6 +24,7 @@ from ddpm_hf.files import UNFINISHED, atomic_folder
 from ddpm_hf.training.sharding import copy_full, full_on_cpu
 
 PREFIX, SUMS = "checkpoint-", "SHA256SUMS"
+NAME = re.compile(PREFIX + "[0-9]+")
 
 
 def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict) -> Path:
@@ -33,6 +36,8 @@ def save_checkpoint(root: Path, step: int, tensors: Mapping[str, Mapping[str, Te
     for name in tensors:
         if not (isinstance(name, str) and name.isidentifier()):  # a file's name in the folder, not a path out of it
             raise ValueError(f"the names of tensors must be words such as 'model', got {name!r}.")
+    if folder.is_symlink():
+        folder.unlink()  # its target, which `atomic_folder` would replace, may be another run's
     with atomic_folder(folder) as staged:
         for name, group in tensors.items():
             # Written by Python, whose OSError has an errno. That of safetensors' own writer is in the message alone.
@@ -49,17 +54,29 @@ def checkpoint_folder(root: Path, step: int) -> Path:
     return Path(root) / f"{PREFIX}{check_int('step', step, 0):08d}"
 
 
+def checkpoint_step(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """The tensors by file, and the state. Raises ValueError for a damaged checkpoint, naming the damaged file."""
+    tensors, name = {}, SUMS
     try:
         digests = dict(reversed(line.split("  ", 1)) for line in (folder / SUMS).read_text().splitlines())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is damaged: its {SUMS} cannot be read ({error}).") from error
-    for name in {"state.json", *digests}:
-        if not (folder / name).is_file() or _sha256(folder / name) != digests.get(name):
-            raise ValueError(f"{folder} is damaged: {name} is missing or does not have the checksum in {SUMS}.")
-    files = [folder / name for name in digests if name.endswith(".safetensors")]
-    return {file.stem: load_file(file) for file in files}, read_state(folder)
+        for name in sorted({"state.json", *digests}):
+            if not (folder / name).is_file() or _sha256(folder / name) != digests.get(name):
+                raise ValueError(f"{name} is missing or does not have the checksum in {SUMS}")
+            if name.endswith(".safetensors"):
+                tensors[Path(name).stem] = load_file(folder / name)
+        name = "state.json"
+        state = read_state(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        problem = str(error) if name in str(error) else f"{name} cannot be read ({error})"
+        raise ValueError(f"{folder} is damaged: {problem}.") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder} is damaged: state.json holds no state of a run.")
+    return tensors, state
 
 
 def read_state(folder: Path) -> dict:
@@ -76,19 +93,28 @@ def versions() -> dict[str, str]:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder for folder in root.glob(f"{PREFIX}*") if folder.is_dir())
+    found = [folder for folder in root.glob(f"{PREFIX}*") if NAME.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(found, key=checkpoint_step)
 
 
-def prune_checkpoints(root: Path, keep: int) -> None:
+def prune_checkpoints(root: Path, keep: int, last_step: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints, and what a killed run has left unfinished.
 
-    A checkpoint that is a symbolic link is unlinked; its target is not deleted.
+    A checkpoint that is a symbolic link is unlinked; its target is not deleted. Those after `last_step`, which the run did
+    not resume from, are neither counted nor deleted. Raises OSError if one cannot be deleted, after deleting the others.
     """
-    for folder in (*list_checkpoints(root)[: -keep or None], *root.glob(f".{PREFIX}*{UNFINISHED}")):
-        if folder.is_symlink():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder)
+    found = [folder for folder in list_checkpoints(root) if last_step is None or checkpoint_step(folder) <= last_step]
+    failed = None
+    for folder in (*found[: -keep or None], *root.glob(f".{PREFIX}*{UNFINISHED}")):
+        try:
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                shutil.rmtree(folder)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def optimizer_tensors(optimizer: optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

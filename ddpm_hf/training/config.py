@@ -139,8 +139,13 @@ class TrainingConfig:
     cpu_threads: MayChange[int | None] = option(
         None, "CPU threads per process; None: all cores, divided evenly", "[1, 1024]"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "precision of the network's forward pass")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
+        None, "precision of the network's forward pass; None: as `accelerate launch` says, or else 'no'"
+    )
     tf32: bool = option(True, "NVIDIA GPUs: TF32 for float32 matrix products")
+    process_group_timeout: MayChange[int] = option(
+        21600, "seconds that processes wait for each other, also at the start", "[1, 1000000000]"
+    )
     compile: MayChange[str | None] = option(None, "compile the network with this torch.compile backend: 'inductor'")
 
     # Logging
@@ -236,7 +241,7 @@ class TrainingConfig:
         free -= {"micro_batch_size"} if self.dropout else set()
         # An option that an earlier version did not have is at its default, which changes nothing.
         saved = {option.name: option.default for option in fields(self) if option.default is not MISSING} | saved
-        saved["crop"] = saved["crop"].replace("centre", "center")
+        saved["crop"] = "center" if saved["crop"] == "centre" else saved["crop"]
         mine = asdict(self)
         if saved.get("dataset") == Path(self.dataset).name:  # a published checkpoint has no path of a machine
             saved["dataset"] = self.dataset

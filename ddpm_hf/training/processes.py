@@ -10,7 +10,8 @@ import sys
 from datetime import timedelta
 from typing import NoReturn
 
-# For collective operations, in which processes wait for one that checks or downloads the data.
+# For collective operations, in which processes wait for one that checks or downloads the data. For training it is the
+# option `process_group_timeout`.
 TIMEOUT = timedelta(hours=6)
 RANKS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun, accelerate and MPI
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -34,6 +35,25 @@ def prepare_process() -> None:
     if "MASTER_PORT" in os.environ and not any(name in os.environ for name in RANKS):
         use = f"For N processes without a GPU use `torchrun --nproc_per_node N {sys.argv[0]} ...`"
         print(f"Only one process was started. {use}, not `accelerate launch`.", file=sys.stderr)
+
+
+def settle_with_launcher(mixed_precision: str | None) -> str:
+    """The precision of a run: the configured one, or else that of `accelerate launch`, or else "no".
+
+    What the launcher says and the run does not do is printed to stderr, by the first process.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    unused = {}
+    if mixed_precision is not None and launched not in ("no", mixed_precision):  # "no" is what it says by default
+        unused[f"mixed_precision = {launched!r}"] = f"the run is configured with {mixed_precision!r}"
+    if accumulation not in ("1", "auto"):
+        unused[f"gradient_accumulation_steps = {accumulation}"] = (
+            "batch_size is that of a whole step: see micro_batch_size"
+        )
+    for value, reason in unused.items() if os.environ.get("RANK", "0") == "0" else ():
+        print(f"The launcher's {value} is not used: {reason}.", file=sys.stderr)
+    return launched if mixed_precision is None else mixed_precision
 
 
 def fail(script: str, message: object) -> NoReturn:

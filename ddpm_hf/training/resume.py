@@ -3,15 +3,17 @@
 import errno
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 
 from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.training import checkpoints
+from ddpm_hf.training.checkpoint_content import check_content
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.posthoc_ema import PowerEMA
@@ -60,7 +62,8 @@ def save(
     """Write the checkpoint of `step` and delete old ones. Every process must call this; the main process writes.
 
     If the disk is full, all checkpoints but the newest are deleted to make room. Returns the folder; on the main process
-    None if the checkpoint could not be written, in which case the newest earlier one is left as it was.
+    None if the checkpoint could not be written, in which case the newest earlier one is left as it was. Old checkpoints
+    that cannot be deleted are logged.
     """
     root = Path(config.output_dir) / "checkpoints"
     tensors = training_state.tensors(keep=accelerator.is_main_process)
@@ -69,11 +72,16 @@ def save(
         scaler = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
         try:
             _save_or_make_room(root, step, tensors, {**state, **scaler, "config": asdict(config)})
-            checkpoints.prune_checkpoints(root, config.keep_checkpoints)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             folder, kept = None, checkpoints.list_checkpoints(root)
-            last = f"that of step {checkpoints.read_state(kept[-1])['step']}" if kept else "none"
-            logger.warning(f"The checkpoint of step {step} could not be written ({error}); the last one is {last}.")
+            last = f"that of step {checkpoints.checkpoint_step(kept[-1])}" if kept else "none"
+            reason = str(error) or "no memory is left"
+            logger.warning(f"The checkpoint of step {step} could not be written ({reason}); the last one is {last}.")
+        else:
+            try:
+                checkpoints.prune_checkpoints(root, config.keep_checkpoints, step)
+            except OSError as error:
+                logger.warning("Old checkpoints could not be deleted (%s); that of step %d is saved.", error, step)
     accelerator.wait_for_everyone()
     return folder
 
@@ -85,40 +93,63 @@ def _save_or_make_room(root: Path, step: int, tensors: dict, state: dict) -> Non
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(checkpoints.list_checkpoints(root)) < 2:
             raise
         logger.warning("%s: deleting all checkpoints but the newest to write that of step %d.", error, step)
-        checkpoints.prune_checkpoints(root, keep=1)
+        with suppress(OSError):  # others may have made room
+            checkpoints.prune_checkpoints(root, 1, step)
         checkpoints.save_checkpoint(root, step, tensors, state)
 
 
-def last_checkpoint(config: TrainingConfig, folder: Path) -> tuple[dict, dict] | None:
-    """Tensors and state of the newest intact checkpoint in a folder; damaged ones are skipped with a warning.
+def last_checkpoint(config: TrainingConfig, folder: Path, unet: torch.nn.Module) -> tuple[dict, dict] | None:
+    """Tensors and state of the newest intact checkpoint of a run of `unet`; damaged ones are skipped with a warning. None if
+    there are no checkpoints. Every process must call this.
 
-    Raises ValueError if the checkpoint has a different configuration (`TrainingConfig.check_same_run`).
+    Raises ValueError if the checkpoint has a different configuration (`TrainingConfig.check_same_run`), if none can be
+    used, and if the processes find different ones.
     """
-    for checkpoint in reversed(checkpoints.list_checkpoints(folder)):
+    found, restored = checkpoints.list_checkpoints(folder), None
+    for checkpoint in reversed(found):
         try:
             tensors, state = checkpoints.load_checkpoint(checkpoint)
+            check_content(checkpoint, tensors, state, config, unet)
         except ValueError as error:
             logger.warning("%s Using the checkpoint before it.", error)
             continue
         config.check_same_run(state["config"], checkpoint)
-        return tensors, state
-    return None
+        restored = tensors, state
+        break
+    if found and restored is None:
+        raise ValueError(f"no checkpoint in {folder} can be used: move them elsewhere, or --overwrite to start again.")
+    steps = gather_object([restored and restored[1]["step"]])
+    if len(set(steps)) > 1:
+        problem = f"the processes find checkpoints of different steps: {steps}"
+        raise ValueError(f"{problem}. output_dir must be on a file system that all of them share.")
+    return restored
 
 
-def check_same_data(num_examples: int | None, restored: tuple[dict, dict] | None) -> None:
-    """ValueError if the checkpoint was trained on another number of images, which come in another order."""
-    before = restored and restored[1]["data"]["examples"]
-    if before and before != num_examples:
-        raise ValueError(f"the data set has {num_examples} images; the checkpoint was trained on {before}.")
+def check_same_data(num_examples: int | None, fingerprint: str | None, restored: tuple[dict, dict] | None) -> None:
+    """ValueError if the checkpoint was trained on another number of images, on other images or labels, or in another order.
+
+    Checkpoints of earlier versions have no fingerprint: of these, only the number is compared.
+    """
+    before = restored[1]["data"] if restored else {}
+    if before.get("examples") and before["examples"] != num_examples:
+        found = f"the data set has {num_examples} images; the checkpoint was trained on {before['examples']}."
+    elif before.get("fingerprint") and before["fingerprint"] != fingerprint:
+        found = "the data set has other images or labels than the checkpoint was trained on, or in another order."
+    else:
+        return
+    use = "Use the same data to resume, another --output_dir to keep both, or --overwrite to start again."
+    raise ValueError(f"{found} {use}")
 
 
-def data_position(step: int, batch_size: int, num_examples: int | None, stream: dict | None) -> dict:
+def data_position(
+    step: int, batch_size: int, num_examples: int | None, fingerprint: str | None, stream: dict | None
+) -> dict:
     """Where in the data a step begins, for a checkpoint. Only `stream` is needed to resume; otherwise the order follows
     from seed and step, and the position is informative."""
-    if stream is not None or num_examples is None:
-        return {"examples": num_examples, "stream": stream}
-    epoch, example = divmod(step * batch_size, num_examples)
-    return {"examples": num_examples, "stream": None, "epoch": epoch, "next_example_of_epoch": example}
+    data = {"examples": num_examples, "fingerprint": fingerprint, "stream": stream}
+    if stream is None and num_examples is not None:
+        data["epoch"], data["next_example_of_epoch"] = divmod(step * batch_size, num_examples)
+    return data
 
 
 def warn_of_changes(dropout: float, images_at_a_time: int, state: dict) -> None:

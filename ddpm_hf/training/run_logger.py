@@ -32,6 +32,7 @@ from ddpm_hf.training.run_summary import SpeedReport, describe_run
 from ddpm_hf.training.sharding import full_on_cpu
 from ddpm_hf.training.step import StepReport
 from ddpm_hf.training.step_statistics import StepStatistics
+from ddpm_hf.training.trackers import Trackers
 from ddpm_hf.training.validation import ValidationLoss
 
 LOG, SNAPSHOTS, SAMPLES = "log.jsonl", "ema_snapshots", "samples"
@@ -78,9 +79,8 @@ class RunLogger:
             atomic_file(self.folder / "config.yaml", config.to_yaml())
         self.log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
         if not config.dry_run:
-            options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
             settings = {k: str(v) for k, v in asdict(config).items()}
-            accelerator.init_trackers("logs", config=settings, init_kwargs=options)
+            self.trackers = Trackers(accelerator, settings, first_step)
         examples = (self.train_examples, len(self.validation or ()))
         parameters = self.unet.num_parameters()
         accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.data))
@@ -137,10 +137,12 @@ class RunLogger:
         return {f"final_{n}": found[-1] for n in names if (found := [row[n] for row in self.log.rows if row.get(n)])}
 
     def close(self) -> None:
-        """End the progress bar."""
+        """End the progress bar and the tracker."""
         self._bar.close()
         if self.config.dry_run:
             self.accelerator.print("Dry run: nothing was written.")
+        else:
+            self.trackers.close()
 
     def _read(self, done: int) -> dict:
         row = self._statistics.read()
@@ -160,7 +162,7 @@ class RunLogger:
         values = row | {f"loss_t_quartile_{i}": value for i, value in quartiles}
         left_out = ("step", "images", "loss_by_t_quartile")
         logged = {key: value for key, value in values.items() if key not in left_out and value is not None}
-        self.accelerator.log(logged, step=row["step"])
+        self.trackers.log(logged, row["step"])
         shown = {"loss": row.get("loss"), "validation": row.get("validation_loss_ema")}
         self._shown |= {k: f"{v:.4f}" for k, v in shown.items() if v is not None}
         self._bar.set_postfix(self._shown)
@@ -185,10 +187,7 @@ class RunLogger:
                 (self.folder / SAMPLES).mkdir(exist_ok=True)
                 atomic_file(self.folder / SAMPLES / f"step-{done:08d}{name}.png", png)
             pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[None]
-            for tracker in self.accelerator.trackers:
-                # TensorBoard must be told the order of the dimensions; Weights & Biases assumes it.
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name.strip("-") or "samples": pixels}, step=done, **options)
+            self.trackers.log_picture(name.strip("-") or "samples", pixels, done)
 
     def _remove_after(self, step: int) -> None:
         """Remove pictures and snapshots of later steps: the run makes them again."""

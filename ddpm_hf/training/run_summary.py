@@ -47,9 +47,9 @@ def describe_run(
     written = [f"{name} every {interval:,}{unit}" for name, (interval, unit) in files.items() if interval]
     written += [f"{config.report_to} logs"] * (config.report_to != "none")
     processes = accelerator.num_processes
-    precision = "" if config.mixed_precision == "no" else f", {config.mixed_precision}"
+    precision = "float32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} mixed precision"
     resumed = f", from step {first_step:,}" if first_step else ""
-    hardware = f"{processes} process{'es' * (processes > 1)} ({accelerator.device.type}{precision})"
+    hardware = f"{processes} process{'es' * (processes > 1)} ({accelerator.device.type}) in {precision}"
     return (
         f"Data        {counted} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n{data}"
         f"Network     {parameters:,} parameters on {hardware}\n"

@@ -2,7 +2,7 @@
 
 Exit codes of `train.py`: 0 finished; 1 an error, printed as a sentence; 2 invalid options; EXIT_NONFINITE (3) too many
 non-finite steps in a row; EXIT_NOT_SAVED (4) the last checkpoint could not be written; 128 + n stopped by signal n
-after saving (143 SIGTERM, 130 SIGINT). `accelerate launch` and `torchrun` print the code and exit with 1.
+after saving (143 SIGTERM, 130 SIGINT, 129 SIGHUP). `accelerate launch` and `torchrun` print the code and exit with 1.
 """
 
 import os
@@ -10,16 +10,21 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from datetime import timedelta
+from typing import Any, TextIO
 
 from ddpm_hf.training.processes import TIMEOUT
 
 EXIT_NONFINITE, EXIT_NOT_SAVED = 3, 4
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+SIGNALS = tuple(filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP)))
 
 
 class StopSignals:
-    """SIGTERM and SIGINT stop the run after the current step inside `deferred()`; elsewhere they end the process.
+    """SIGTERM, SIGINT and SIGHUP stop the run after the current step inside `deferred()`; elsewhere they end the process.
+
+    SIGHUP, which a closed terminal sends, stays ignored if it is, as under `nohup`.
 
     A second signal ends the process at once. It must come at least REPEAT_SECONDS after the first, because launchers
     forward a Ctrl-C that every process has received already.
@@ -32,7 +37,8 @@ class StopSignals:
         self._group, self._pending = None, None
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        handled = [n for n in SIGNALS if n != HANGUP or signal.getsignal(n) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_) -> None:
@@ -47,17 +53,21 @@ class StopSignals:
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(number).name
                 message = f"\n{name}: stopping after this step and saving. A second signal ends it at once.\n"
-                os.write(2, message.encode())  # not through sys.stderr, which the signal may have interrupted
+                with suppress(OSError):  # of a closed terminal
+                    os.write(2, message.encode())  # not through sys.stderr, which the signal may have interrupted
         elif time.monotonic() - self._received_at > self.REPEAT_SECONDS:
             os._exit(128 + number)
 
     @contextmanager
-    def deferred(self, num_processes: int) -> Iterator[None]:
-        """Signals wait for the end of a step. Check `received` afterwards: some arrive too late for `should_stop`."""
+    def deferred(self, num_processes: int, timeout: timedelta = TIMEOUT) -> Iterator[None]:
+        """Signals wait for the end of a step. Check `received` afterwards: some arrive too late for `should_stop`.
+
+        `timeout`: how long a process waits for the signals of the others.
+        """
         if num_processes > 1:
             from torch import distributed
 
-            self._group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+            self._group = distributed.new_group(backend="gloo", timeout=timeout)
         self._deferred = True
         try:
             yield
@@ -105,6 +115,41 @@ def lost_process(error: Exception) -> str | None:
     if isinstance(error, DistError) or GLOO_CONNECTION in line:
         return f"another process of this run died ({line})."
     return None
+
+
+class _Output:
+    """A text stream whose failed writes are lost."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+@contextmanager
+def output_may_fail() -> Iterator[None]:
+    """Standard output and error may be closed or full without ending the run: a closed terminal, `| tee` after Ctrl-C, a
+    file on a full disk."""
+    streams = sys.stdout, sys.stderr
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
+        try:
+            yield
+        finally:
+            for stream in streams:
+                try:
+                    stream.flush()
+                except OSError:  # Python would fail to write the rest when it exits, and return 120
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_error(message: str) -> None:

@@ -329,3 +329,20 @@ def test_an_image_that_breaks_after_the_check_is_named_with_its_reason(tmp_path)
     (tmp_path / "a.png").write_bytes(b"<html>")
     with pytest.raises(UnreadableImage, match=r"a.png \(neither an array of NumPy nor a picture"):
         images[[0]]
+
+
+def test_the_fingerprint_follows_content_order_and_labels():
+    def fingerprint(rows, label_column="label"):
+        return Images(rows, ImageFormat((8, 8), 1), label_column=label_column).fingerprint
+
+    rows = digits()["train"].select(range(20))
+    same = fingerprint(rows)
+    assert fingerprint(digits()["train"].select(range(20))) == same
+    other_label = rows.select(range(19)).to_list() + [{**rows[19], "label": (rows[19]["label"] + 1) % 10}]
+    changed = [
+        rows.select([1, 0, *range(2, 20)]),
+        digits()["train"].select([*range(19), 25]),
+        rows.select(range(19)),
+        datasets.Dataset.from_list(other_label, features=rows.features),
+    ]
+    assert len({same, fingerprint(rows, None), *map(fingerprint, changed)}) == 6

@@ -314,6 +314,40 @@ def test_saving_to_a_link_writes_to_the_folder_it_points_to(tiny_pipeline, tmp_p
     DDPMPipelineCustom.from_pretrained(tmp_path / "link")
 
 
+@pytest.mark.parametrize("place", ["link", "mount", "link of a component", "mount of a component"])
+def test_saving_to_another_disk_works_and_leaves_no_other_files(tiny_pipeline, tmp_path, other_disk, mount, place):
+    folder = tmp_path / "model"
+    target = folder / ("unet" if "component" in place else "")
+    target.parent.mkdir(exist_ok=True)
+    if place.startswith("link"):
+        target.symlink_to(other_disk)
+    else:
+        mount(target.relative_to(tmp_path))
+    (target / "notes.txt").write_text("kept")
+    (target / "diffusion_pytorch_model-00001-of-00002.safetensors").touch()  # of an older save, if it is a component
+    for _ in range(2):
+        tiny_pipeline.save_pretrained(folder)
+    weights = DDPMPipelineCustom.from_pretrained(folder).unet.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in tiny_pipeline.unet.state_dict().items())
+    assert (target / "notes.txt").read_text() == "kept" and target.is_symlink() == place.startswith("link")
+    assert [path.name for path in (folder / "unet").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    assert not [path for path in (*tmp_path.rglob("*"), *other_disk.rglob("*")) if "unfinished" in path.name]
+
+
+@pytest.mark.parametrize("name", ["", "unet", "model_index.json"])
+def test_saving_where_something_is_in_the_way_is_refused(tiny_pipeline, tmp_path, name):
+    folder = tmp_path / "model"
+    place = folder / name
+    if name == "model_index.json":
+        place.mkdir(parents=True)
+    else:
+        place.parent.mkdir(exist_ok=True)
+        place.touch()
+    with pytest.raises(ValueError, match=f"save_directory must be a folder .*{place.name}' is "):
+        tiny_pipeline.save_pretrained(folder)
+    assert [path for path in tmp_path.rglob("*") if path != folder] == ([place] if name else [])
+
+
 # ---------------------------------------------------------------------- diffusers without this package
 
 

@@ -19,6 +19,7 @@ from ddpm_hf import DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.build import build
+from ddpm_hf.training.checkpoints import list_checkpoints
 from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images
 from ddpm_hf.training.step import training_step
@@ -33,7 +34,9 @@ from tests.training.helpers import (
     photo_options,
     rows,
     run,
+    steps_saved,
     until,
+    write_sums,
 )
 
 
@@ -190,6 +193,104 @@ def test_resuming_with_another_number_of_images_is_refused(photos, tmp_path):
     (photos / "07.jpg").unlink()
     with pytest.raises(SystemExit, match="the data set has 19 images; the checkpoint was trained on 20"):
         run(tmp_path / "out", *photo_options(photos))
+
+
+def swap(photos):
+    """The same images under each other's names: another order."""
+    first, second = ((photos / name).read_bytes() for name in ("00.jpg", "01.jpg"))
+    (photos / "00.jpg").write_bytes(second), (photos / "01.jpg").write_bytes(first)
+
+
+def copy_over(photos):
+    (photos / "07.jpg").write_bytes((photos / "08.jpg").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (swap, []),
+        (copy_over, []),
+        (copy_over, ["--memory_limit_bytes", "0"]),
+        (swap, ["--streaming"]),  # of a stream, the first images of some shards are compared
+    ],
+)
+def test_resuming_on_other_images_of_the_same_number_is_refused(photos, tmp_path, options, change):
+    run(tmp_path / "out", *photo_options(photos), *options)
+    drop_checkpoints_after(tmp_path / "out", 4)
+    before = checkpoint(tmp_path / "out", 4)
+    change(photos)
+    with pytest.raises(SystemExit, match="other images or labels than the checkpoint.*Use the same data.*--overwrite"):
+        run(tmp_path / "out", *photo_options(photos), *options)
+    assert_bit_identical(checkpoint(tmp_path / "out", 4), before)
+
+
+def test_resuming_with_other_labels_is_refused(photos, tmp_path):
+    rows = [f"{file.name},{i % 2}" for i, file in enumerate(sorted(photos.iterdir()))]
+    (photos / "metadata.csv").write_text("\n".join(["file_name,kind", *rows]))
+    options = [*photo_options(photos), "--label_column", "kind"]
+    run(tmp_path / "out", *options)
+    drop_checkpoints_after(tmp_path / "out", 4)
+    (photos / "metadata.csv").write_text("\n".join(["file_name,kind", *rows[:-1], rows[-1].replace(",1", ",0")]))
+    with pytest.raises(SystemExit, match="other images or labels than the checkpoint was trained on"):
+        run(tmp_path / "out", *options)
+
+
+def test_a_run_saved_without_a_fingerprint_stays_resumable(photos, tmp_path):
+    run(tmp_path / "out", *photo_options(photos))
+    drop_checkpoints_after(tmp_path / "out", 4)
+    (saved,) = list_checkpoints(tmp_path / "out" / "checkpoints")
+    state = json.loads((saved / "state.json").read_text())
+    assert len(state["data"].pop("fingerprint")) == 64
+    (saved / "state.json").write_text(json.dumps(state))
+    write_sums(saved)
+    run(tmp_path / "out", *photo_options(photos))
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("file", "file' is not a folder"),
+        ("dangling", "dangling' is a link to '.*', which does not exist"),
+        ("/dev/null", "'/dev/null' is not a folder"),
+        *(
+            (f"run/{name}", f"{name}' is a folder")
+            for name in ("config.yaml", "log.jsonl", "samples.png", "metrics.json")
+        ),
+        *((f"run/{name}", f"{name}' is not a folder") for name in ("checkpoints", "unet", "samples")),
+    ],
+)
+@pytest.mark.parametrize("option", [[], ["--dry_run"]])
+def test_a_place_that_cannot_be_written_to_is_refused_before_training(tmp_path, place, problem, option):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "run").mkdir()
+    if place.startswith("run"):
+        (tmp_path / place).mkdir() if "." in place else (tmp_path / place).touch()
+    before = sorted(tmp_path.rglob("*"))
+    folder = tmp_path / (place.split("/")[0] if place.startswith("run") else place)
+    with pytest.raises(SystemExit, match=f"train.py: error: output_dir must be a folder .*{problem}"):
+        run(folder, *option)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["link", "mount", "parts"])
+def test_a_run_on_another_disk_is_the_same_run(straight, tmp_path, other_disk, mount, place):
+    folder, options = tmp_path / "run", ["--sample_every_steps", "6", "--ema_snapshot_every_images", "48"]
+    if place == "link":
+        folder.symlink_to(other_disk)
+    elif place == "mount":
+        mount("run", "size=64m")
+    else:
+        for part in ("checkpoints", "unet", "samples", "ema_snapshots", "logs"):
+            (other_disk / part).mkdir()
+            folder.mkdir(exist_ok=True)
+            (folder / part).symlink_to(other_disk / part)
+    for _ in range(2):  # the second one replaces what the first one has written
+        found = run(folder, *options, "--overwrite", "--keep_checkpoints", "1")
+    assert_bit_identical(found, straight[1])
+    DDPMPipelineCustom.from_pretrained(folder)
+    assert steps_saved(folder) == [12]
+    assert not [path for path in (*tmp_path.rglob("*"), *other_disk.rglob("*")) if "unfinished" in path.name]
 
 
 @pytest.fixture

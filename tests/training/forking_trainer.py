@@ -7,6 +7,8 @@ that still runs after s seconds is killed.
 """
 
 import ctypes
+import importlib
+import itertools
 import json
 import os
 import resource
@@ -52,6 +54,21 @@ def inject(at_step: int, rank: int, row: int, value: float) -> None:
     step.training_step = poisoned_step
 
 
+def fail(module: str, function: str, error: str, at_call: int = 1) -> None:
+    """Make one call of a function of a module, or of a class in it, raise an error: Python source such as "MemoryError()"."""
+    path, _, class_name = module.partition(":")
+    owner = importlib.import_module(path)
+    owner = getattr(owner, class_name) if class_name else owner
+    original, calls = getattr(owner, function), itertools.count(1)
+
+    def failing(*args, **kwargs):
+        if next(calls) == at_call:
+            raise eval(error)
+        return original(*args, **kwargs)
+
+    setattr(owner, function, failing)
+
+
 def allow_fsdp_on_the_cpu() -> None:
     """accelerate 1.15 applies FSDP on accelerators only; it works over gloo as well."""
     init = accelerate_state.AcceleratorState.__init__
@@ -66,15 +83,15 @@ def allow_fsdp_on_the_cpu() -> None:
     accelerate_state.AcceleratorState.__init__ = init_with_fsdp
 
 
-def small_disk(folder: str, num_bytes: int) -> None:
-    """Put a file system of that size in place of a folder, for this process alone. Raises OSError if that is forbidden."""
+def small_disk(folder: str, num_bytes: int, num_inodes: int = 0) -> None:
+    """Put a file system of that size, and number of files (0: any), in place of a folder, for this process alone. Raises OSError if that is forbidden."""
     libc = ctypes.CDLL(None, use_errno=True)
     NEW_MOUNTS, NEW_USER, PRIVATE, RECURSIVE = 0x20000, 0x10000000, 1 << 18, 1 << 14
     os.makedirs(folder, exist_ok=True)
     for failed in (
         libc.unshare(NEW_MOUNTS | (NEW_USER if os.getuid() else 0)),
         libc.mount(b"none", b"/", None, PRIVATE | RECURSIVE, None),
-        libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={num_bytes}".encode()),
+        libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, f"size={num_bytes},nr_inodes={num_inodes}".encode()),
     ):
         if failed:
             raise OSError(ctypes.get_errno(), "no file system can be mounted here")
@@ -103,6 +120,10 @@ def child(run: dict, rank: int, port: int) -> None:
             artifacts.write_artifacts = lambda *_: None
         if "nonfinite" in run:
             inject(**run["nonfinite"])
+        for failure in run.get("failures", ()):
+            fail(**failure)
+        if run.get("nohup"):
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         if "largest_file" in run:
             resource.setrlimit(resource.RLIMIT_FSIZE, (run["largest_file"], run["largest_file"]))
         if "small_disk" in run:

@@ -1,6 +1,9 @@
 """Tiny runs of train.py, and comparisons of the checkpoints and logs that they leave."""
 
+import hashlib
 import json
+import os
+import select
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import torch
 from ddpm_hf.scripts import train
 from safetensors.torch import load_file
 
+from ddpm_hf.data.builtin import digits
 from ddpm_hf.training.checkpoints import list_checkpoints
 from tests.conftest import TINY_TRAINING, flags
 
@@ -24,6 +28,45 @@ TINY = flags(
     sample_steps=4,
     seed=3,
 )
+
+NUM_IMAGES = 64
+DEADLINE = 120.0  # seconds for a run to end
+
+
+class Trainer:
+    """Starts runs of train.py on some of the digits, by way of forking_trainer.py."""
+
+    def __init__(self, folder):
+        self.dataset = str(folder / "digits")
+        digits()["train"].select(range(NUM_IMAGES)).save_to_disk(self.dataset)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT)])}
+        command = [sys.executable, str(Path(__file__).parent / "forking_trainer.py")]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def ask(self, request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE + 90)
+        assert ready, f"no answer to {request}"
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, folder, *options, processes=1, **how):
+        arguments = [*TINY, "--output_dir", str(folder), "--dataset", self.dataset, *options]
+        Path(f"{folder}.txt").touch()
+        return self.ask({"arguments": arguments, "processes": processes, "output": f"{folder}.txt", **how})
+
+    def wait(self, pids):
+        return [self.ask({"wait": pid, "seconds": DEADLINE}) for pid in pids]
+
+    def run(self, folder, *options, **how):
+        """A run to its end: exit codes and output, after the output of earlier runs in this folder."""
+        codes = self.wait(self.start(folder, *options, **how))
+        return codes, Path(f"{folder}.txt").read_text()
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
 
 
 def run(output_dir, *options):
@@ -66,6 +109,20 @@ def drop_checkpoints_after(output_dir, step):
     for path in list_checkpoints(output_dir / "checkpoints"):
         if int(path.name[-8:]) > step:
             shutil.rmtree(path)
+
+
+def copied(run, folder, step):
+    """A copy of a run's folder as it was after a step."""
+    subprocess.run(["cp", "-r", str(run), str(folder)], check=True)
+    drop_checkpoints_after(folder, step)
+    return folder
+
+
+def write_sums(folder):
+    """Make the checksums of a checkpoint fit its files."""
+    files = sorted(file for file in folder.iterdir() if file.name != "SHA256SUMS")
+    sums = (f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 def tensors(saved):

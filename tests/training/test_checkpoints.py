@@ -13,6 +13,7 @@ import torch
 
 from ddpm_hf.files import atomic_file, lock_folder
 from ddpm_hf.training.checkpoints import (
+    checkpoint_step,
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
@@ -20,6 +21,7 @@ from ddpm_hf.training.checkpoints import (
     prune_checkpoints,
     save_checkpoint,
 )
+from tests.training.helpers import write_sums
 
 
 @pytest.fixture
@@ -117,6 +119,66 @@ def test_pruning_unlinks_a_linked_checkpoint_and_keeps_its_target(tmp_path):
     assert list_checkpoints(root) == [root / saved.name, newest]
     prune_checkpoints(root, keep=1)
     assert list(root.iterdir()) == [newest] and load_checkpoint(saved)[1]["step"] == 5
+
+
+def test_saving_a_linked_step_again_leaves_the_target_of_the_link(tmp_path):
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    saved = save_checkpoint(elsewhere, 5, {}, {"of": "another run"})
+    root.mkdir()
+    (root / saved.name).symlink_to(saved)
+    again = save_checkpoint(root, 5, {}, {})
+    assert not again.is_symlink() and load_checkpoint(saved)[1]["of"] == "another run"
+
+
+def test_checkpoints_on_another_disk_are_saved_and_pruned_there(tmp_path, other_disk):
+    (tmp_path / "checkpoints").symlink_to(other_disk)
+    for step in (5, 5, 10, 15):
+        save_checkpoint(tmp_path / "checkpoints", step, {"model": {"weight": torch.ones(2)}}, {})
+    prune_checkpoints(tmp_path / "checkpoints", keep=1)
+    assert [path.name for path in other_disk.iterdir()] == ["checkpoint-00000015"]
+    assert (tmp_path / "checkpoints").is_symlink()
+
+
+def test_only_folders_named_by_a_step_count_as_checkpoints(tmp_path):
+    for step in (5, 10, 10**9):
+        save_checkpoint(tmp_path, step, {}, {})
+    for name in ("checkpoint-best", "checkpoint-00000010 (copy)", "checkpoint-"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-00000007").touch()
+    assert [checkpoint_step(folder) for folder in list_checkpoints(tmp_path)] == [5, 10, 10**9]
+    # That of step 10⁹ is not one that this run resumes from: it must not push out those that it saves.
+    prune_checkpoints(tmp_path, keep=1, last_step=10)
+    assert [checkpoint_step(folder) for folder in list_checkpoints(tmp_path)] == [10, 10**9]
+    assert (tmp_path / "checkpoint-best").is_dir()
+
+
+def test_what_cannot_be_deleted_does_not_keep_others_from_being_pruned(tmp_path, mount):
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    mount("checkpoints/checkpoint-00000005")  # cannot be deleted while it is mounted
+    for step in (10, 15):
+        save_checkpoint(root, step, {}, {})
+    with pytest.raises(OSError, match="checkpoint-00000005"):
+        prune_checkpoints(root, keep=1)
+    assert [checkpoint_step(folder) for folder in list_checkpoints(root)] == [5, 15]
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "{", "", "\xff"])
+def test_a_state_that_is_no_state_is_rejected_despite_its_checksum(saved, content):
+    folder, _ = saved
+    (folder / "state.json").write_bytes(content.encode("latin-1"))
+    write_sums(folder)
+    with pytest.raises(ValueError, match=f"{folder.name} is damaged: state.json"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", bytes(100), b"\xff" * 8 + b"{}"])
+def test_weights_that_are_no_safetensors_are_rejected_despite_checksums(saved, content):
+    folder, _ = saved
+    (folder / "ema.safetensors").write_bytes(content)
+    write_sums(folder)
+    with pytest.raises(ValueError, match=f"{folder.name} is damaged: ema.safetensors cannot be read"):
+        load_checkpoint(folder)
 
 
 def test_saving_a_step_again_replaces_it(saved, tmp_path):

@@ -34,6 +34,8 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"stream_lanes": 3}, "stream_lanes = 3 must divide batch_size = 128"),
         ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
         ({"compile": "fast"}, "compile must be one of .*inductor.* got 'fast'"),
+        ({"process_group_timeout": 0}, "process_group_timeout must be an integer in 1..1000000000, got 0"),
+        ({"mixed_precision": "fp8"}, r"mixed_precision must be one of \[None, 'no', 'bf16', 'fp16'\], got 'fp8'"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be an integer of at least 1"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps must be an integer of at least 1"),
         ({"push_every_checkpoints": 0}, "push_every_checkpoints must be an integer of at least 1"),
@@ -186,7 +188,7 @@ layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_sh
 rescale_betas_zero_snr prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
 input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 weight_decay
 warmup_steps learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images ema_decay ema_warmup
-ema_snapshot_every_images cpu_threads mixed_precision tf32 compile dry_run checkpoint_every_steps keep_checkpoints
+ema_snapshot_every_images cpu_threads mixed_precision tf32 process_group_timeout compile dry_run checkpoint_every_steps keep_checkpoints
 log_every_steps validate_every_steps validation_images sample_every_steps report_to sample_steps quality_samples
 push_to_hub hub_model_id hub_private push_every_checkpoints push_wait_seconds"""
 

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 from ddpm_hf.scripts import train
 
 from ddpm_hf.training.presets import parse_config
-from tests.training.helpers import ROOT, TINY, until
+from ddpm_hf.training.processes import settle_with_launcher
+from tests.training.helpers import ROOT, TINY, assert_bit_identical, rows, run, until
 
 LIGHT = """
 import sys
@@ -96,7 +97,56 @@ def test_torchrun_waiting_for_another_machine_ends_on_a_signal(number):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_processes_wait_hours_for_the_one_that_prepares_the_data(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("configured", "launched", "used", "said"),
+    [
+        (None, None, "no", ""),
+        (None, "no", "no", ""),
+        (None, "bf16", "bf16", ""),
+        (None, "BF16", "bf16", ""),
+        ("bf16", None, "bf16", ""),
+        ("bf16", "no", "bf16", ""),  # which is what the launcher says by default
+        ("bf16", "bf16", "bf16", ""),
+        ("no", "bf16", "no", "mixed_precision = 'bf16' is not used: the run is configured with 'no'"),
+        ("fp16", "bf16", "fp16", "mixed_precision = 'bf16' is not used: the run is configured with 'fp16'"),
+    ],
+)
+def test_the_precision_is_the_configured_one_or_the_launchers(monkeypatch, capsys, configured, launched, used, said):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert settle_with_launcher(configured) == used
+    error = capsys.readouterr().err
+    assert said in error and bool(error) == bool(said)
+
+
+def test_the_launchers_precision_is_that_of_the_run(tmp_path):
+    """Also of the options that the run writes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--mixed_precision", "bf16"]
+    command += [
+        str(ROOT / "training" / "train.py"),
+        *TINY,
+        "--total_images",
+        "16",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "in bf16 mixed precision" in ended.stdout
+    assert parse_config(["--config", str(tmp_path / "run" / "config.yaml")]).mixed_precision == "bf16"
+
+
+def test_the_launchers_accumulation_does_not_change_the_run(monkeypatch, tmp_path, capsys):
+    plain = run(tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert_bit_identical(run(tmp_path / "told"), plain)
+    assert rows(tmp_path / "told") == rows(tmp_path / "plain")  # the norm of the gradient too
+    assert "gradient_accumulation_steps = 4 is not used: batch_size is that of a whole step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "seconds"), [([], 6 * 3600), (["--process_group_timeout", "77"], 77)])
+def test_processes_wait_for_the_one_that_prepares_the_data(monkeypatch, tmp_path, option, seconds):
     class Started(Exception):
         pass
 
@@ -110,10 +160,10 @@ def test_processes_wait_hours_for_the_one_that_prepares_the_data(monkeypatch, tm
     AcceleratorState._reset_state(True)
     try:
         with pytest.raises(Started) as started:
-            train.make_accelerator(parse_config([*TINY, "--output_dir", str(tmp_path)]))
+            train.make_accelerator(parse_config([*TINY, "--output_dir", str(tmp_path), *option]))
     finally:
         AcceleratorState._reset_state(True)
-    assert started.value.args[0] >= timedelta(hours=2)
+    assert started.value.args[0] == timedelta(seconds=seconds)
 
 
 def test_the_process_stops_when_its_launcher_is_killed():

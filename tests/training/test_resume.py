@@ -1,7 +1,6 @@
 """Resuming: kills, signals, full disks, dead workers and non-finite steps; on one or two processes, with and without FSDP."""
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from ddpm_hf.data.batches import GlobalBatches
-from ddpm_hf.data.builtin import digits
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.seeds import seed_dropout
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint, read_state
@@ -26,11 +24,14 @@ from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.step_randomness import draw_randomness
 from ddpm_hf.training.stopping import EXIT_NONFINITE, EXIT_NOT_SAVED
 from tests.training.helpers import (
+    NUM_IMAGES,
     ROOT,
     TINY,
+    Trainer,
     assert_bit_identical,
     assert_same_run,
     checkpoint,
+    copied,
     drop_checkpoints_after,
     photo_options,
     rows,
@@ -41,49 +42,14 @@ from tests.training.helpers import (
 )
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-NUM_IMAGES = 64
 EVERY_STEP = ("--checkpoint_every_steps", "1")
-DEADLINE = 120.0  # seconds for a run to end
-
-
-class Trainer:
-    """Starts runs of train.py on some of the digits, by way of forking_trainer.py."""
-
-    def __init__(self, folder):
-        self.dataset = str(folder / "digits")
-        digits()["train"].select(range(NUM_IMAGES)).save_to_disk(self.dataset)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT)])}
-        command = [sys.executable, str(Path(__file__).parent / "forking_trainer.py")]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
-
-    def ask(self, request):
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], DEADLINE + 90)
-        assert ready, f"no answer to {request}"
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, folder, *options, processes=1, **how):
-        arguments = [*TINY, "--output_dir", str(folder), "--dataset", self.dataset, *options]
-        Path(f"{folder}.txt").touch()
-        return self.ask({"arguments": arguments, "processes": processes, "output": f"{folder}.txt", **how})
-
-    def wait(self, pids):
-        return [self.ask({"wait": pid, "seconds": DEADLINE}) for pid in pids]
-
-    def run(self, folder, *options, **how):
-        """A run to its end: exit codes and output, after the output of earlier runs in this folder."""
-        codes = self.wait(self.start(folder, *options, **how))
-        return codes, Path(f"{folder}.txt").read_text()
 
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     trainer = Trainer(tmp_path_factory.mktemp("data"))
     yield trainer
-    trainer.process.stdin.close()
-    trainer.process.wait(60)
+    trainer.close()
 
 
 def losses(folder):
@@ -128,7 +94,9 @@ def test_twenty_kills_at_random_moments_do_not_change_the_weights(trainer, tmp_p
     assert rows(killed) == rows(tmp_path / "straight") and len(rows(killed)) == 18
 
 
-@pytest.mark.parametrize(("number", "processes", "told"), [(signal.SIGTERM, 1, 0), (signal.SIGINT, 2, 1)])
+@pytest.mark.parametrize(
+    ("number", "processes", "told"), [(signal.SIGTERM, 1, 0), (signal.SIGHUP, 1, 0), (signal.SIGINT, 2, 1)]
+)
 def test_a_signal_to_one_process_saves_and_resuming_is_bit_identical(trainer, tmp_path, number, processes, told):
     options = ["--total_images", "480", "--checkpoint_every_steps", "1000"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -145,6 +113,40 @@ def test_a_signal_to_one_process_saves_and_resuming_is_bit_identical(trainer, tm
     codes, output = trainer.run(stopped, *options, processes=processes)
     assert codes == [0] * processes and f"Resuming from step {step} of 30" in output
     assert_bit_identical(checkpoint(stopped, 30), checkpoint(straight, 30))
+
+
+def test_under_nohup_a_hangup_does_not_stop_the_run(trainer, tmp_path):
+    folder = tmp_path / "run"
+    (pid,) = trainer.start(folder, "--total_images", "480", *EVERY_STEP, nohup=True)
+    until(lambda: (folder / "checkpoints").exists() and steps_saved(folder))
+    os.kill(pid, signal.SIGHUP)
+    assert trainer.wait([pid]) == [0] and steps_saved(folder)[-1] == 30
+
+
+@pytest.mark.parametrize("workers", [[], ["--memory_limit_bytes", "0", "--num_workers", "1"]])
+def test_a_closed_terminal_saves_and_the_run_resumes(photos, tmp_path, workers):
+    folder, (master, terminal) = tmp_path / "run", os.openpty()
+    options = [*TINY, *photo_options(photos), *workers, "--output_dir", str(folder), "--total_images", "160000"]
+    options += ["--keep_checkpoints", "10000"]
+    program = "import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    command = [sys.executable, "-c", program, str(ROOT / "training" / "train.py"), *options]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+
+    def saved():
+        while select.select([master], [], [], 0)[0]:
+            os.read(master, 10000)  # as a terminal does: a full one would make the run wait
+        assert process.poll() is None
+        return (folder / "checkpoints").exists() and steps_saved(folder)
+
+    try:
+        until(saved, 120)
+        os.close(master)
+        assert process.wait(60) == 128 + signal.SIGHUP
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
 
 
 def test_a_signal_during_the_final_sampling_loses_nothing(trainer, tmp_path):
@@ -294,13 +296,6 @@ def with_dropout(trainer, tmp_path_factory):
         codes, output = trainer.run(root / str(processes), *options, processes=processes)
         assert codes == [0] * processes, output
     return root, options
-
-
-def copied(run, folder, step):
-    """A copy of a run's folder as it was after a step."""
-    subprocess.run(["cp", "-r", str(run), str(folder)], check=True)
-    drop_checkpoints_after(folder, step)
-    return folder
 
 
 def test_one_and_two_processes_make_the_same_run_with_dropout_too(with_dropout):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from ddpm_hf.training import run_summary
@@ -28,6 +29,17 @@ def test_speed_and_time_left_follow_from_the_timed_steps(monkeypatch):
     speed = SpeedReport(0, 1005 + 1, 16, torch.device("cpu"))
     (line,) = [line for done in range(1, 8) if (line := speed.after_step(done))]
     assert line == "Speed       40.0 images/s over 5 steps; about 06:40 to go"
+
+
+@pytest.mark.parametrize(("precision", "named"), [("no", "float32"), ("bf16", "bf16 mixed precision")])
+def test_the_summary_names_the_precision(precision, named):
+    config = parse_config([*flags(**TINY_TRAINING), "--output_dir", "somewhere"])
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        assert f"on 1 process (cpu) in {named}\n" in describe_run(config, accelerator, 1000, (8, 0), 0)
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def test_the_lines_about_the_data_follow_the_number_of_images():
