@@ -1,14 +1,11 @@
-"""Options of a script: the fields of a dataclass, each with its type, range and help text, for the check of its value, the
-command line, `--help` and docs/options.md alike.
+"""Options of a script: the fields of a dataclass, each with its type, range and help text. The check of its value, the
+command line (`ddpm_hf.training.option_parser`), `--help` and docs/options.md follow from them.
 
 Nothing here imports torch, so that `--help` answers quickly.
 """
 
-import argparse
 import math
-import sys
 import types
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, field, fields
 from functools import cache, partial
 from numbers import Number, Real
@@ -28,7 +25,6 @@ from ddpm_hf.checks import (
 
 Options = TypeVar("Options")
 LARGEST = 2**63 - 1  # of the integers of torch and NumPy
-BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def option(default: Any, help: str, interval: str | None = None) -> Any:
@@ -70,7 +66,7 @@ def check_options(options: Any) -> None:
         if spec.default == "" and isinstance(value, str) and not value:  # not given
             continue
 
-        check = partial(_checked, kind, spec.metadata["interval"], is_optional)
+        check = partial(_checked, kind, spec.metadata["interval"], is_optional and not is_list)
         if is_list:  # of which one item may be given without a list
             value = check_list(spec.name, [value] if isinstance(value, (str, Number)) else value, check)
         else:
@@ -120,61 +116,3 @@ def accepted(cls: type, spec: Field) -> str:
 def default_of(spec: Field) -> Any:
     """The default of an option; MISSING if it must be given."""
     return spec.default if spec.default_factory is MISSING else spec.default_factory()
-
-
-class OptionParser(argparse.ArgumentParser):
-    """The command line of a dataclass of options: `--name value`; lists as `--name value value`; flags as `--name`,
-    `--name false` and, for those that are on by default, `--no_name`. `--name None` stands for None."""
-
-    def __init__(self, cls: type, description: str):
-        super().__init__(prog=None, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        self.cls = cls
-        for spec in fields(cls):
-            kind, is_list, _ = kinds(cls)[spec.name]
-            default = default_of(spec)
-            words = accepted(cls, spec) + ("" if default is MISSING else f"; default: {default!r}")
-            help, name = f"{spec.metadata['help']} ({words})".replace("%", "%%"), spec.name
-            names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-            nargs = {"nargs": "+"} if is_list else {"nargs": "?", "const": "true"} if kind is bool else {}
-            self.add_argument(*names, dest=name, metavar="VALUE", help=help, **nargs)
-            if kind is bool and default is True:
-                names = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
-                self.add_argument(*names, dest=name, action="store_const", const="false", help=f"{name} false")
-
-    def error(self, message: str) -> None:
-        raise ValueError(message)
-
-    def given(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-        """The options in a command line (None: that of the process), not checked. Raises ValueError for unknown ones."""
-        found, unknown = self.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-        if unknown:
-            raise ValueError(f"unknown option {unknown[0]}; --help lists all.")
-        values = vars(found)
-        for name in values.keys() & kinds(self.cls).keys():
-            kind, is_list, is_optional = kinds(self.cls)[name]
-            texts = values[name]
-            if is_optional and texts in ("None", ["None"]):
-                values[name] = None
-            else:
-                values[name] = [_from_text(t, kind) for t in texts] if is_list else _from_text(texts, kind)
-        return values
-
-    def parse(self, arguments: Sequence[str] | None = None) -> Any:
-        """The options of a command line. Raises ValueError or TypeError that names the option."""
-        values = self.given(arguments)
-        missing = [s.name for s in fields(self.cls) if default_of(s) is MISSING and s.name not in values]
-        if missing:
-            raise ValueError(f"--{missing[0]} must be given; --help lists all options.")
-        return self.cls(**values)
-
-
-def _from_text(text: str, kind: Any) -> Any:
-    """The value that a text gives; the text itself, for the check to refuse, if it gives none of this kind."""
-    if kind is bool:
-        return BOOLS.get(text.lower(), text)
-    if get_origin(kind) is Literal:
-        return {str(choice): choice for choice in get_args(kind)}.get(text, text)
-    try:
-        return text if kind is str else kind(text)
-    except ValueError:
-        return text

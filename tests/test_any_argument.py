@@ -29,7 +29,7 @@ from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.posthoc_ema import PowerEMA
 from ddpm_hf.training.presets import parse_config
-from ddpm_hf.transfer import Retries
+from ddpm_hf.transfer.downloads import Retries
 from tests.conftest import TINY_SCHEDULER, TINY_UNET
 
 SECONDS = 10  # for one example, of which most take milliseconds

@@ -15,7 +15,7 @@ LIBRARY = Path(ddpm_hf.__file__).parent
 # Imports point to lower floors; packages on the same floor do not import each other. "ground" is the modules outside packages.
 FLOORS = [
     {"ground"},
-    {"diffusion"},
+    {"diffusion", "transfer"},
     {"models", "schedulers"},
     {"pipelines"},
     {"data"},

@@ -1,7 +1,5 @@
 """Options: the table beside the fields is what the check, the command line and `--help` follow."""
 
-import contextlib
-import io
 import math
 import runpy
 from dataclasses import MISSING, dataclass, fields
@@ -14,10 +12,11 @@ from ddpm_hf.scripts.choose_ema import EMAArguments
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
 
-from ddpm_hf.options import OptionParser, accepted, check_options, kinds, option
+from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.options import accepted, check_options, kinds, option
 from ddpm_hf.training.config import TrainingConfig
 
-TABLES = [TrainingConfig, SampleArguments, EMAArguments, PublishArguments]
+TABLES = [TrainingConfig, SampleArguments, EvaluationOptions, EMAArguments, PublishArguments]
 
 
 @dataclass
@@ -95,48 +94,11 @@ def test_numbers_of_numpy_become_those_of_python():
     assert type(made.sizes[0]) is int and Options(name="x", sizes=np.int64(3)).sizes == [3]
 
 
-def test_a_command_line_gives_typed_values():
-    line = "--name 5 --steps 4 --rate inf --sizes 2 3 --kind a --bits 16 --no_fast --other None --steps 5"
-    expected = Options(name="5", steps=5, rate=math.inf, sizes=[2, 3], kind="a", bits=16, fast=False)
-    assert OptionParser(Options, "").parse(line.split()) == expected
-    assert OptionParser(Options, "").parse(["--name", "x", "--fast", "false"]).fast is False
-    assert OptionParser(Options, "").parse(["--name", "x", "--no_fast", "--fast"]).fast is True
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("--steps x", "steps must be an integer in 1..9, got 'x'"),
-        ("--steps 1.5", "steps must be an integer in 1..9, got '1.5'"),
-        ("--steps", "--steps: expected one argument"),
-        ("--rate nan", "rate must be .* got nan"),
-        ("--kind c", r"kind must be one of \[None, 'a', 'b'\], got 'c'"),
-        ("--bits 9", r"bits must be one of \[8, 16\], got '9'"),
-        ("--fast maybe", "fast must be True or False, got 'maybe'"),
-        ("--stepz 3", "unknown option --stepz; --help lists all"),
-        ("word", "unknown option word"),
-    ],
-)
-def test_a_command_line_is_refused_with_the_sentences_of_the_check(line, message):
-    with pytest.raises(ValueError, match=message):
-        OptionParser(Options, "").parse(["--name", "x", *line.split()])
-
-
-def test_a_missing_option_is_named():
-    with pytest.raises(ValueError, match="--name must be given"):
-        OptionParser(Options, "").parse([])
-
-
-def test_help_states_type_range_and_default():
-    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit):
-        OptionParser(Options, "What it does.").parse(["--help"])
-    words = " ".join(output.getvalue().split())
-    assert "a number (an integer in 1..9; default: 3)" in words and "50% of them (one of a, b, or None;" in words
-    assert "sizes (a list, each an integer of at least 1; default: [1])" in words
+def test_what_an_option_accepts_is_said_in_words():
     assert accepted(Options, fields(Options)[2]) == "a number in (0, inf]"
 
 
 def test_the_page_of_options_is_that_of_the_tables():
-    page = Path(__file__).parents[2] / "docs" / "options.md"
+    page = Path(__file__).parents[1] / "docs" / "options.md"
     text = runpy.run_path(str(page.with_name("make_options.py")))["text"]()
     assert page.read_text(encoding="utf-8") == text, "run python docs/make_options.py"

@@ -16,7 +16,8 @@ from typing import Literal
 
 import ddpm_hf
 from ddpm_hf.files import atomic_file, atomic_folder, lock_folder, move_file
-from ddpm_hf.options import OptionParser, check_options, option
+from ddpm_hf.options import check_options, option
+from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.evaluation.options import EvaluationOptions
-from ddpm_hf.options import OptionParser
+from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.

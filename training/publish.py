@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ddpm_hf.options import OptionParser, check_options, option
+from ddpm_hf.options import check_options, option
 from ddpm_hf.training.config_file import read_options
+from ddpm_hf.training.option_parser import OptionParser
 
 
 @dataclass
@@ -53,9 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"publish.py: error: {error}")
     # Imported after parsing, so that --help and wrong options are answered without waiting for torch.
     from ddpm_hf.hub.publish import publish
-    from ddpm_hf.hub_errors import explain_error
     from ddpm_hf.training.uploads import publish_step, staged_steps
-    from ddpm_hf.transfer import Retries
+    from ddpm_hf.transfer.downloads import Retries
+    from ddpm_hf.transfer.errors import explain_error
 
     folder = Path(args.model)
     try:

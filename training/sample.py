@@ -22,7 +22,8 @@ from ddpm_hf.data.arrays import array_file
 from ddpm_hf.evaluation.encoding import PNG_CHANNELS, png_bytes, quantize
 from ddpm_hf.evaluation.options import SamplerName
 from ddpm_hf.files import atomic_file
-from ddpm_hf.options import OptionParser, check_options, option
+from ddpm_hf.options import check_options, option
+from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.

@@ -14,9 +14,9 @@ from huggingface_hub.hf_api import RepoFile
 from ddpm_hf.hub.contents import check_files, pipeline_parts, published_files
 from ddpm_hf.hub.local_paths import without_local_paths
 from ddpm_hf.hub.model_card import card_for_repository, merge_cards, plain_card
-from ddpm_hf.hub_client import hub_api
-from ddpm_hf.hub_errors import LOG_IN, BranchMoved, NotStored, explained
-from ddpm_hf.transfer import DEFAULT_RETRIES, Retries, download_file, with_retries
+from ddpm_hf.transfer.client import hub_api
+from ddpm_hf.transfer.downloads import DEFAULT_RETRIES, Retries, download_file, with_retries
+from ddpm_hf.transfer.errors import LOG_IN, BranchMoved, NotStored, explained
 
 TRAINING_STATE = "training-state"  # the branch
 

@@ -21,7 +21,7 @@ from ddpm_hf.model_files import class_name, read_json_object
 from ddpm_hf.models.unet import UNet2DModelCustom
 from ddpm_hf.pipelines.guidance import check_marks
 from ddpm_hf.schedulers.samplers import OWN
-from ddpm_hf.transfer import Retries, download_snapshot
+from ddpm_hf.transfer.downloads import Retries, download_snapshot
 
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?P<variant>\.[^.]+?)?(-\d+-of-\d+)?\.(safetensors|bin)$")
 INDEX = re.compile(r"diffusion_pytorch_model\.(safetensors|bin)\.index(?P<variant>\.[^.]+)?\.json$")

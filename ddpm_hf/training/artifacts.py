@@ -18,7 +18,7 @@ from ddpm_hf.hub.model_card import make_card, update_results
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.pipelines.guidance import class_names_of
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.transfer import Retries, download_snapshot
+from ddpm_hf.transfer.downloads import Retries, download_snapshot
 
 # What a run writes into its folder.
 FILES = (

@@ -7,9 +7,9 @@ import importlib.resources
 from pathlib import Path
 
 from ddpm_hf.checks import shown
-from ddpm_hf.options import OptionParser
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.config_file import read_options
+from ddpm_hf.training.option_parser import OptionParser
 
 CONFIGS = importlib.resources.files("ddpm_hf.scripts") / "configs"
 

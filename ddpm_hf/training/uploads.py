@@ -20,9 +20,9 @@ from huggingface_hub.utils import disable_progress_bars
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.files import atomic_folder
 from ddpm_hf.hub.publish import Published, ensure_repository, publish, tag_commit
-from ddpm_hf.hub_client import abandon_requests
-from ddpm_hf.hub_errors import explain_error
-from ddpm_hf.transfer import DEFAULT_RETRIES, Retries
+from ddpm_hf.transfer.client import abandon_requests
+from ddpm_hf.transfer.downloads import DEFAULT_RETRIES, Retries
+from ddpm_hf.transfer.errors import explain_error
 
 logger = logging.getLogger("train")
 

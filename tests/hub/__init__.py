@@ -5,7 +5,7 @@
 - xet.py: its Xet storage (chunks, xorbs, shards).
 - client.py: a script that uses the real client in a process of its own, which `run_client` starts.
 - test_server.py tests the server itself; test_publish.py and test_model_card.py test `ddpm_hf.hub`; test_faults.py tests
-  uploads and downloads with every network fault (`ddpm_hf.transfer`), test_wrong_answers.py with a Hub that does not answer,
+  uploads and downloads with every network fault (`ddpm_hf.transfer.downloads`), test_wrong_answers.py with a Hub that does not answer,
   or answers with something else.
 """
 

@@ -134,7 +134,7 @@ def scripts() -> None:
 
 def calls() -> None:
     from ddpm_hf.hub.publish import publish
-    from ddpm_hf.transfer import Retries, download_snapshot
+    from ddpm_hf.transfer.downloads import Retries, download_snapshot
 
     retries = Retries(int(os.environ.get("TRIES", 5)), first_wait_seconds=0.05)
 

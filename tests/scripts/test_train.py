@@ -413,7 +413,7 @@ def test_a_broken_image_is_reported_before_training_or_skipped(photos, tmp_path,
         (["--dataset", "./nowhere"], "neither 'digits' nor 'photos', nor a folder"),
         (["--resolution", "7"], "cannot be halved"),
         (["--batch_size", "16", "--micro_batch_size", "5"], "must be a multiple of"),
-        (["--block_out_channels", "6", "12"], "norm_num_groups"),
+        (["--block_out_channels", "6", "12"], "must divide the 12 channels"),
         (["--down_block_types", "DownBlock2D", "SkipDownBlock2D"], "down_block_types must be one of.*SkipDownBlock2D"),
     ],
 )

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from ddpm_hf.answers import UnexpectedAnswer
-from ddpm_hf.hub_client import Abandoned, Stalled
-from ddpm_hf.hub_errors import BranchMoved, NotStored, explain_error, explained, is_transient, without_secrets
+from ddpm_hf.transfer.answers import UnexpectedAnswer
+from ddpm_hf.transfer.client import Abandoned, Stalled
+from ddpm_hf.transfer.errors import BranchMoved, NotStored, explain_error, explained, is_transient, without_secrets
 
 
 def hub_error(kind: type, status: int, token: str | None = None, **headers: str) -> errors.HfHubHTTPError:

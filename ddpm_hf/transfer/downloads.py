@@ -13,10 +13,10 @@ from typing import TypeVar
 from huggingface_hub import constants, errors, hf_hub_download, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
 
-from ddpm_hf.answers import UnexpectedAnswer
 from ddpm_hf.checks import check_float, check_int
-from ddpm_hf.hub_client import LIBRARY, check_token, hub_api, limit_requests, pause
-from ddpm_hf.hub_errors import OFFLINE, explain_error, explained, is_transient
+from ddpm_hf.transfer.answers import UnexpectedAnswer
+from ddpm_hf.transfer.client import LIBRARY, check_token, hub_api, limit_requests, pause
+from ddpm_hf.transfer.errors import OFFLINE, explain_error, explained, is_transient
 
 Result = TypeVar("Result")
 CHECKSUM = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")

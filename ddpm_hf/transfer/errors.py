@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 
 from huggingface_hub import HfApi, errors
 
-from ddpm_hf.answers import UnexpectedAnswer
-from ddpm_hf.hub_client import Abandoned, Stalled
+from ddpm_hf.transfer.answers import UnexpectedAnswer
+from ddpm_hf.transfer.client import Abandoned, Stalled
 
 LOG_IN = "run `hf auth login`, or set HF_TOKEN"
 OFFLINE = "the network is disabled: load it once with HF_HUB_OFFLINE unset and local_files_only=False."

@@ -5,7 +5,7 @@ import re
 import pytest
 from huggingface_hub.utils import httpx
 
-from ddpm_hf.answers import UnexpectedAnswer, check_answer, expected_shape, fits
+from ddpm_hf.transfer.answers import UnexpectedAnswer, check_answer, expected_shape, fits
 
 SHA = "0" * 40
 INFO = {"id": "u/m", "sha": SHA, "siblings": [{"rfilename": "README.md"}], "private": False, "tags": []}

@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import HfApi, close_session, constants, errors, get_session
 from huggingface_hub.utils import httpx
 
-from ddpm_hf import hub_client
-from ddpm_hf.hub_client import Abandoned, Stalled, abandon_requests, check_token, hub_api, limit_requests, pause
+from ddpm_hf.transfer import client
+from ddpm_hf.transfer.client import Abandoned, Stalled, abandon_requests, check_token, hub_api, limit_requests, pause
 from tests.hub import Fault, HubServer
 
 DEADLINE_SECONDS = 10
@@ -16,7 +16,7 @@ DEADLINE_SECONDS = 10
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr(hub_client, "REQUEST_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(client, "REQUEST_TIMEOUT_SECONDS", 0.5)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the server is on this machine
     with HubServer() as server:
         server.add_repo("u/m", {"a.txt": b"a"})
@@ -70,7 +70,7 @@ def test_the_client_does_not_wait_as_long_as_a_server_asks(hub):
 
 
 def test_abandoned_requests_of_all_threads_end_at_once(hub, monkeypatch):
-    monkeypatch.setattr(hub_client, "REQUEST_TIMEOUT_SECONDS", 60)
+    monkeypatch.setattr(client, "REQUEST_TIMEOUT_SECONDS", 60)
     hub.faults.append(Fault("GET /api/models/u/m", hangs="silent"))
     found = []
 

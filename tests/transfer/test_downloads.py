@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from ddpm_hf import transfer
-from ddpm_hf.transfer import Retries, with_retries
+from ddpm_hf.transfer import downloads
+from ddpm_hf.transfer.downloads import Retries, with_retries
 
 
 def busy(seconds: str) -> errors.HfHubHTTPError:
@@ -17,7 +17,7 @@ def busy(seconds: str) -> errors.HfHubHTTPError:
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
     found = []
-    monkeypatch.setattr(transfer, "pause", found.append)
+    monkeypatch.setattr(downloads, "pause", found.append)
     return found
 
 

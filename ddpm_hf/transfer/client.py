@@ -2,7 +2,7 @@
 
 The client shares one HTTP session, by default without any timeout. Its own retries multiply with those of `with_retries`,
 and it waits as long as a server asks it to. `limit_requests` changes the session: requests that this package makes
-(known by their User-Agent) have a time limit as a whole, their answers are checked (`ddpm_hf.answers`), and all retries
+(known by their User-Agent) have a time limit as a whole, their answers are checked (`ddpm_hf.transfer.answers`), and all retries
 are left to `with_retries`. Requests of other libraries only get a timeout where they have none.
 """
 
@@ -18,7 +18,7 @@ from functools import wraps
 from huggingface_hub import HfApi, errors, get_session, get_token
 from huggingface_hub.utils import _http, hf_raise_for_status, httpx
 
-from ddpm_hf.answers import RETRIED, check_answer
+from ddpm_hf.transfer.answers import RETRIED, check_answer
 
 # For a request, apart from the time that its data take. The variable is that of the client, where it is for downloads.
 REQUEST_TIMEOUT_SECONDS = float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or 60)

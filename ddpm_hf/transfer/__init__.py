@@ -1,0 +1,1 @@
+"""Talking to the Hub: time limits, checked answers, retries, and errors explained in one sentence."""
