@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.files import check_output_folder
 from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
 
+FILES = ("metrics.json", "README.md", "bound.png", "closest_pixels.png", "closest_features.png")
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
 
 
@@ -29,6 +31,7 @@ def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
     from ddpm_hf.training.artifacts import read_metrics, run_folder, write_evaluation
 
     state, folder = PartialState(), Path(options.output_dir or options.model)
+    check_output_folder("output_dir", folder, FILES)
     pipe = DDPMPipelineCustom.from_pretrained(options.model)
     pipe.to(state.device)
     pipe.unet.eval()

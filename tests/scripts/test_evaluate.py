@@ -165,6 +165,7 @@ def test_card_of_any_origin_keeps_its_text_and_other_results(model, options, tmp
     ("changed", "message"),
     [
         (["--num_samples=0"], "num_samples must be an integer of at least 1, got 0"),
+        (["--output_dir=/dev/null"], "output_dir must be a folder .*'/dev/null' is not a folder"),
         (["--bound_images=1"], "bound_images must be an integer of at least 2, got 1"),
         (["--seed=-1"], "seed must be an integer of at least 0, got -1"),
         (["--steps=0"], "steps must be an integer of at least 1, got 0"),

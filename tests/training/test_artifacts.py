@@ -1,12 +1,17 @@
 """Figures, metrics and the printed hints of a finished run."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
 from ddpm_hf.training import artifacts
-from ddpm_hf.training.artifacts import loss_figure, read_metrics, write_artifacts, write_metrics
+from ddpm_hf.training.artifacts import loss_figure, read_metrics, run_folder, write_artifacts, write_metrics
 from ddpm_hf.training.presets import parse_config
+from tests.hub import HubServer
 from tests.hub.test_model_card import TRAINING
 from tests.training.helpers import TINY
 
@@ -53,3 +58,19 @@ def test_model_whose_samples_are_not_finite_is_saved_without_pictures(make_pipel
     assert "No samples.png and denoising.png: samples must be finite" in printed and "from step 1 of" in printed
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file() and (tmp_path / "README.md").is_file()
     assert not (tmp_path / "samples.png").exists()
+
+
+def test_configuration_and_metrics_of_a_model_on_the_hub_are_downloaded(tmp_path):
+    with HubServer() as hub:
+        hub.add_repo("u/run", {"config.yaml": b"crop: pad\n", "metrics.json": b'{"a": 1}', "samples.png": b"large"})
+        hub.add_repo("u/plain", {"model_index.json": b"{}"})
+        # In a process of its own: the client reads the address when it is imported.
+        code = "from ddpm_hf.training.artifacts import *; print(*map(run_folder, ('u/run', 'u/plain')), sep='\\n')"
+        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    run, plain = map(Path, done.stdout.split())
+    assert sorted(file.name for file in run.iterdir()) == ["config.yaml", "metrics.json"]
+    assert read_metrics(run) == {"a": 1} and read_metrics(plain) == {} and run_folder(str(run)) == run
