@@ -80,7 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail("evaluate.py", error)
     if state.is_main_process:
         print(text)
-    state.destroy_process_group()
     if problem is not None:
         fail("evaluate.py", problem)
 

@@ -41,18 +41,19 @@ def parse_timesteps(text: str, T: int) -> list[int]:
     """The timesteps, descending, that a text names: "ddimN", the N multiples of the smallest stride that gives N of them
     (as in improved-diffusion), or a list such as "900,500,100,0". Raises ValueError for other texts and for timesteps
     beyond T−1."""
+    check_int("T", T, 1, MAX_TIMESTEPS)
     if not isinstance(text, str) or max(map(len, text.split(","))) > MAX_DIGITS:
-        raise ValueError(f"timesteps must be text, a descending list in 0..{T - 1}, or 'ddimN', got {shown(text)}.")
+        raise ValueError(f"timesteps must be text, a descending list in 0..T−1 = {T - 1}, or 'ddimN', got {shown(text)}.")
     if text.startswith("ddim") and text[4:].isdecimal():
         lengths = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
         if (n := int(text[4:])) not in lengths:
             near = sorted(lengths, key=lambda length: abs(length - n))[:2]
-            raise ValueError(f"timesteps={text!r}: no stride gives {n} of {T} timesteps; {sorted(near)} are possible.")
+            raise ValueError(f"timesteps={text!r}: no stride gives {n} of T = {T} timesteps; {sorted(near)} are possible.")
         return list(range(0, T, lengths[n]))[::-1]
     words = text.split(",")
     timesteps = [int(word) for word in words if word.strip().isdecimal()]
     if len(timesteps) < len(words) or timesteps != sorted({*timesteps}, reverse=True) or timesteps[0] >= T:
-        raise ValueError(f"timesteps must be a descending list in 0..{T - 1}, or 'ddimN', got {shown(text)}.")
+        raise ValueError(f"timesteps must be a descending list in 0..T−1 = {T - 1}, or 'ddimN', got {shown(text)}.")
     return timesteps
 
 

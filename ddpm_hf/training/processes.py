@@ -3,6 +3,7 @@
 torch is imported where it is needed, so that a script can call `prepare_process` and still answer `--help` quickly.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -20,7 +21,8 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 def prepare_process() -> None:
     """Prepare a process that `accelerate launch` or `torchrun` started; call it first in a script's `main`.
 
-    The processes of a machine share its CPU cores, where the launchers set one thread each. On Linux the process gets a
+    The processes of a machine share its CPU cores, where the launchers set one thread each. Their group ends before Python
+    does, whose exit would otherwise destroy threads of gloo that still run, and abort the process (torch 2.13). On Linux the process gets a
     SIGTERM when its launcher ends: `accelerate launch` does not forward signals. Prints one line to stderr if
     several processes were asked for and `accelerate launch` started one, as it does on machines without a GPU.
     """
@@ -29,12 +31,20 @@ def prepare_process() -> None:
     os.environ["OMP_NUM_THREADS"] = str(_share_of_cores())  # read when torch is imported
     if "torch" in sys.modules:
         use_cpu_threads()
+    atexit.unregister(_end_process_group)  # a script may be called more than once
+    atexit.register(_end_process_group)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     # accelerate 1.15 sets MASTER_PORT if it was asked for more than one process or machine.
     if "MASTER_PORT" in os.environ and not any(name in os.environ for name in RANKS):
         use = f"For N processes without a GPU use `torchrun --nproc_per_node N {sys.argv[0]} ...`"
         print(f"Only one process was started. {use}, not `accelerate launch`.", file=sys.stderr)
+
+
+def _end_process_group() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def settle_with_launcher(mixed_precision: str | None) -> str:

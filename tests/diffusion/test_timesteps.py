@@ -58,7 +58,7 @@ def test_ddim_n_is_n_multiples_of_the_smallest_stride(T):
     possible = {len(range(0, T, stride)) for stride in range(1, T + 1)}
     for n in range(1, T + 1):
         if n not in possible:
-            with pytest.raises(ValueError, match=f"no stride gives {n} of {T} timesteps.*are possible"):
+            with pytest.raises(ValueError, match=f"no stride gives {n} of T = {T} timesteps.*are possible"):
                 parse_timesteps(f"ddim{n}", T)
             continue
         timesteps = parse_timesteps(f"ddim{n}", T)
@@ -71,7 +71,7 @@ def test_ddim_n_is_n_multiples_of_the_smallest_stride(T):
 def test_list_of_timesteps_is_read_or_refused():
     assert parse_timesteps("900, 500,0", 1000) == [900, 500, 0]
     for text in ("", "5,7", "5,5", "1000,3", "-1", "5,x", "ddim", "ddimx", "2.5"):
-        with pytest.raises(ValueError, match="timesteps must be a descending list in 0..999, or 'ddimN'"):
+        with pytest.raises(ValueError, match="timesteps must be a descending list in 0..T−1 = 999, or 'ddimN'"):
             parse_timesteps(text, 1000)
 
 
