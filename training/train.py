@@ -1,4 +1,4 @@
-"""Train a DDPM: `accelerate launch training/train.py --config <preset> [--option value ...]`.
+"""Train a DDPM: `python training/train.py --config <preset> [--option value ...]`.
 
 Reads top to bottom: `main` reads the options, `prepare` loads data and network and the last checkpoint, `train` runs
 `training_step` until enough images were seen, and `finish` writes a pipeline, figures and a model card to `output_dir`.
@@ -148,7 +148,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     scheduler = build_scheduler(config)
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
-        config = with_num_classes(config, images)
+        config = with_num_classes(config, images).with_length(images.num_examples)
         validation_subset = load_validation_images(config, validation, accelerator.device)
         conditions = preview_conditions(images, config)
     unet = build_unet(config)
@@ -223,14 +223,14 @@ def train(run: Run, signals: StopSignals) -> None:
         skipped.total, skipped.in_a_row = saved["nonfinite_steps"], saved["nonfinite_steps_in_a_row"]
         if accelerator.is_main_process:
             warn_of_changes(config.dropout, images_at_a_time, saved)
-        accelerator.print(f"Resuming from step {first_step} of {config.num_steps} ({config.output_dir}/checkpoints).")
+        accelerator.print(f"Resuming from step {first_step} of {config.total_steps} ({config.output_dir}/checkpoints).")
     share = (accelerator.process_index, world, config.micro_batches(world), config.num_workers, accelerator.device)
     batches = MicroBatches(
-        run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
+        run.images, config.batch_size, config.seed, first_step, config.total_steps, *share, state=stream
     )
     parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
     run_logger = RunLogger(config, accelerator, *parts, run.conditions, describe_data(run.images))
-    last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
+    last_step = min(config.total_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.total_steps
     exit_code = 0
     model.train()
     with signals.deferred(world, timedelta(seconds=config.process_group_timeout)):
@@ -242,7 +242,7 @@ def train(run: Run, signals: StopSignals) -> None:
             skipped.add(done - 1, report.t, report.objective, report.skipped)
 
             stop = signals.should_stop()
-            is_saved = done % config.checkpoint_every_steps == 0 or done == config.num_steps or stop
+            is_saved = done % config.checkpoint_every_steps == 0 or done == config.total_steps or stop
             if (is_saved or run_logger.is_logged(done)) and skipped.too_many_skipped():
                 print_error(
                     f"{skipped.in_a_row} steps in a row had no finite loss and gradient; the checkpoints are unchanged."
@@ -261,13 +261,13 @@ def train(run: Run, signals: StopSignals) -> None:
                     "nonfinite_steps_in_a_row": skipped.in_a_row,
                 }
                 folder = save(config, accelerator, done, state, progress)
-                if folder is not None and done < config.num_steps:
+                if folder is not None and done < config.total_steps:
                     run.uploader.upload_checkpoint(done, run.unet, run.scheduler, folder)
-                elif folder is None and (stop or done == config.num_steps):
+                elif folder is None and (stop or done == config.total_steps):
                     print_error("the last checkpoint could not be saved; free some space and run the same command.")
                     exit_code = EXIT_NOT_SAVED
             if stop:
-                accelerator.print(f"\nStopped after step {done} of {config.num_steps}; the same command resumes.")
+                accelerator.print(f"\nStopped after step {done} of {config.total_steps}; the same command resumes.")
                 exit_code = exit_code or 128 + stop
                 break
     exit_code = exit_code or (signals.received and 128 + signals.received)
@@ -297,13 +297,13 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
     averaged = full_on_cpu(averaged, keep=accelerator.is_main_process)  # FSDP needs every process for this
     if exit_code or not run_logger.is_writer:
         return
-    seconds = run_logger.seconds if first_step < config.num_steps else run.restored[1]["records"]["seconds"]
+    seconds = run_logger.seconds if first_step < config.total_steps else run.restored[1]["records"]["seconds"]
     training = {
-        "images_seen": config.num_steps * config.batch_size,
-        "steps": config.num_steps,
+        "images_seen": config.total_steps * config.batch_size,
+        "steps": config.total_steps,
         **run_logger.final_losses(),
         "seconds": round(seconds, 1),
-        "images_per_second": round(config.num_steps * config.batch_size / seconds, 1),
+        "images_per_second": round(config.total_steps * config.batch_size / seconds, 1),
         "processes": accelerator.num_processes,
         "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
         "parameters": sum(p.numel() for p in unet.parameters()),

@@ -73,7 +73,7 @@ class RunLogger:
         )
         self.is_writer = accelerator.is_main_process and not config.dry_run
         self._statistics = StepStatistics(config.num_train_timesteps, accelerator, self.restored)
-        self._speed = SpeedReport(first_step, config.num_steps, config.batch_size, accelerator.device)
+        self._speed = SpeedReport(first_step, config.total_steps, config.batch_size, accelerator.device)
         if self.is_writer:
             self._remove_after(first_step)
             atomic_file(self.folder / "config.yaml", config.to_yaml())
@@ -84,7 +84,7 @@ class RunLogger:
         examples = (self.train_examples, len(self.validation or ()))
         parameters = self.unet.num_parameters()
         accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.data))
-        done, total = first_step * config.batch_size, config.num_steps * config.batch_size
+        done, total = first_step * config.batch_size, config.total_steps * config.batch_size
         self._bar = tqdm(desc="Training", initial=done, total=total, unit="img", unit_scale=True)
         self._shown = {}
         self._started = time.monotonic() - (self.restored or {"seconds": 0})["seconds"]
@@ -97,11 +97,11 @@ class RunLogger:
 
     def is_logged(self, done: int) -> bool:
         """Whether `after_step` reads values from the device after step `done`."""
-        return done % self.config.log_every_steps == 0 or done == self.config.num_steps
+        return done % self.config.log_every_steps == 0 or done == self.config.total_steps
 
     def after_step(self, done: int, report: StepReport) -> None:
         """Log the step after which `done` steps are complete. Every process must call this."""
-        config, is_last, images = self.config, done == self.config.num_steps, done * self.config.batch_size
+        config, is_last, images = self.config, done == self.config.total_steps, done * self.config.batch_size
         self._statistics.add(report)
         self._clock_steps += 1
         self._bar.update(config.batch_size)

@@ -54,7 +54,7 @@ def describe_run(
         f"Data        {counted} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n{data}"
         f"Network     {parameters:,} parameters on {hardware}\n"
         f"Memory      {', '.join(memory)}; plus activations\n"
-        f"Length      {config.num_steps:,} steps of {config.batch_size:,} images{resumed}\n"
+        f"Length      {config.total_steps:,} steps of {config.batch_size:,} images{resumed}\n"
         f"Written to  {config.output_dir}/: {', '.join(written)}; the model at the end"
     )
 

@@ -1,9 +1,12 @@
 """Presets are valid configurations of the published sizes, and flags override them."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from ddpm_hf import UNet2DModelCustom
+from ddpm_hf.options import default_of
 from ddpm_hf.training.build import build_unet
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.presets import load_preset, parse_config, presets
@@ -54,7 +57,7 @@ def test_the_presets_of_the_paper_have_its_training_lengths():
     }
     for name, expected in paper.items():
         c = preset_config(name)
-        assert (c.num_steps, c.batch_size, c.learning_rate, c.dropout, c.random_flip, c.variance_type) == expected
+        assert (c.total_steps, c.batch_size, c.learning_rate, c.dropout, c.random_flip, c.variance_type) == expected
         assert (c.warmup_steps, c.adam_beta2, c.max_grad_norm, c.num_train_timesteps) == (5000, 0.999, 1.0, 1000)
         assert 0.5 ** (c.batch_size / c.ema_halflife_images) == pytest.approx(0.9999, abs=1e-6)
 
@@ -88,10 +91,53 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
 
 def test_an_unknown_option_in_a_file_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("learning_rte: 1")
-    with pytest.raises(ValueError, match=r"\['learning_rte'\] is no option"):
+    with pytest.raises(ValueError, match="mine.yaml: unknown option learning_rte: did you mean --learning_rate?"):
         parse_config(["--config", str(tmp_path / "mine.yaml")])
 
 
 def test_an_unknown_flag_is_refused():
-    with pytest.raises(ValueError, match="unknown option --learning_rte; --help lists all"):
-        parse_config(["--learning_rte", "1"])
+    with pytest.raises(ValueError, match="unknown option '--colour'; --help lists all"):
+        parse_config(["--colour", "1"])
+
+
+def test_the_name_of_the_card_is_not_taken_for_the_data(tmp_path):
+    for preset in ("digits", "custom", "cifar10"):
+        with pytest.raises(ValueError, match="--dataset_name a/b only names the data.* did you mean --dataset?"):
+            parse_config(["--config", preset, "--dataset_name", "a/b"])
+    assert parse_config(["--config", "custom", "--dataset", "x", "--dataset_name", "Birds"]).dataset_name == "Birds"
+    (tmp_path / "mine.yaml").write_text(parse_config([]).to_yaml())
+    assert parse_config(["--config", str(tmp_path / "mine.yaml"), "--dataset_name", "Birds"]).dataset_name == "Birds"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "replaced"),
+    [
+        ("num_steps", 7, {"total_images": 896}),
+        ("num_epochs", 7, {"num_epochs": 7, "total_images": None}),
+        ("total_images", 1280, {"total_images": 1280}),
+        ("ema_decay", 0.9, {"ema_decay": 0.9, "ema_halflife_images": None}),
+    ],
+)
+def test_an_alternative_replaces_that_of_the_preset(tmp_path, option, value, replaced):
+    expected = dataclasses.replace(parse_config([]), **replaced)
+    assert parse_config([f"--{option}", str(value)]) == expected
+    if option != "ema_decay":
+        text = parse_config(["--num_epochs", "3"]).to_yaml()
+        (tmp_path / "mine.yaml").write_text(text)
+        assert parse_config(["--config", str(tmp_path / "mine.yaml"), f"--{option}", str(value)]) == expected
+
+
+@pytest.mark.parametrize("preset", [["--config", "photos"], ["--config=photos"], []])
+def test_help_shows_groups_and_the_values_of_the_preset(preset, capsys):
+    with pytest.raises(SystemExit):
+        parse_config([*preset, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    config = parse_config(preset)
+    for spec in dataclasses.fields(TrainingConfig):
+        assert f"--{spec.name} " in printed
+        value = load_preset("photos" if preset else "digits").get(spec.name, default_of(spec))
+        assert f"default: {value!r})" in printed, spec.name
+    assert f"default: {config.batch_size})" in printed
+    groups = [spec.metadata["group"] for spec in dataclasses.fields(TrainingConfig) if spec.metadata["group"]]
+    assert groups[:3] == ["Where", "Data", "Network (the names of UNet2DModel)"]
+    assert all(f" {group}: --" in printed for group in groups)
