@@ -1,18 +1,21 @@
 """Presets are valid configurations of the published sizes, and flags override them."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf import UNet2DModelCustom
 from ddpm_hf.options import default_of
 from ddpm_hf.training.build import build_unet
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.presets import load_preset, parse_config, presets
+from ddpm_hf.training.presets import CONFIGS, load_preset, parse_config, presets
 
 # Millions of parameters: as published (DDPM, appendix B; "50M" in the name of Improved DDPM's checkpoint), or counted.
 PARAMETERS = {
+    "butterflies-128": 113.7,
     "celebahq-256": 113.7,
     "cifar10": 35.7,
     "cifar10-conditional": 35.8,
@@ -20,10 +23,15 @@ PARAMETERS = {
     "custom": 26.6,
     "digits": 0.7,
     "digits-conditional": 1.0,
+    "fashion-mnist": 6.5,
+    "flowers-64": 113.7,
+    "folder-64": 5.1,
     "lsun-bedroom-256": 113.7,
     "lsun-cat-256": 113.7,
     "lsun-church-256": 113.7,
+    "mnist": 6.5,
     "photos": 1.1,
+    "pokemon-64": 113.7,
 }
 
 
@@ -44,6 +52,45 @@ def test_every_preset_is_valid_and_has_the_published_network_size(name):
 
 def test_presets_are_those_with_a_known_network_size():
     assert presets() == sorted(PARAMETERS)
+
+
+# Presets that state an estimate of their time, and where their data are on the Hub.
+HUB_NAMES = {
+    "mnist": "ylecun/mnist",
+    "fashion-mnist": "zalando-datasets/fashion_mnist",
+    "butterflies-128": "huggan/smithsonian_butterflies_subset",
+    "flowers-64": "huggan/flowers-102-categories",
+    "pokemon-64": "huggan/pokemon",
+    "folder-64": None,
+}
+
+
+def forward_operations(config):
+    """Floating-point operations of the network for one image."""
+    with torch.device("meta"):
+        unet, image = build_unet(config), torch.empty(1, config.channels, *config.resolution)
+        with FlopCounterMode(display=False) as counter:
+            assert unet(image, torch.zeros(1, dtype=torch.long)).sample.shape == image.shape
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", [*HUB_NAMES, "cifar10-improved"])
+def test_hours_of_presets_follow_from_those_of_cifar10(name):
+    """The rule of docs/training.md: 85 V100 hours of cifar10, times the ratio of operations per image and of images."""
+    config, cifar10 = preset_config(name), preset_config("cifar10")
+    operations = forward_operations(config) / forward_operations(cifar10)
+    hours = 85 * operations * config.total_images / cifar10.total_images
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert float(re.search(r"about ([\d.]+) V100\s+hours", text)[1]) == pytest.approx(hours, rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_presets_of_learners_state_source_length_time_and_data(name):
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert load_preset(name).get("dataset") == HUB_NAMES[name]
+    assert all(f"# {word}: " in text for word in ("Source", "Length", "Time"))
+    assert f"{preset_config(name).total_images:,} images to see" in text
+    assert f"{PARAMETERS[name]} M parameters" in text.replace("\n# ", " ") and "an estimate" in text
 
 
 def test_the_presets_of_the_paper_have_its_training_lengths():
