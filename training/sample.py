@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 import ddpm_hf
 from ddpm_hf.checks import check_device, check_int
@@ -25,6 +24,7 @@ from ddpm_hf.files import atomic_file
 from ddpm_hf.options import check_options, option
 from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
+from ddpm_hf.training.progress import progress_bar
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
 
@@ -88,8 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
     if state.is_main_process:
         atomic_file(folder / record_name(args), record(args))
     share, problem = unfinished[state.process_index :: state.num_processes], None
-    title = "images" if state.num_processes == 1 else f"images, process 1 of {state.num_processes}"
-    with tqdm(total=sum(map(len, share)), unit="image", desc=title, disable=not state.is_main_process) as bar:
+    title = "Sampling" if state.num_processes == 1 else f"Sampling, process 1 of {state.num_processes}"
+    with progress_bar(title, sum(map(len, share)), "images", shown=state.is_main_process) as bar:
         for batch in share:
             try:
                 images = make_batch(pipe, args, batch)

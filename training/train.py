@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The processes of the run, with their precision, threads and seeds."""
     import datasets
+    import huggingface_hub
     import torch
     from accelerate import Accelerator
     from accelerate.utils import (
@@ -89,6 +90,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         set_seed,
     )
 
+    from ddpm_hf.training.progress import is_terminal
     from ddpm_hf.training.resume import is_sharded
 
     accelerator = Accelerator(
@@ -109,8 +111,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     config.micro_batches(accelerator.num_processes)  # raises ValueError if the batch cannot be divided
     if accelerator.device.type == "cpu":
         use_cpu_threads(config.cpu_threads)
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or not is_terminal():  # bars of libraries, of which files would keep every state
         datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     set_seed(config.seed)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
@@ -202,14 +205,15 @@ def build_training(run: Run):
 
 
 def train(run: Run, signals: StopSignals) -> None:
-    """Train to the end of the run; a dry run stops after a few steps. Raises SystemExit with a code of stopping.py."""
+    """Train to the end of the run; a dry run only times a few steps. Raises SystemExit with a code of stopping.py."""
     from accelerate.utils import gather_object
 
     from ddpm_hf.data.batches import MicroBatches
+    from ddpm_hf.training.dry_run import time_training
     from ddpm_hf.training.nonfinite import SkippedSteps
     from ddpm_hf.training.resume import data_position, save, warn_of_changes
     from ddpm_hf.training.run_logger import RunLogger
-    from ddpm_hf.training.run_summary import TIMED_STEPS, describe_data
+    from ddpm_hf.training.run_summary import describe_data
     from ddpm_hf.training.step import training_step
 
     config, accelerator, num_examples = run.config, run.accelerator, run.images.num_examples
@@ -230,9 +234,15 @@ def train(run: Run, signals: StopSignals) -> None:
     )
     parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
     run_logger = RunLogger(config, accelerator, *parts, run.conditions, describe_data(run.images))
-    last_step = min(config.total_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.total_steps
+    last_step = first_step if config.dry_run else config.total_steps
     exit_code = 0
     model.train()
+    if config.dry_run and first_step < config.total_steps:
+        sampler = state.timestep_sampler
+        line = time_training(
+            accelerator, model, optimizer, run.scheduler.diffusion, config, batches, sampler, first_step
+        )
+        accelerator.print(line)
     with signals.deferred(world, timedelta(seconds=config.process_group_timeout)):
         for done in range(first_step + 1, last_step + 1):
             micro_batches, diffusion, sampler = batches.step(), run.scheduler.diffusion, state.timestep_sampler
@@ -251,7 +261,7 @@ def train(run: Run, signals: StopSignals) -> None:
                 break
             run_logger.after_step(done, report)
 
-            if is_saved and not config.dry_run:
+            if is_saved:
                 stream = batches.gather_state(gather_object)
                 progress = {
                     "data": data_position(done, config.batch_size, num_examples, run.fingerprint, stream),
