@@ -1,4 +1,4 @@
-"""Sample images from a trained model: `accelerate launch training/sample.py --model outputs/digits --num_images 64`.
+"""Sample images from a trained model: `python training/sample.py --model outputs/digits --num_images 64`.
 
 Writes one PNG file per image, named by its index, or one .npz or .parquet file. The work is spread over the processes.
 Image i of a seed is the same on any number of processes. The same command resumes a run that was stopped, and a larger

@@ -83,6 +83,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     import huggingface_hub
     import torch
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import (
         DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
@@ -93,10 +94,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     from ddpm_hf.training.progress import is_terminal
     from ddpm_hf.training.resume import is_sharded
 
+    if missing := set(config.trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        raise ValueError(
+            f"report_to = {config.report_to} needs packages that are not installed: {', '.join(sorted(missing))}."
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=config.trackers or None,
         project_dir=config.output_dir,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `training_step` accumulates itself
         kwargs_handlers=[
@@ -104,8 +109,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_group_timeout)),
         ],
     )
-    if config.report_to != "none" and not accelerator.log_with:
-        raise ValueError(f"report_to = {config.report_to!r} needs a package that is not installed: {config.report_to}.")
     if is_sharded(accelerator) and config.compile:
         raise ValueError(f"compile = {config.compile!r} cannot be combined with FSDP.")
     config.micro_batches(accelerator.num_processes)  # raises ValueError if the batch cannot be divided
@@ -192,6 +195,7 @@ def build_training(run: Run):
         unet.load_state_dict(run.restored[0]["model"])
     model = torch.compile(unet, backend=config.compile) if config.compile else unet
     model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
     averages = {"ema": EMA(unet, config.ema_halflife_images, decay=config.ema_decay, warmup=config.ema_warmup)}
     if config.ema_snapshot_every_images:
         averages["power_ema"] = PowerEMA(unet)
@@ -229,20 +233,14 @@ def train(run: Run, signals: StopSignals) -> None:
             warn_of_changes(config.dropout, images_at_a_time, saved)
         accelerator.print(f"Resuming from step {first_step} of {config.total_steps} ({config.output_dir}/checkpoints).")
     share = (accelerator.process_index, world, config.micro_batches(world), config.num_workers, accelerator.device)
-    batches = MicroBatches(
-        run.images, config.batch_size, config.seed, first_step, config.total_steps, *share, state=stream
-    )
+    order = (config.batch_size, config.seed, first_step, config.total_steps)
+    batches = MicroBatches(run.images, *order, *share, state=stream)
     parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
     run_logger = RunLogger(config, accelerator, *parts, run.conditions, describe_data(run.images))
-    last_step = first_step if config.dry_run else config.total_steps
-    exit_code = 0
-    model.train()
-    if config.dry_run and first_step < config.total_steps:
-        sampler = state.timestep_sampler
-        line = time_training(
-            accelerator, model, optimizer, run.scheduler.diffusion, config, batches, sampler, first_step
-        )
-        accelerator.print(line)
+    exit_code, last_step = 0, first_step if config.dry_run else config.total_steps
+    if config.dry_run:
+        parts = (model, optimizer, run.scheduler.diffusion, state.timestep_sampler)
+        time_training(config, accelerator, *parts, batches, first_step)
     with signals.deferred(world, timedelta(seconds=config.process_group_timeout)):
         for done in range(first_step + 1, last_step + 1):
             micro_batches, diffusion, sampler = batches.step(), run.scheduler.diffusion, state.timestep_sampler

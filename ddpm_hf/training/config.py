@@ -26,6 +26,9 @@ BetaSchedule = Literal[
     "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "quad", "quadratic", "const", "constant", "jsd",
     "warmup10", "warmup50",
 ]  # fmt: skip
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class TrainingConfig:
     )
     validation_images: MayChange[int] = option(256, "maximum number of validation images, drawn once", "[1, inf)")
     sample_every_steps: MayChange[int] = option(0, "save sample images at this interval; 0: never", "[0, inf)")
-    report_to: MayChange[Literal["none", "tensorboard", "wandb"]] = option("tensorboard", "tracker to log to")
+    report_to: MayChange[list[Tracker]] = option(["tensorboard"], "trackers to log to, one or several")
     sample_steps: MayChange[int] = option(250, "sampling steps for figures and the quality check", "[1, inf)")
     quality_samples: MayChange[int] = option(
         0, "samples to judge at the end, if the data set has a judge; 0: none", "[0, inf)"
@@ -204,6 +207,11 @@ class TrainingConfig:
     def num_class_embeds(self) -> int | None:
         """Rows of the network's class embedding: the classes, and the null class with `label_dropout`."""
         return None if self.num_classes is None else self.num_classes + (self.label_dropout > 0)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, without "none"."""
+        return [name for name in self.report_to if name != "none"]
 
     @property
     def condition_width(self) -> int | None:

@@ -16,7 +16,16 @@ LENGTHS = ("total_images", "num_steps", "num_epochs")
 
 def check_rules(config) -> None:
     """Raise ValueError for values that do not fit together, and for those that would be ignored."""
-    for check in (_check_choices, _check_size, _check_length, _check_data, _check_ema, _check_uses, _check_chain):
+    for check in (
+        _check_choices,
+        _check_size,
+        _check_length,
+        _check_data,
+        _check_trackers,
+        _check_ema,
+        _check_uses,
+        _check_chain,
+    ):
         check(config)
 
 
@@ -106,6 +115,12 @@ def _check_data(config) -> None:
         raise ValueError(f"validation_split must be another split than split, which is {config.split!r}.")
     if config.validation_split is not None and config.validation_fraction:
         raise ValueError("validation_split and validation_fraction exclude each other.")
+
+
+def _check_trackers(config) -> None:
+    names = config.report_to
+    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        raise ValueError(f"report_to must be different trackers, or 'none' alone, got {names}.")
 
 
 def _check_ema(config) -> None:

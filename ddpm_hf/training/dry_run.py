@@ -18,22 +18,24 @@ SECONDS = 15.0  # after which no further step is begun
 
 
 def time_training(
+    config: TrainingConfig,
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     diffusion: GaussianDiffusion,
-    config: TrainingConfig,
-    batches: MicroBatches,
     sampler: UniformTimesteps,
+    batches: MicroBatches,
     first_step: int,
     seconds: float = SECONDS,
-) -> str:
-    """Train with one image per process, then with as many as there is time for, up to the run's micro-batch; the line of the
-    summary.
+) -> None:
+    """Train with one image per process, then with as many as there is time for, up to the run's micro-batch; print
+    the speed, unless the run is at its end.
 
     No step is begun after `seconds`, and none but the first is expected to take longer than a third of them. Weights and optimizer state change: they are not to be used afterwards. Every process must
     call this.
     """
+    if first_step == config.total_steps:
+        return
     world, device = accelerator.num_processes, accelerator.device
     share = config.images_at_a_time(world)
     (images,) = islice(batches.step(), 1)
@@ -56,4 +58,4 @@ def time_training(
     rate = size * world * len(counted) / sum(counted)
     measured = f"{len(counted)} step{'s' * (len(counted) > 1)} of {size * world} image{'s' * (size * world > 1)}"
     left = (config.total_steps - first_step) * config.batch_size
-    return speed_line(rate, measured, left, device)
+    accelerator.print(speed_line(rate, measured, left, device))

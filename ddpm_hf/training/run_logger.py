@@ -80,7 +80,7 @@ class RunLogger:
         self.log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
         if not config.dry_run:
             settings = {k: str(v) for k, v in asdict(config).items()}
-            self.trackers = Trackers(accelerator, settings, first_step)
+            self.trackers = Trackers(accelerator, settings, first_step, self.folder.resolve().name)
         examples = (self.train_examples, len(self.validation or ()))
         parameters = self.unet.num_parameters()
         accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.data))

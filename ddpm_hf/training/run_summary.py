@@ -48,7 +48,7 @@ def describe_run(
         "ema_snapshots/": (config.ema_snapshot_every_images, " images"),
     }
     written = [f"{name} every {interval:,}{unit}" for name, (interval, unit) in files.items() if interval]
-    written += [f"{config.report_to} logs"] * (config.report_to != "none")
+    written += [f"{name} logs" for name in config.trackers]
     processes = accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} mixed precision"
     resumed = f", from step {first_step:,}" if first_step else ""

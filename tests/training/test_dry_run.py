@@ -1,5 +1,7 @@
 """A dry run measures the speed in bounded time."""
 
+import contextlib
+import io
 import re
 import time
 
@@ -26,9 +28,10 @@ def timed(seconds_per_image, seconds, **options):
     batches = MicroBatches(images, config.batch_size, 0, 0, config.total_steps, micro_batches=config.micro_batches(1))
     sampler = make_timestep_sampler(config.timestep_sampler, config.num_train_timesteps, "cpu")
     optimizer = torch.optim.AdamW(unet.parameters())
-    return time_training(
-        Accelerator(cpu=True), unet, optimizer, scheduler.diffusion, config, batches, sampler, 0, seconds
-    )
+    parts = (unet, optimizer, scheduler.diffusion, sampler)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        time_training(config, Accelerator(cpu=True), *parts, batches, 0, seconds)
+    return output.getvalue()
 
 
 def test_a_slow_network_is_timed_on_few_images_in_bounded_time():
