@@ -15,8 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int, check_list, shown
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
+from ddpm_hf.pipelines.function_guidance import GRADIENTS, GuidanceFunction, GuidedDenoiser
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.compatibility import check_scheduler, output_channels, set_timesteps
+from ddpm_hf.schedulers.samplers import as_ddpm
 from ddpm_hf.seeds import image_generators, seed_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -27,7 +29,7 @@ class SamplingInputs(NamedTuple):
     """What the sampling loop needs. `latents` is None where x_T is to be drawn; `step_options` go to
     `scheduler.step`, and the scheduler is a copy whose timesteps are set."""
 
-    denoiser: Denoiser
+    denoiser: Denoiser | GuidedDenoiser
     scheduler: SchedulerMixin
     shape: tuple[int, ...]
     generator: torch.Generator | list[torch.Generator] | None
@@ -53,13 +55,22 @@ def prepare_inputs(
     batch_size, generator = check_batch(batch_size, generator, seeds, seed, first_index)
     shape = check_shape(pipe.unet, batch_size, latents)
     denoiser = prepare_denoiser(pipe, batch_size, **condition)
+    if isinstance(denoiser, GuidedDenoiser) and pipe._step_functions.reverse_step is not None:
+        raise ValueError("guidance by a function cannot be compiled: use a pipeline on which compile() was not called.")
     options = prepare_step_options(pipe.scheduler, generator, eta)
     scheduler = prepare_scheduler(pipe.scheduler, num_inference_steps, timesteps, pipe._execution_device)
     return SamplingInputs(denoiser, scheduler, shape, generator, latents, options)
 
 
-def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> Denoiser:
-    """The network with `class_labels`, `guidance_scale` and `null_class`.
+def prepare_denoiser(
+    pipe: DiffusionPipeline,
+    batch_size: int,
+    *,
+    guidance: GuidanceFunction | None = None,
+    guidance_gradient: str = "network",
+    **condition,
+) -> Denoiser | GuidedDenoiser:
+    """The network with `class_labels`, `guidance_scale` and `null_class`, and with guidance by a function.
 
     The scheduler must have the betas that the network was trained with, and a variance type that fits its output. One
     that does not use a learned variance is not given it.
@@ -83,7 +94,12 @@ def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> D
         kind = f"{name} with variance_type={config.get('variance_type')!r}"
         needed = " or ".join(map(str, possible))
         raise ValueError(f"{kind} needs {needed} output channels, got {net.out_channels}.")
-    return Denoiser(pipe.unet, batch_size, pipe._execution_device, channels=taken, **condition)
+    check_choice("guidance_gradient", guidance_gradient, GRADIENTS)
+    device = pipe._execution_device
+    denoiser = Denoiser(pipe.unet, batch_size, device, channels=taken, **condition)
+    if guidance is None:
+        return denoiser
+    return GuidedDenoiser(denoiser, as_ddpm(pipe.scheduler).diffusion, device, guidance, guidance_gradient)
 
 
 def check_network(unet) -> None:

@@ -7,7 +7,7 @@ whichever class that is.
 
 `options` and `condition` are keyword arguments of a pipeline call: `generator` (one, or a list of one per image) or
 `seed` (image i of the batch gets the noise of image i of the seed), `output_type`, and for class-conditional models
-`class_labels`, `guidance_scale` and `null_class`. ValueError or TypeError is raised before the first step; ValueError
+`class_labels`, `guidance_scale` and `null_class`, and for all `guidance` and `guidance_gradient`. ValueError or TypeError is raised before the first step; ValueError
 after the last one if the result is NaN or infinite, as by a pipeline call.
 """
 

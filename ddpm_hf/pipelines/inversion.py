@@ -3,7 +3,7 @@
 These functions take a pipeline. Images are what `ddpm_hf.pipelines.inputs.to_images` takes, and on output what a call of
 the pipeline returns (`output_type`). Sampling uses the betas of the pipeline's scheduler, whichever class that is.
 
-`condition` are `class_labels`, `guidance_scale` and `null_class`, as for a pipeline call. ValueError or TypeError is
+`condition` are `class_labels`, `guidance_scale`, `null_class`, `guidance` and `guidance_gradient`, as for a pipeline call. ValueError or TypeError is
 raised before the first step.
 """
 
