@@ -293,6 +293,13 @@ def gather(folder: Path, args: SampleArguments, batches: list[range], labels: li
     return target
 
 
+def magnification(pipe: "ddpm_hf.DDPMPipelineCustom") -> int:
+    """By how much small images are enlarged in a picture of several."""
+    from ddpm_hf.pipelines.arguments import check_shape
+
+    return max(1, 64 // max(check_shape(pipe.unet, 1, None)[2:]))
+
+
 def write_grid(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, folder: Path) -> None:
     """Write the file that `--grid` names, from the images that are written."""
     if args.grid is None:
@@ -307,7 +314,9 @@ def write_grid(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, folder
         _, channels, *size = check_shape(pipe.unet, 1, None)
         images = read_samples(str(output_file(folder, args)), count, tuple(size), channels)
     stream = io.BytesIO()
-    ddpm_hf.image_grid(images).save(stream, Image.registered_extensions()[Path(args.grid).suffix.lower()])
+    ddpm_hf.image_grid(images, scale=magnification(pipe)).save(
+        stream, Image.registered_extensions()[Path(args.grid).suffix.lower()]
+    )
     atomic_file(Path(args.grid), stream.getvalue())
     print(f"Grid of {count} images written to {args.grid}.")
 
@@ -323,12 +332,12 @@ def write_animation(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments) -
     def keep(pipe, i, t, tensors):
         nonlocal frames, stride
         if i % stride == 0:
-            frames.append(image_grid(pipe.to_images(tensors["latents"], "pt")))
+            frames.append(image_grid(pipe.to_images(tensors["latents"], "pt"), scale=magnification(pipe)))
         if len(frames) > 2 * MAX_FRAMES:  # the number of steps is not known here
             frames, stride = frames[::2], 2 * stride
 
     batch = range(min(args.num_images, ANIMATED_IMAGES))
-    last = image_grid(make_batch(pipe, args, batch, callback_on_step_end=keep))
+    last = image_grid(make_batch(pipe, args, batch, callback_on_step_end=keep), scale=magnification(pipe))
     animation = animation_bytes([*frames, last], Path(args.gif).suffix[1:].upper())
     atomic_file(Path(args.gif), animation)
     print(f"Animation of {len(batch)} images written to {args.gif}.")

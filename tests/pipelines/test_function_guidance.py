@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from benchmarks import classifier_guidance
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.pipelines.arguments import prepare_denoiser
 from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate
@@ -232,3 +233,10 @@ def test_compiled_pipeline_refuses_it(tiny_pipeline):
     tiny_pipeline.compile()
     with pytest.raises(ValueError, match="guidance by a function cannot be compiled"):
         tiny_pipeline(1, guidance=lambda x, t: x.sum())
+
+
+def test_classifier_of_noisy_digits_chooses_the_digit(capsys):
+    options = ["--scales", "0", "3", "--per_class", "5", "--steps", "20", "--training_steps", "600"]
+    shares = classifier_guidance.main(options)
+    assert shares[0.0] < 0.35 and shares[3.0] > 0.8
+    assert capsys.readouterr().out.count("are the digit asked for") == 2
