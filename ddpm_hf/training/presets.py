@@ -12,6 +12,7 @@ from ddpm_hf.training.config_file import read_options
 from ddpm_hf.training.option_parser import OptionParser
 
 CONFIGS = importlib.resources.files("ddpm_hf.scripts") / "configs"
+FINE_TUNING = "fine-tuning"
 
 
 def presets() -> list[str]:
@@ -20,14 +21,23 @@ def presets() -> list[str]:
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """The configuration of a command line: `--config <preset or YAML file>` (default: digits), then flags that override it.
+    """The configuration of a command line: `--config <preset or YAML file>`, then flags that override it. The model of
+    `--init_from` gives the options of the network and of the diffusion.
 
     Raises ValueError or TypeError, naming the option, for values that do not describe a run.
     """
     parser = OptionParser(TrainingConfig, "Train a DDPM.")
-    parser.add_argument("--config", default="digits", help=f"one of {presets()}, or a YAML file")
+    parser.add_argument(
+        "--config", help=f"one of {presets()}, or a YAML file (default: digits, and {FINE_TUNING} with --init_from)"
+    )
     given = parser.given(arguments)
-    config = TrainingConfig(**load_preset(given.pop("config")) | given)
+    preset = given.pop("config", "digits" if given.get("init_from") is None else FINE_TUNING)
+    options = load_preset(preset) | given
+    if options.get("init_from") is not None:
+        from ddpm_hf.training.base_model import settled_by_base  # it imports torch, as below
+
+        options = settled_by_base(options)
+    config = TrainingConfig(**options)
     from ddpm_hf.training.build import check_builds  # not above: it imports torch
 
     check_builds(config)

@@ -17,6 +17,7 @@ PARAMETERS = {
     "custom": 26.6,
     "digits": 0.7,
     "digits-conditional": 1.0,
+    "fine-tuning": 35.7,  # without a model to start from
     "lsun-bedroom-256": 113.7,
     "lsun-cat-256": 113.7,
     "lsun-church-256": 113.7,
