@@ -18,7 +18,7 @@ FLOORS = [
     {"diffusion", "transfer"},
     {"models", "schedulers"},
     {"pipelines"},
-    {"data"},
+    {"data", "convert"},
     {"evaluation"},
     {"hub"},
     {"training"},
