@@ -93,6 +93,7 @@ def _check_uses(config) -> None:
         ("loss_weighting='min_snr'", config.loss_weighting == "min_snr", ["min_snr_gamma"]),
         ("loss_weighting='p2'", config.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
         ("variance_type='learned_range' without loss_weighting='vlb'", learned and not bound, ["hybrid_lambda"]),
+        ("streaming", config.streaming, ["shuffle_buffer", "stream_lanes"]),
         ("label_column", conditional, ["num_classes", "label_dropout", "class_embed_type"]),
         ("class_embed_type=None", has_classes, ["num_classes", "label_dropout"]),
         ("trained_betas=None", config.trained_betas is None, ["beta_schedule", "beta_start", "beta_end"]),

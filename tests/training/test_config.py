@@ -31,7 +31,7 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"white_level": [float("inf")]}, r"white_level must be a finite number in \(-inf, inf\), got inf"),
         ({"validation_fraction": 1.0}, r"validation_fraction must be a finite number in \[0, 1\), got 1.0"),
         ({"shuffle_buffer": 0}, "shuffle_buffer must be an integer of at least 1, got 0"),
-        ({"stream_lanes": 3}, "stream_lanes = 3 must divide batch_size = 128"),
+        ({"streaming": True, "stream_lanes": 3}, "stream_lanes = 3 must divide batch_size = 128"),
         ({"num_workers": -1}, "num_workers must be an integer of at least 0, got -1"),
         ({"compile": "fast"}, "compile must be one of .*inductor.* got 'fast'"),
         ({"process_group_timeout": 0}, "process_group_timeout must be an integer in 1..1000000000, got 0"),
@@ -66,6 +66,7 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ),
         ({"weight_decay": -0.1}, r"weight_decay must be a finite number in \[0, inf\), got -0.1"),
         ({"offset_noise": -0.1}, r"offset_noise must be a finite number in \[0, inf\), got -0.1"),
+        ({"shuffle_buffer": 50}, "shuffle_buffer = 50 is for streaming only"),
         ({"label_dropout": 0.1}, "label_dropout = 0.1 is for label_column only"),
         ({"num_classes": 10}, "num_classes = 10 is for label_column only"),
         (
