@@ -7,6 +7,7 @@ from ddpm_hf.scripts.choose_ema import EMAArguments
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
 
+from ddpm_hf.convert.options import ConvertOptions
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.options import accepted, default_of
 from ddpm_hf.training.config import TrainingConfig
@@ -17,6 +18,7 @@ TABLES = {
     "evaluate": EvaluationOptions,
     "choose_ema": EMAArguments,
     "publish": PublishArguments,
+    "convert": ConvertOptions,
 }
 INTRODUCTION = """# Options
 

@@ -19,6 +19,7 @@ FLOORS = [
     {"models", "schedulers"},
     {"data"},
     {"pipelines"},
+    {"convert"},
     {"evaluation"},
     {"hub"},
     {"training"},

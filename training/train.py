@@ -128,6 +128,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     from ddpm_hf.data.builtin import BUILTIN
     from ddpm_hf.pipelines.guidance import mark_class_names
     from ddpm_hf.training.artifacts import FILES, FOLDERS
+    from ddpm_hf.training.base_model import load_base_weights
     from ddpm_hf.training.build import build_scheduler, build_unet
     from ddpm_hf.training.checkpoints import prune_checkpoints
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
@@ -166,6 +167,8 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
             prune_checkpoints(output_dir / "checkpoints", keep=0)
     accelerator.wait_for_everyone()
     restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints", unet)
+    if restored is None and config.init_from is not None:
+        load_base_weights(unet, config.init_from)
     # The name says what is in built-in data; the bytes of its images depend on the version of Pillow.
     fingerprint = None if config.dataset in BUILTIN else images.fingerprint
     check_same_data(images.num_examples, fingerprint, restored)

@@ -40,6 +40,12 @@ class TrainingConfig:
     )
     overwrite: MayChange[bool] = option(False, "delete the checkpoints in output_dir and start again")
 
+    init_from: str | None = option(
+        None,
+        "model to start from: a folder, a run of one's own, or a name on the Hub; it settles network and diffusion",
+        group="Fine-tuning",
+    )
+
     dataset: str = option(
         "", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub", group="Data"
     )
@@ -92,11 +98,20 @@ class TrainingConfig:
     norm_num_groups: int = option(32, "groups of each group normalization", "[1, inf)")
     dropout: float = option(0.0, "dropout probability in the residual layers", "[0, 1)")
     resnet_time_scale_shift: Literal["default", "scale_shift"] = option("default", "how the timestep enters a layer")
+    norm_eps: float = option(1e-6, "ε of each normalization; 1e-5 in diffusers", "(0, 1]")
+    downsample_padding: int = option(
+        0, "0 pads downsampling convolutions at the right and bottom only; 1: all around, as in diffusers", "[0, 1]"
+    )
+    flip_sin_to_cos: bool = option(False, "put the cosines of the time embedding first, as in diffusers")
+    freq_shift: int = option(1, "frequencies 10000^(-i/(half - freq_shift)); 0 in diffusers", "[0, 8191]")
 
     num_train_timesteps: int = option(
         1000, "length T of the diffusion chain", "[1, 100000]", group="Diffusion (the names of DDPMScheduler)"
     )
     beta_schedule: BetaSchedule = option("linear", "schedule of the variances β")
+    beta_start: float = option(1e-4, "β of the first step, in schedules that have a range", "(0, 1)")
+    beta_end: float = option(0.02, "β of the last step, in schedules that have a range", "(0, 1)")
+    trained_betas: list[float] | None = option(None, "the T variances themselves, instead of a schedule", "(0, 1]")
     rescale_betas_zero_snr: bool = option(False, "end the chain in pure noise; not with prediction_type 'epsilon'")
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option("epsilon", "what the network predicts")
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = option(
@@ -275,8 +290,11 @@ class TrainingConfig:
         saved = {option.name: option.default for option in fields(self) if option.default is not MISSING} | saved
         saved["crop"] = "center" if saved["crop"] == "centre" else saved["crop"]
         mine = asdict(self)
-        if saved.get("dataset") == Path(self.dataset).name:  # a published checkpoint has no path of a machine
-            saved["dataset"] = self.dataset
+        for name in ("dataset", "init_from"):
+            if (
+                saved.get(name) and saved[name] == Path(mine[name] or "").name
+            ):  # a published checkpoint has no path of a machine
+                saved[name] = mine[name]
         if differing := {k for k in mine.keys() | saved.keys() if k not in free and mine.get(k) != saved.get(k)}:
             table = "\n".join(f"  {k}: {saved.get(k)!r} there, {mine.get(k)!r} here" for k in sorted(differing))
             use = "Use the same options to resume, another --output_dir to keep both, or --overwrite to start again."

@@ -4,6 +4,7 @@ Each function raises ValueError that names the options. `config` is a TrainingCo
 """
 
 from dataclasses import fields
+from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -12,6 +13,9 @@ from ddpm_hf.checks import check_choice, check_int
 from ddpm_hf.options import LARGEST
 
 LENGTHS = ("total_images", "num_steps", "num_epochs")
+
+# Schedules that follow from T alone (`ddpm_hf.diffusion.schedules`).
+WITHOUT_RANGE = ("squaredcos_cap_v2", "laplace", "jsd")
 
 
 def check_rules(config) -> None:
@@ -111,6 +115,8 @@ def _check_data(config) -> None:
     check_white_level(config.white_level)
     if not config.dataset:
         raise ValueError("dataset must be given: --dataset with 'digits', 'photos', a folder, or a name on the Hub.")
+    if config.init_from is not None and Path(config.init_from).absolute() == Path(config.output_dir).absolute():
+        raise ValueError(f"init_from must be another folder than output_dir, which is {config.output_dir!r}.")
     if config.validation_split == config.split:
         raise ValueError(f"validation_split must be another split than split, which is {config.split!r}.")
     if config.validation_split is not None and config.validation_fraction:
@@ -137,6 +143,7 @@ def _check_uses(config) -> None:
     """An option that only another one uses is left at its default without it."""
     learned, bound = config.variance_type == "learned_range", config.loss_weighting == "vlb"
     conditional, has_classes = config.label_column is not None, config.class_embed_type is None
+    schedule = config.beta_schedule
     uses = [
         ("loss_weighting='min_snr'", config.loss_weighting == "min_snr", ["min_snr_gamma"]),
         ("loss_weighting='p2'", config.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
@@ -144,6 +151,9 @@ def _check_uses(config) -> None:
         ("streaming", config.streaming, ["shuffle_buffer", "stream_lanes"]),
         ("label_column", conditional, ["num_classes", "label_dropout", "class_embed_type"]),
         ("class_embed_type=None", has_classes, ["num_classes", "label_dropout"]),
+        ("trained_betas=None", config.trained_betas is None, ["beta_schedule", "beta_start", "beta_end"]),
+        ("a beta_schedule with a range", schedule not in WITHOUT_RANGE, ["beta_start", "beta_end"]),
+        ("a beta_schedule with a first β", schedule not in ("const", "constant"), ["beta_start"]),
     ]
     defaults = {spec.name: spec.default for spec in fields(config)}
     for user, is_given, names in uses:

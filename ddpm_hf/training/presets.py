@@ -17,7 +17,7 @@ from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.other_names import OTHER_NAMES
 
 CONFIGS = importlib.resources.files("ddpm_hf.scripts") / "configs"
-DEFAULT = "digits"
+DEFAULT, FINE_TUNING = "digits", "fine-tuning"  # without --config, and with --init_from
 # Options that exclude each other: one on the command line replaces those of the preset.
 ALTERNATIVES = (LENGTHS, ("ema_halflife_images", "ema_decay"), ("validation_split", "validation_fraction"))
 
@@ -28,8 +28,9 @@ def presets() -> list[str]:
 
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
-    """The configuration of a command line: `--config <preset or YAML file>` (default: digits), then flags that override it.
-    `--help` states the values of the preset.
+    """The configuration of a command line: `--config <preset or YAML file>` (default: digits, or fine-tuning with
+    `--init_from`), then flags that override it. The model of `--init_from` gives the options of the network and of the
+    diffusion. `--help` states the values of the preset.
 
     Raises ValueError or TypeError, naming the option, for values that do not describe a run.
     """
@@ -37,9 +38,12 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     values = load_preset(_config_named(words)) if {"-h", "--help"} & set(words) else {}
     description = f"Train a DDPM. Defaults are those of --config {_config_named(words)}."
     parser = OptionParser(TrainingConfig, description, values, OTHER_NAMES)
-    parser.add_argument("--config", help=f"one of {', '.join(presets())}, or a YAML file (default: {DEFAULT!r})")
+    parser.add_argument(
+        "--config",
+        help=f"one of {', '.join(presets())}, or a YAML file (default: {DEFAULT}, and {FINE_TUNING} with --init_from)",
+    )
     given = parser.given(words)
-    name = given.pop("config", DEFAULT)
+    name = given.pop("config", DEFAULT if given.get("init_from") is None else FINE_TUNING)
     preset = load_preset(name)
     if "dataset_name" in given and "dataset" not in given and name in presets():
         named = f"--dataset_name {given['dataset_name']}"
@@ -47,7 +51,12 @@ def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     for group in ALTERNATIVES:
         if given.keys() & set(group):
             preset = {key: value for key, value in preset.items() if key not in group}
-    config = TrainingConfig(**preset | given)
+    options = preset | given
+    if options.get("init_from") is not None:
+        from ddpm_hf.training.base_model import settled_by_base  # it imports torch, as below
+
+        options = settled_by_base(options)
+    config = TrainingConfig(**options)
     from ddpm_hf.training.build import check_builds  # not above: it imports torch
 
     check_builds(config)

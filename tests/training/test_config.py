@@ -42,6 +42,12 @@ TINY = {"dataset": "digits", "resolution": [8], "block_out_channels": [8, 8], "t
         ({"push_every_checkpoints": 0}, "push_every_checkpoints must be an integer of at least 1"),
         ({"push_to_hub": True}, "push_to_hub needs hub_model_id"),
         ({"hub_model_id": "user/two/three"}, "user/two/three"),
+        ({"trained_betas": [0.1, 1.5]}, r"trained_betas must be a finite number in \(0, 1\], got 1.5"),
+        ({"trained_betas": [0.1] * 1000, "beta_end": 0.1}, "beta_end = 0.1 is for trained_betas=None only"),
+        ({"trained_betas": [0.1] * 1000, "beta_schedule": "jsd"}, "beta_schedule = jsd is for trained_betas=None only"),
+        ({"beta_schedule": "jsd", "beta_end": 0.1}, "beta_end = 0.1 is for a beta_schedule with a range only"),
+        ({"beta_schedule": "const", "beta_start": 0.1}, "beta_start = 0.1 is for a beta_schedule with a first β only"),
+        ({"downsample_padding": 2}, "downsample_padding must be an integer in 0..1, got 2"),
         ({"loss_weighting": "snr"}, "loss_weighting must be one of"),
         ({"min_snr_gamma": 1.0}, "min_snr_gamma = 1.0 is for loss_weighting='min_snr' only"),
         ({"loss_weighting": "min_snr", "p2_k": 2.0}, "p2_k = 2.0 is for loss_weighting='p2' only"),
@@ -224,10 +230,11 @@ def test_a_published_checkpoint_resumes_on_a_folder_of_the_same_name(tmp_path):
         config.check_same_run(dataclasses.asdict(config) | {"dataset": "fish"}, Path("there"))
 
 
-OPTIONS = """output_dir overwrite dataset dataset_config dataset_revision dataset_name split validation_split image_column
+OPTIONS = """output_dir overwrite init_from dataset dataset_config dataset_revision dataset_name split validation_split image_column
 label_column num_classes class_embed_type resolution channels crop background white_level random_flip skip_broken_images
 validation_fraction memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
-layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift num_train_timesteps beta_schedule
+layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift norm_eps downsample_padding
+flip_sin_to_cos freq_shift num_train_timesteps beta_schedule beta_start beta_end trained_betas
 rescale_betas_zero_snr prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
 input_perturbation offset_noise seed total_images num_steps num_epochs batch_size micro_batch_size learning_rate adam_beta2 weight_decay
 warmup_steps learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images ema_decay ema_warmup

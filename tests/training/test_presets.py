@@ -26,6 +26,7 @@ PARAMETERS = {
     "fashion-mnist": 6.5,
     "flowers-64": 113.7,
     "folder-64": 5.1,
+    "fine-tuning": 35.7,  # without a model to start from
     "lsun-bedroom-256": 113.7,
     "lsun-cat-256": 113.7,
     "lsun-church-256": 113.7,
