@@ -9,7 +9,7 @@ INSTALLED = $(VENV)/.installed
 install: $(INSTALLED)
 
 train: $(INSTALLED)
-	$(VENV)/bin/accelerate launch training/train.py
+	$(VENV)/bin/python training/train.py
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n logical --maxprocesses 8 --dist loadfile

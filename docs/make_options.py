@@ -7,6 +7,7 @@ from ddpm_hf.scripts.choose_ema import EMAArguments
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
 
+from ddpm_hf.convert.options import ConvertOptions
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.options import accepted, default_of
 from ddpm_hf.training.config import TrainingConfig
@@ -17,6 +18,7 @@ TABLES = {
     "evaluate": EvaluationOptions,
     "choose_ema": EMAArguments,
     "publish": PublishArguments,
+    "convert": ConvertOptions,
 }
 INTRODUCTION = """# Options
 
@@ -30,8 +32,12 @@ def text() -> str:
     """The content of docs/options.md."""
     parts = [INTRODUCTION]
     for script, table in TABLES.items():
-        rows = [f"\n## training/{script}.py\n", "| option | accepts | default | |", "|---|---|---|---|"]
+        head = ["| option | accepts | default | |", "|---|---|---|---|"]
+        rows = [f"\n## training/{script}.py\n", *head]
         for spec in fields(table):
+            if group := spec.metadata["group"]:
+                rows = rows[:-2] if rows[-2:] == head else [*rows, ""]
+                rows += [f"### {group}\n", *head]
             default = "" if default_of(spec) is MISSING else f"`{default_of(spec)!r}`"
             cells = (f"`--{spec.name}`", accepted(table, spec), default, spec.metadata["help"])
             rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")

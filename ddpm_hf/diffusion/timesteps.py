@@ -43,12 +43,16 @@ def parse_timesteps(text: str, T: int) -> list[int]:
     beyond T−1."""
     check_int("T", T, 1, MAX_TIMESTEPS)
     if not isinstance(text, str) or max(map(len, text.split(","))) > MAX_DIGITS:
-        raise ValueError(f"timesteps must be text, a descending list in 0..T−1 = {T - 1}, or 'ddimN', got {shown(text)}.")
+        raise ValueError(
+            f"timesteps must be text, a descending list in 0..T−1 = {T - 1}, or 'ddimN', got {shown(text)}."
+        )
     if text.startswith("ddim") and text[4:].isdecimal():
         lengths = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
         if (n := int(text[4:])) not in lengths:
             near = sorted(lengths, key=lambda length: abs(length - n))[:2]
-            raise ValueError(f"timesteps={text!r}: no stride gives {n} of T = {T} timesteps; {sorted(near)} are possible.")
+            raise ValueError(
+                f"timesteps={text!r}: no stride gives {n} of T = {T} timesteps; {sorted(near)} are possible."
+            )
         return list(range(0, T, lengths[n]))[::-1]
     words = text.split(",")
     timesteps = [int(word) for word in words if word.strip().isdecimal()]

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+PATHS = ("dataset", "output_dir", "init_from")  # options of a run that may be paths
 TEXTS = (".json", ".yaml", ".yml", ".md")
 
 
@@ -27,7 +28,7 @@ def public_name(name: str) -> str:
 
 def public_config(config: dict) -> dict:
     """A training configuration with `public_name` of its data and its folder, and of any absolute path in it."""
-    named = {key: public_name(config[key]) for key in ("dataset", "output_dir") if isinstance(config.get(key), str)}
+    named = {key: public_name(config[key]) for key in PATHS if isinstance(config.get(key), str)}
     return _with_names(config, {}) | named
 
 
@@ -51,7 +52,7 @@ def without_local_paths(files: dict[str, Path]) -> dict[str, bytes]:
         public = _with_names(value, found)
         if name.endswith("config.yaml") and isinstance(public, dict):
             public = public_config(public)
-            found |= {value[key]: public[key] for key in ("dataset", "output_dir") if value.get(key) != public.get(key)}
+            found |= {value[key]: public[key] for key in PATHS if value.get(key) != public.get(key)}
         if public != value:
             text = (
                 yaml.safe_dump(public, sort_keys=False, allow_unicode=True)

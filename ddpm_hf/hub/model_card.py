@@ -50,6 +50,9 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
     data = ModelCardData(license="apache-2.0", **METADATA)
     if is_on_hub:
         data.datasets = [given["dataset"]]
+    base = given.get("init_from")
+    if base is not None and not is_local(base):
+        data.base_model = base
     if results:
         data.model_name, data.eval_results = name, results
     return ModelCard.from_template(

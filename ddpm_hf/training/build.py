@@ -4,6 +4,7 @@ import torch
 
 from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.pipelines.guidance import mark_null_class
+from ddpm_hf.training.base_model import DIFFUSION, NETWORK, network_arguments, scheduler_arguments
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.run_data import with_num_classes
 
@@ -22,8 +23,8 @@ def check_builds(config: TrainingConfig) -> None:
 
 def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom:
     """The scheduler with the chain of a run."""
-    names = ("num_train_timesteps", "beta_schedule", "rescale_betas_zero_snr", "prediction_type", "variance_type")
-    return DDPMSchedulerCustom(**{name: getattr(config, name) for name in names})
+    base = {} if config.init_from is None else scheduler_arguments(config.init_from)
+    return DDPMSchedulerCustom(**base | {name: getattr(config, name) for name in DIFFUSION})
 
 
 def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
@@ -31,25 +32,20 @@ def build_unet(config: TrainingConfig) -> UNet2DModelCustom:
 
     If labels are dropped in training, the class after the data set's classes is marked as the null class.
     """
-    names = (
-        "block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "attention_head_dim",
-        "norm_num_groups", "dropout", "resnet_time_scale_shift", "class_embed_type", "num_class_embeds",
-    )  # fmt: skip
     height, width = config.resolution
-    unet = UNet2DModelCustom(
-        sample_size=height if height == width else (height, width),
-        in_channels=config.channels,
-        out_channels=config.channels * (2 if config.variance_type == "learned_range" else 1),
-        # The original DDPM code differs from the defaults of diffusers in these.
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        zero_init_output=True,
-        # With "scale_shift", diffusers omits the normalization before attention by default; Improved DDPM has it.
-        attn_norm_num_groups=config.norm_num_groups if config.resnet_time_scale_shift == "scale_shift" else None,
-        **{name: getattr(config, name) for name in names},
-    )
+    # With "scale_shift", diffusers omits the normalization before attention by default; Improved DDPM has it.
+    normalizes = config.resnet_time_scale_shift == "scale_shift"
+    own = {"attn_norm_num_groups": config.norm_num_groups if normalizes else None}
+    base = own if config.init_from is None else network_arguments(config.init_from)
+    arguments = {name: getattr(config, name) for name in NETWORK} | {
+        "sample_size": height if height == width else (height, width),
+        "in_channels": config.channels,
+        "out_channels": config.channels * (2 if config.variance_type == "learned_range" else 1),
+        "dropout": config.dropout,
+        "num_class_embeds": config.num_class_embeds,
+        "zero_init_output": True,
+    }
+    unet = UNet2DModelCustom(**base | arguments)
     if config.label_dropout:
         mark_null_class(unet)
     return unet

@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from ddpm_hf.scripts import choose_ema, evaluate, publish, sample
+from ddpm_hf.scripts import choose_ema, convert, evaluate, publish, sample
 
 OPTIONS = {
     "choose_ema": choose_ema.EMAArguments,
     "publish": publish.PublishArguments,
     "evaluate": evaluate.EvaluationOptions,
     "sample": sample.SampleArguments,
+    "convert": convert.ConvertOptions,
 }
 CODE = """
 import sys

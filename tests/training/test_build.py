@@ -36,6 +36,37 @@ def test_the_scheduler_has_the_options_of_the_configuration():
     assert {name: scheduler.config[name] for name in options} == options
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm_eps": 1e-5, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0},
+        {"norm_eps": 1e-6, "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1},
+    ],
+)
+def test_the_network_has_the_conventions_of_the_configuration(options):
+    unet = build_unet(make_config(*flags(**options)))
+    assert {name: unet.config[name] for name in options} == options
+
+
+def test_a_freq_shift_without_frequencies_left_is_refused():
+    with pytest.raises(ValueError, match="freq_shift must be less than half of block_out_channels"):
+        make_config("--freq_shift", "4")
+
+
+def test_the_range_of_a_schedule_and_betas_themselves_are_options():
+    betas = [0.1, 0.2, 0.5, 0.9]
+    chain = ["--num_train_timesteps", "4", "--sample_steps", "4"]
+    _, scheduler = build(make_config(*chain, "--trained_betas", *map(str, betas)))
+    assert scheduler.diffusion.betas.tolist() == betas
+    _, scheduler = build(make_config(*chain, "--beta_start", "0.1", "--beta_end", "0.4"))
+    torch.testing.assert_close(scheduler.diffusion.betas, torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64))
+
+
+def test_betas_must_be_as_many_as_the_steps_of_the_chain():
+    with pytest.raises(ValueError, match="trained_betas.*4"):
+        make_config("--num_train_timesteps", "4", "--sample_steps", "4", "--trained_betas", "0.1", "0.2")
+
+
 def test_rescaled_betas_end_the_chain_in_pure_noise():
     _, scheduler = build(make_config("--rescale_betas_zero_snr", "--prediction_type", "v_prediction"))
     stock = DDPMScheduler(rescale_betas_zero_snr=True)

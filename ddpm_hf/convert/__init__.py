@@ -1,0 +1,1 @@
+"""Checkpoints of other repositories as pipelines: `ddpm_hf.convert.pipeline.convert`."""
