@@ -1,4 +1,4 @@
-"""Sample images from a trained model: `accelerate launch training/sample.py --model outputs/digits --num_images 64`.
+"""Sample images from a trained model: `python training/sample.py --model outputs/digits --num_images 64`.
 
 Writes one PNG file per image, named by its index, or one .npz or .parquet file. Images are sampled from noise, or made from
 pictures: `--init_image` (image to image, or inpainting with `--mask`) and `--interpolate`. The work is spread over the processes.
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 import ddpm_hf
 from ddpm_hf.checks import check_device, check_int
@@ -25,6 +24,7 @@ from ddpm_hf.evaluation.sample_options import FILES, SampleArguments
 from ddpm_hf.files import atomic_file, check_output_folder
 from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
+from ddpm_hf.training.progress import progress_bar
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
 GRID_IMAGES, ANIMATED_IMAGES, MAX_FRAMES = 100, 16, 60
@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     if state.is_main_process:
         atomic_file(folder / record_name(args), record(args))
     share, problem = unfinished[state.process_index :: state.num_processes], None
-    title = "images" if state.num_processes == 1 else f"images, process 1 of {state.num_processes}"
-    with tqdm(total=sum(map(len, share)), unit="image", desc=title, disable=not state.is_main_process) as bar:
+    title = "Sampling" if state.num_processes == 1 else f"Sampling, process 1 of {state.num_processes}"
+    with progress_bar(title, sum(map(len, share)), "images", shown=state.is_main_process) as bar:
         for batch in share:
             try:
                 images = make_batch(pipe, args, batch)

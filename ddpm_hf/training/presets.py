@@ -4,14 +4,22 @@ Nothing here imports torch at module level, so that `--help` answers quickly.
 """
 
 import importlib.resources
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ddpm_hf.checks import shown
+from ddpm_hf.options import unknown_option
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.config_file import read_options
+from ddpm_hf.training.config_rules import LENGTHS
 from ddpm_hf.training.option_parser import OptionParser
+from ddpm_hf.training.other_names import OTHER_NAMES
 
 CONFIGS = importlib.resources.files("ddpm_hf.scripts") / "configs"
+DEFAULT = "digits"
+# Options that exclude each other: one on the command line replaces those of the preset.
+ALTERNATIVES = (LENGTHS, ("ema_halflife_images", "ema_decay"), ("validation_split", "validation_fraction"))
 
 
 def presets() -> list[str]:
@@ -21,17 +29,36 @@ def presets() -> list[str]:
 
 def parse_config(arguments: list[str] | None = None) -> TrainingConfig:
     """The configuration of a command line: `--config <preset or YAML file>` (default: digits), then flags that override it.
+    `--help` states the values of the preset.
 
     Raises ValueError or TypeError, naming the option, for values that do not describe a run.
     """
-    parser = OptionParser(TrainingConfig, "Train a DDPM.")
-    parser.add_argument("--config", default="digits", help=f"one of {presets()}, or a YAML file")
-    given = parser.given(arguments)
-    config = TrainingConfig(**load_preset(given.pop("config")) | given)
+    words = sys.argv[1:] if arguments is None else arguments
+    values = load_preset(_config_named(words)) if {"-h", "--help"} & set(words) else {}
+    description = f"Train a DDPM. Defaults are those of --config {_config_named(words)}."
+    parser = OptionParser(TrainingConfig, description, values, OTHER_NAMES)
+    parser.add_argument("--config", help=f"one of {', '.join(presets())}, or a YAML file (default: {DEFAULT!r})")
+    given = parser.given(words)
+    name = given.pop("config", DEFAULT)
+    preset = load_preset(name)
+    if "dataset_name" in given and "dataset" not in given and name in presets():
+        named = f"--dataset_name {given['dataset_name']}"
+        raise ValueError(f"{named} only names the data in the model card: did you mean --dataset?")
+    for group in ALTERNATIVES:
+        if given.keys() & set(group):
+            preset = {key: value for key, value in preset.items() if key not in group}
+    config = TrainingConfig(**preset | given)
     from ddpm_hf.training.build import check_builds  # not above: it imports torch
 
     check_builds(config)
     return config
+
+
+def _config_named(words: Sequence[str]) -> str:
+    """The preset or file that a command line names, before it is parsed."""
+    values = [value for word, value in zip(words, words[1:]) if word == "--config"]
+    values += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return values[-1] if values else DEFAULT
 
 
 def load_preset(name: str) -> dict:
@@ -44,6 +71,7 @@ def load_preset(name: str) -> dict:
     if not exists:
         raise ValueError(f"--config {shown(name)} is neither a preset ({', '.join(presets())}) nor a YAML file.")
     options = read_options(file)
-    if unknown := sorted(options.keys() - TrainingConfig.__dataclass_fields__.keys()):
-        raise ValueError(f"{file}: {shown(unknown)} is no option of a run.")
+    known = TrainingConfig.__dataclass_fields__.keys()
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"{file}: {unknown_option(unknown[0], known, OTHER_NAMES)}")
     return options
