@@ -98,6 +98,8 @@ def prepare_denoiser(
     device = pipe._execution_device
     denoiser = Denoiser(pipe.unet, batch_size, device, channels=taken, **condition)
     if guidance is None:
+        if guidance_gradient != "network":
+            raise ValueError(f"guidance_gradient={guidance_gradient!r} needs guidance, a function.")
         return denoiser
     return GuidedDenoiser(denoiser, as_ddpm(pipe.scheduler).diffusion, device, guidance, guidance_gradient)
 

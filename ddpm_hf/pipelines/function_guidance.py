@@ -95,7 +95,7 @@ class GuidedDenoiser:
         return signal * x - noise * prediction
 
     def _gradient(self, seen: torch.Tensor, t: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        value = self.guidance(seen, t)
+        value = self.guidance(seen.clone(), t)  # which the function may change in place
         expected = f"a floating-point tensor with one log-probability per image, ({len(seen)},), or their sum"
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise ArgumentTypeError(f"guidance must return {expected}, got {shown(value)}.")

@@ -46,7 +46,7 @@ def to_images(pipe: DiffusionPipeline, name: str, images: GivenImages, in_range:
     else:
         return _join(name, [to_images(pipe, name, _batched(item), in_range) for item in _items(name, images)])
     check_images(pipe, name, x, in_range)
-    return x
+    return x.float()
 
 
 def to_mask(mask: GivenImages, images: torch.Tensor) -> torch.Tensor:
@@ -60,6 +60,8 @@ def to_mask(mask: GivenImages, images: torch.Tensor) -> torch.Tensor:
         pixels = _convert_picture("mask", mask, tuple(images.shape[2:]), 1)
         mask = (to_signed(pixels) >= 0)[None]
     elif isinstance(mask, np.ndarray):
+        if mask.dtype.kind not in "biuf":
+            raise ArgumentTypeError(f"mask must be an array of numbers or of bool, got {mask.dtype}.")
         is_8_bit = mask.dtype == np.uint8 and mask.max(initial=0) > 1
         mask = torch.from_numpy(
             np.ascontiguousarray(mask // 255 if is_8_bit and np.isin(mask, (0, 255)).all() else mask)

@@ -207,6 +207,7 @@ def test_gradients_may_be_turned_off_around_the_call(make_pipeline):
         ({"guidance": 3}, "guidance must be a function"),
         ({"guidance": lambda x, t: x.sum(), "guidance_gradient": "x_1"}, "guidance_gradient must be one of"),
         ({"guidance_gradient": None}, "guidance_gradient must be one of"),
+        ({"guidance_gradient": "x_t"}, "guidance_gradient='x_t' needs guidance"),
         ({"guidance": lambda x, t: 1.0}, "guidance must return a floating-point tensor"),
         ({"guidance": lambda x, t: x}, r"or their sum, got shape \(2, 3, 8, 8\)"),
         ({"guidance": lambda x, t: x.sum(0).sum()[None].expand(3)}, r"got shape \(3,\)"),
@@ -218,6 +219,16 @@ def test_gradients_may_be_turned_off_around_the_call(make_pipeline):
 def test_wrong_functions_are_named(tiny_pipeline, options, named):
     with pytest.raises(ValueError, match=named):
         tiny_pipeline(2, num_inference_steps=2, **options)
+
+
+@pytest.mark.parametrize("gradient", ["network", "estimate", "x_t"])
+def test_function_may_change_its_argument_in_place(tiny_pipeline, gradient):
+    options = {"num_inference_steps": 3, "seed": 0, "output_type": "pt", "guidance_gradient": gradient}
+    plain, in_place = (
+        tiny_pipeline(2, guidance=fn, **options).images
+        for fn in (lambda x, t: -((2 * x) ** 2).sum(), lambda x, t: -(x.mul_(2) ** 2).sum())
+    )
+    torch.testing.assert_close(in_place, plain, rtol=0, atol=1e-6)
 
 
 def test_zero_terminal_snr_is_guided_by_the_estimate_alone(make_pipeline, scheduler_config):

@@ -158,6 +158,8 @@ def test_every_form_of_a_mask_is_the_same(tmp_path):
         (np.full((8, 8), 128, np.uint8), "only 0"),
         (torch.ones(4, 4), r"mask must have shape \(8, 8\)"),
         (np.ones((8, 8, 1, 1)), "mask must have shape"),
+        (np.full((8, 8), "a"), "mask must be an array of numbers"),
+        (np.full((8, 8), None), "mask must be an array of numbers"),
         ([torch.ones(8, 8)] * 3, "mask must have shape"),
         (None, "mask must be a tensor .* got None"),
         ("nowhere.png", "mask 'nowhere.png' cannot be read"),
