@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ddpm_hf.diffusion.gaussian import GaussianDiffusion
     from ddpm_hf.models.unet import UNet2DModelCustom
     from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
+    from ddpm_hf.pipelines.grids import image_grid
     from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
     from ddpm_hf.schedulers.ddpm import DDPMSchedulerCustom
 
@@ -18,6 +19,7 @@ __all__ = [
     "GaussianDiffusion",
     "UNet2DModelCustom",
     "__version__",
+    "image_grid",
 ]
 _MODULES = {
     "DDIMSchedulerCustom": "ddpm_hf.schedulers.ddim",
@@ -25,6 +27,7 @@ _MODULES = {
     "DDPMSchedulerCustom": "ddpm_hf.schedulers.ddpm",
     "GaussianDiffusion": "ddpm_hf.diffusion.gaussian",
     "UNet2DModelCustom": "ddpm_hf.models.unet",
+    "image_grid": "ddpm_hf.pipelines.grids",
 }
 
 

@@ -6,7 +6,9 @@ Nothing here imports torch, so that `--help` answers quickly.
 
 import math
 import types
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
+from difflib import get_close_matches
 from functools import cache, partial
 from numbers import Number, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -27,7 +29,7 @@ Options = TypeVar("Options")
 LARGEST = 2**63 - 1  # of the integers of torch and NumPy
 
 
-def option(default: Any, help: str, interval: str | None = None) -> Any:
+def option(default: Any, help: str, interval: str | None = None, group: str | None = None) -> Any:
     """A field of a dataclass of options.
 
     Args:
@@ -35,9 +37,10 @@ def option(default: Any, help: str, interval: str | None = None) -> Any:
         help: what the option is for.
         interval: of the numbers that are accepted, such as "[0, 1)", where a bracket includes the end, infinity too.
             Options of numbers must have one. That of a list is for each item.
+        group: heading, in `--help` and docs/options.md, of this option and those after it.
     """
     given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**given, metadata={"help": help, "interval": interval})
+    return field(**given, metadata={"help": help, "interval": interval, "group": group})
 
 
 @cache
@@ -111,6 +114,24 @@ def accepted(cls: type, spec: Field) -> str:
     else:
         words = {bool: "true or false", str: "text"}[kind]
     return ("a list, each " if is_list else "") + words + (", or None" if is_optional else "")
+
+
+def unknown_option(name: str, known: Iterable[str], other_names: Mapping[str, str] | None = None) -> str:
+    """What to say about an option that does not exist: the one that was meant, if it can be told.
+
+    Args:
+        name: as it was given, with or without dashes and a value.
+        known: the names of all options.
+        other_names: what other programs call an option, and what to use here: an option with its dashes, or a sentence.
+    """
+    word = name.split("=")[0]
+    plain = word.lstrip("-").replace("-", "_")
+    meant = (other_names or {}).get(plain)
+    if meant is None and (close := get_close_matches(plain, list(known), 1, 0.75)):
+        meant = f"--{close[0]}"
+    if meant is None:
+        return f"unknown option {shown(word)}; --help lists all."
+    return f"unknown option {word}: " + (f"did you mean {meant}?" if meant.startswith("--") else meant)
 
 
 def default_of(spec: Field) -> Any:

@@ -32,8 +32,12 @@ def text() -> str:
     """The content of docs/options.md."""
     parts = [INTRODUCTION]
     for script, table in TABLES.items():
-        rows = [f"\n## training/{script}.py\n", "| option | accepts | default | |", "|---|---|---|---|"]
+        head = ["| option | accepts | default | |", "|---|---|---|---|"]
+        rows = [f"\n## training/{script}.py\n", *head]
         for spec in fields(table):
+            if group := spec.metadata["group"]:
+                rows = rows[:-2] if rows[-2:] == head else [*rows, ""]
+                rows += [f"### {group}\n", *head]
             default = "" if default_of(spec) is MISSING else f"`{default_of(spec)!r}`"
             cells = (f"`--{spec.name}`", accepted(table, spec), default, spec.metadata["help"])
             rows.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")

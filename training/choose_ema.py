@@ -1,6 +1,6 @@
 """Choose the length of the EMA of the weights after training:
 
-    accelerate launch training/choose_ema.py --model outputs/run --lengths 0.05 0.1 0.15
+    python training/choose_ema.py --model outputs/run --lengths 0.05 0.1 0.15
 
 Rebuilds averages of these lengths σ_rel from the snapshots of a run with `--ema_snapshot_every_images`
 (ddpm_hf/training/posthoc_ema.py), measures each, prints and draws the results, and writes the best average into the run's

@@ -1,4 +1,4 @@
-"""Measure a trained model: `accelerate launch training/evaluate.py --model outputs/digits --dataset digits`.
+"""Measure a trained model: `python training/evaluate.py --model outputs/digits --dataset digits`.
 
 Prints the variational bound of validation images in bits/dim, distances between samples and real images on the features
 of a vision model, and how close samples are to training images. Writes them with their protocol into metrics.json,

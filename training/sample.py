@@ -1,6 +1,7 @@
-"""Sample images from a trained model: `accelerate launch training/sample.py --model outputs/digits --num_images 64`.
+"""Sample images from a trained model: `python training/sample.py --model outputs/digits --num_images 64`.
 
-Writes one PNG file per image, named by its index, or one .npz or .parquet file. The work is spread over the processes.
+Writes one PNG file per image, named by its index, or one .npz or .parquet file. Images are sampled from noise, or made from
+pictures: `--init_image` (image to image, or inpainting with `--mask`) and `--interpolate`. The work is spread over the processes.
 Image i of a seed is the same on any number of processes. The same command resumes a run that was stopped, and a larger
 `--num_images` adds images.
 """
@@ -9,55 +10,24 @@ import hashlib
 import io
 import json
 import shutil
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
+from PIL import Image
 
 import ddpm_hf
 from ddpm_hf.checks import check_device, check_int
 from ddpm_hf.data.arrays import array_file
 from ddpm_hf.evaluation.encoding import PNG_CHANNELS, png_bytes, quantize
-from ddpm_hf.evaluation.options import SamplerName
-from ddpm_hf.files import atomic_file
-from ddpm_hf.options import check_options, option
+from ddpm_hf.evaluation.sample_options import FILES, SampleArguments
+from ddpm_hf.files import atomic_file, check_output_folder
 from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
+from ddpm_hf.training.progress import progress_bar
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
-
-
-@dataclass
-class SampleArguments:
-    model: str = option(MISSING, "folder, or repository on the Hub")
-    num_images: int = option(64, "total number of images, including existing ones", "[1, inf)")
-    scheduler: SamplerName | None = option(None, "None: the saved one")
-    steps: int | None = option(None, "sampling steps; None: the model's T", "[1, inf)")
-    timesteps: str | None = option(
-        None,
-        "timesteps instead of evenly spaced ones: 'best' for those of evaluate.py with the best likelihood in --steps "
-        "steps of ddpm; 'ddimN' for N in equal strides from 0, as improved-diffusion names them; or a descending list "
-        "such as 900,500,100,0",
-    )
-    seed: int = option(0, "seed; an image depends on it and on the image's index", "[0, inf)")
-    class_label: str | None = option(
-        None,
-        "of a class-conditional model: a class by name or number, a number for class_embed_type 'timestep', or a .npy "
-        "file with one label per row, of which image i gets row i modulo their number; None: the classes in turn",
-    )
-    guidance_scale: float = option(1.0, "of classifier-free guidance; 1: no guidance", "(-inf, inf)")
-    format: Literal["png", "npz", "parquet"] = option(
-        "png", "a parquet file holds PNG images, and an array of uint16 for color of 16 bits"
-    )
-    bits: Literal[8, 16] = option(8, "per channel; color of 16 bits as npz or parquet")
-    batch_size: int = option(250, "images per process at a time", "[1, inf)")
-    output_dir: str | None = option(None, "folder to write to; None: generated/ in the model's")
-    device: str | None = option(None, "None: a GPU for each process if there are any")
-
-    def __post_init__(self):
-        check_options(self)
+GRID_IMAGES, ANIMATED_IMAGES, MAX_FRAMES = 100, 16, 60
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     if state.is_main_process:
         atomic_file(folder / record_name(args), record(args))
     share, problem = unfinished[state.process_index :: state.num_processes], None
-    title = "images" if state.num_processes == 1 else f"images, process 1 of {state.num_processes}"
-    with tqdm(total=sum(map(len, share)), unit="image", desc=title, disable=not state.is_main_process) as bar:
+    title = "Sampling" if state.num_processes == 1 else f"Sampling, process 1 of {state.num_processes}"
+    with progress_bar(title, sum(map(len, share)), "images", shown=state.is_main_process) as bar:
         for batch in share:
             try:
                 images = make_batch(pipe, args, batch)
@@ -104,11 +74,14 @@ def main(arguments: list[str] | None = None) -> None:
     if state.is_main_process:
         written = gather(folder, args, batches, labels_of(pipe, args, range(args.num_images)))
         print(f"{args.num_images - existing} images written to {written} ({existing} existed).")
+        write_grid(pipe, args, folder)
+        write_animation(pipe, args)
 
 
 def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     """The pipeline, after all checks that can be made before sampling. `args.timesteps` becomes a list in place of `steps`,
     and the name of a class in `args.class_label` its number."""
+    from ddpm_hf.evaluation.edited_samples import check_edit
     from ddpm_hf.pipelines.guidance import class_names_of
     from ddpm_hf.schedulers.samplers import make_sampler
 
@@ -116,7 +89,9 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
         check_device("device", args.device, computes=True)
     pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
     if args.scheduler is not None:
-        pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler)
+        pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler, args.spacing)
+    elif args.spacing is not None:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=args.spacing)
     class_names = class_names_of(pipe.unet) or []
     if args.class_label in class_names:
         args.class_label = str(class_names.index(args.class_label))
@@ -127,7 +102,17 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
         raise ValueError(f"format='png' with bits=16 is for gray images, not {channels} channels: use npz or parquet.")
     if args.timesteps is not None:
         args.timesteps, args.steps = ",".join(map(str, choose_timesteps(args, pipe.scheduler))), None
-    pipe.check_inputs(1, None, args.steps, output_type="np", **sampling_options(pipe, args, range(1)))
+    options = sampling_options(pipe, args, range(1))
+    pipe.check_inputs(1, None, args.steps, output_type="np", **options)
+    if args.is_editing:
+        check_edit(pipe, args, options["class_labels"] is not None)
+    for name in FILES:
+        if (file := getattr(args, name)) is not None:
+            check_output_folder(name, Path(file).parent, [Path(file).name])
+            if Path(file).resolve().is_relative_to(folder_path(args).resolve()):
+                raise ValueError(
+                    f"{name} must be outside of {str(folder_path(args))!r}, which holds samples alone, got {file!r}."
+                )
     return pipe
 
 
@@ -153,7 +138,7 @@ def sampling_options(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, 
     """Arguments of the pipeline's call for the images with these indices, besides their number, noise and `steps`."""
     timesteps = None if args.timesteps is None else [int(t) for t in args.timesteps.split(",")]
     labels = labels_of(pipe, args, indices)
-    return {"timesteps": timesteps, "class_labels": labels, "guidance_scale": args.guidance_scale}
+    return {"timesteps": timesteps, "eta": args.eta, "class_labels": labels, "guidance_scale": args.guidance_scale}
 
 
 def labels_of(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices: range) -> list | None:
@@ -185,20 +170,29 @@ def read_labels(class_label: str) -> list:
     return labels.tolist()
 
 
-def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch: range) -> np.ndarray:
-    """The images with these indices, (B, H, W, C) in [0, 1]."""
+def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch: range, **options) -> np.ndarray:
+    """The images with these indices, (B, H, W, C) in [0, 1]. `options` are further ones of the pipeline's call."""
+    from ddpm_hf.evaluation.edited_samples import edited_images
     from ddpm_hf.evaluation.sampling import sample_images
 
-    return sample_images(pipe, batch, args.steps, args.seed, len(batch), **sampling_options(pipe, args, batch))
+    options |= sampling_options(pipe, args, batch)
+    if args.is_editing:
+        options = {name: value for name, value in options.items() if name not in ("timesteps", "eta")}
+        return edited_images(pipe, args, batch, **options)
+    return sample_images(pipe, batch, args.steps, args.seed, len(batch), **options)
 
 
 # ---------------------------------------------------------------------- files
 
 
-def output_folder(args: SampleArguments) -> Path:
+def folder_path(args: SampleArguments) -> Path:
     # Not samples/, where a run writes its previews.
     default = Path(args.model) / "generated" if Path(args.model).is_dir() else Path("generated")
-    folder = Path(args.output_dir) if args.output_dir is not None else default
+    return Path(args.output_dir) if args.output_dir is not None else default
+
+
+def output_folder(args: SampleArguments) -> Path:
+    folder = folder_path(args)
     try:
         (parts_folder(folder, args) if args.format != "png" else folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -213,8 +207,14 @@ def record_name(args: SampleArguments) -> str:
 
 
 def record(args: SampleArguments) -> str:
-    names = ("model", "scheduler", "steps", "timesteps", "seed", "class_label", "guidance_scale", "bits")
-    options = {name: asdict(args)[name] for name in names}
+    names = ("model", "scheduler", "steps", "spacing", "timesteps", "eta", "seed", "class_label", "guidance_scale")
+    options = {name: asdict(args)[name] for name in (*names, "strength", "bits")}
+    pictures = {"init_image": args.init_image, "mask": args.mask, "interpolate": args.interpolate}
+    for name, files in pictures.items():
+        files = [files] if isinstance(files, str) else files
+        options[name] = None if files is None else [file_digest(file) for file in files]
+    # The place of an image between two others depends on how many there are.
+    options["num_images"] = args.num_images if args.interpolate is not None else None
     if args.class_label is not None:
         is_file = args.class_label.endswith(".npy")
         options["class_label"] = file_digest(args.class_label) if is_file else read_labels(args.class_label)[0]
@@ -222,7 +222,7 @@ def record(args: SampleArguments) -> str:
 
 
 def file_digest(path: str) -> str:
-    return "sha256 " + hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return "sha256 " + hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
 
 
 def check_record(folder: Path, args: SampleArguments) -> None:
@@ -281,35 +281,66 @@ def write_batch(folder: Path, args: SampleArguments, batch: range, images: np.nd
 
 def gather(folder: Path, args: SampleArguments, batches: list[range], labels: list | None) -> Path:
     """Join the parts into the output file, unless the format is PNG. Returns where the images are."""
+    from ddpm_hf.evaluation.sample_files import npz_file, parquet_file
+
     if args.format == "png":
         return folder
     target = output_file(folder, args)
     if not target.exists():
         images = np.concatenate([np.load(part_file(folder, args, batch)) for batch in batches])
-        stream = io.BytesIO()
-        if args.format == "npz":
-            # The names arr_0 and arr_1 are those that evaluation code for diffusion models reads.
-            np.savez(stream, images, *([] if labels is None else [np.array(labels)]))
-        else:
-            write_parquet(stream, images, labels)
-        atomic_file(target, stream.getvalue())
+        atomic_file(target, npz_file(images, labels) if args.format == "npz" else parquet_file(images, labels))
     shutil.rmtree(parts_folder(folder, args), ignore_errors=True)
     return target
 
 
-def write_parquet(stream: io.BytesIO, images: np.ndarray, labels: list | None) -> None:
-    """A data set with a column `image` and, for a class-conditional model, `label`."""
-    import datasets
+def magnification(pipe: "ddpm_hf.DDPMPipelineCustom") -> int:
+    """By how much small images are enlarged in a picture of several."""
+    from ddpm_hf.pipelines.arguments import check_shape
 
-    if images.dtype == np.uint16 and images.shape[-1] > 1:  # no PNG: Pillow writes no color of 16 bits
-        columns, features = {"image": list(images)}, {"image": datasets.Array3D(images.shape[1:], "uint16")}
+    return max(1, 64 // max(check_shape(pipe.unet, 1, None)[2:]))
+
+
+def write_grid(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, folder: Path) -> None:
+    """Write the file that `--grid` names, from the images that are written."""
+    if args.grid is None:
+        return
+    from ddpm_hf.evaluation.sample_files import read_samples
+    from ddpm_hf.pipelines.arguments import check_shape
+
+    count = min(args.num_images, GRID_IMAGES)
+    if args.format == "png":
+        images = [Image.open(png_file(folder, args, i)) for i in range(count)]
     else:
-        columns = {"image": [{"bytes": png_bytes(image), "path": None} for image in images]}
-        features = {"image": datasets.Image()}
-    if labels is not None:
-        value = datasets.Value("int64" if np.array(labels).dtype.kind == "i" else "float64")
-        columns["label"], features["label"] = labels, datasets.List(value) if np.ndim(labels) == 2 else value
-    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(stream)
+        _, channels, *size = check_shape(pipe.unet, 1, None)
+        images = read_samples(str(output_file(folder, args)), count, tuple(size), channels)
+    stream = io.BytesIO()
+    ddpm_hf.image_grid(images, scale=magnification(pipe)).save(
+        stream, Image.registered_extensions()[Path(args.grid).suffix.lower()]
+    )
+    atomic_file(Path(args.grid), stream.getvalue())
+    print(f"Grid of {count} images written to {args.grid}.")
+
+
+def write_animation(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments) -> None:
+    """Write the file that `--gif` names. The first images are made once more, which are perhaps written already."""
+    if args.gif is None:
+        return
+    from ddpm_hf.pipelines.grids import animation_bytes, image_grid
+
+    frames, stride = [], 1
+
+    def keep(pipe, i, t, tensors):
+        nonlocal frames, stride
+        if i % stride == 0:
+            frames.append(image_grid(pipe.to_images(tensors["latents"], "pt"), scale=magnification(pipe)))
+        if len(frames) > 2 * MAX_FRAMES:  # the number of steps is not known here
+            frames, stride = frames[::2], 2 * stride
+
+    batch = range(min(args.num_images, ANIMATED_IMAGES))
+    last = image_grid(make_batch(pipe, args, batch, callback_on_step_end=keep), scale=magnification(pipe))
+    animation = animation_bytes([*frames, last], Path(args.gif).suffix[1:].upper())
+    atomic_file(Path(args.gif), animation)
+    print(f"Animation of {len(batch)} images written to {args.gif}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a DDPM: `accelerate launch training/train.py --config <preset> [--option value ...]`.
+"""Train a DDPM: `python training/train.py --config <preset> [--option value ...]`.
 
 Reads top to bottom: `main` reads the options, `prepare` loads data and network and the last checkpoint, `train` runs
 `training_step` until enough images were seen, and `finish` writes a pipeline, figures and a model card to `output_dir`.
@@ -80,8 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """The processes of the run, with their precision, threads and seeds."""
     import datasets
+    import huggingface_hub
     import torch
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import (
         DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
@@ -89,12 +91,17 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         set_seed,
     )
 
+    from ddpm_hf.training.progress import is_terminal
     from ddpm_hf.training.resume import is_sharded
 
+    if missing := set(config.trackers) - {str(tracker) for tracker in get_available_trackers()}:
+        raise ValueError(
+            f"report_to = {config.report_to} needs packages that are not installed: {', '.join(sorted(missing))}."
+        )
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
+        log_with=config.trackers or None,
         project_dir=config.output_dir,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `training_step` accumulates itself
         kwargs_handlers=[
@@ -102,15 +109,14 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_group_timeout)),
         ],
     )
-    if config.report_to != "none" and not accelerator.log_with:
-        raise ValueError(f"report_to = {config.report_to!r} needs a package that is not installed: {config.report_to}.")
     if is_sharded(accelerator) and config.compile:
         raise ValueError(f"compile = {config.compile!r} cannot be combined with FSDP.")
     config.micro_batches(accelerator.num_processes)  # raises ValueError if the batch cannot be divided
     if accelerator.device.type == "cpu":
         use_cpu_threads(config.cpu_threads)
-    if not accelerator.is_main_process:
+    if not accelerator.is_main_process or not is_terminal():  # bars of libraries, of which files would keep every state
         datasets.disable_progress_bars()
+        huggingface_hub.utils.disable_progress_bars()
     set_seed(config.seed)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
@@ -149,7 +155,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     scheduler = build_scheduler(config)
     with accelerator.main_process_first():
         images, validation = load_images(config, accelerator.device)
-        config = with_num_classes(config, images)
+        config = with_num_classes(config, images).with_length(images.num_examples)
         validation_subset = load_validation_images(config, validation, accelerator.device)
         conditions = preview_conditions(images, config)
     unet = build_unet(config)
@@ -192,6 +198,7 @@ def build_training(run: Run):
         unet.load_state_dict(run.restored[0]["model"])
     model = torch.compile(unet, backend=config.compile) if config.compile else unet
     model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
     averages = {"ema": EMA(unet, config.ema_halflife_images, decay=config.ema_decay, warmup=config.ema_warmup)}
     if config.ema_snapshot_every_images:
         averages["power_ema"] = PowerEMA(unet)
@@ -205,14 +212,15 @@ def build_training(run: Run):
 
 
 def train(run: Run, signals: StopSignals) -> None:
-    """Train to the end of the run; a dry run stops after a few steps. Raises SystemExit with a code of stopping.py."""
+    """Train to the end of the run; a dry run only times a few steps. Raises SystemExit with a code of stopping.py."""
     from accelerate.utils import gather_object
 
     from ddpm_hf.data.batches import MicroBatches
+    from ddpm_hf.training.dry_run import time_training
     from ddpm_hf.training.nonfinite import SkippedSteps
     from ddpm_hf.training.resume import data_position, save, warn_of_changes
     from ddpm_hf.training.run_logger import RunLogger
-    from ddpm_hf.training.run_summary import TIMED_STEPS, describe_data
+    from ddpm_hf.training.run_summary import describe_data
     from ddpm_hf.training.step import training_step
 
     config, accelerator, num_examples = run.config, run.accelerator, run.images.num_examples
@@ -226,16 +234,16 @@ def train(run: Run, signals: StopSignals) -> None:
         skipped.total, skipped.in_a_row = saved["nonfinite_steps"], saved["nonfinite_steps_in_a_row"]
         if accelerator.is_main_process:
             warn_of_changes(config.dropout, images_at_a_time, saved)
-        accelerator.print(f"Resuming from step {first_step} of {config.num_steps} ({config.output_dir}/checkpoints).")
+        accelerator.print(f"Resuming from step {first_step} of {config.total_steps} ({config.output_dir}/checkpoints).")
     share = (accelerator.process_index, world, config.micro_batches(world), config.num_workers, accelerator.device)
-    batches = MicroBatches(
-        run.images, config.batch_size, config.seed, first_step, config.num_steps, *share, state=stream
-    )
+    order = (config.batch_size, config.seed, first_step, config.total_steps)
+    batches = MicroBatches(run.images, *order, *share, state=stream)
     parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
     run_logger = RunLogger(config, accelerator, *parts, run.conditions, describe_data(run.images))
-    last_step = min(config.num_steps, first_step + 1 + TIMED_STEPS) if config.dry_run else config.num_steps
-    exit_code = 0
-    model.train()
+    exit_code, last_step = 0, first_step if config.dry_run else config.total_steps
+    if config.dry_run:
+        parts = (model, optimizer, run.scheduler.diffusion, state.timestep_sampler)
+        time_training(config, accelerator, *parts, batches, first_step)
     with signals.deferred(world, timedelta(seconds=config.process_group_timeout)):
         for done in range(first_step + 1, last_step + 1):
             micro_batches, diffusion, sampler = batches.step(), run.scheduler.diffusion, state.timestep_sampler
@@ -245,7 +253,7 @@ def train(run: Run, signals: StopSignals) -> None:
             skipped.add(done - 1, report.t, report.objective, report.skipped)
 
             stop = signals.should_stop()
-            is_saved = done % config.checkpoint_every_steps == 0 or done == config.num_steps or stop
+            is_saved = done % config.checkpoint_every_steps == 0 or done == config.total_steps or stop
             if (is_saved or run_logger.is_logged(done)) and skipped.too_many_skipped():
                 print_error(
                     f"{skipped.in_a_row} steps in a row had no finite loss and gradient; the checkpoints are unchanged."
@@ -254,7 +262,7 @@ def train(run: Run, signals: StopSignals) -> None:
                 break
             run_logger.after_step(done, report)
 
-            if is_saved and not config.dry_run:
+            if is_saved:
                 stream = batches.gather_state(gather_object)
                 progress = {
                     "data": data_position(done, config.batch_size, num_examples, run.fingerprint, stream),
@@ -264,13 +272,13 @@ def train(run: Run, signals: StopSignals) -> None:
                     "nonfinite_steps_in_a_row": skipped.in_a_row,
                 }
                 folder = save(config, accelerator, done, state, progress)
-                if folder is not None and done < config.num_steps:
+                if folder is not None and done < config.total_steps:
                     run.uploader.upload_checkpoint(done, run.unet, run.scheduler, folder)
-                elif folder is None and (stop or done == config.num_steps):
+                elif folder is None and (stop or done == config.total_steps):
                     print_error("the last checkpoint could not be saved; free some space and run the same command.")
                     exit_code = EXIT_NOT_SAVED
             if stop:
-                accelerator.print(f"\nStopped after step {done} of {config.num_steps}; the same command resumes.")
+                accelerator.print(f"\nStopped after step {done} of {config.total_steps}; the same command resumes.")
                 exit_code = exit_code or 128 + stop
                 break
     exit_code = exit_code or (signals.received and 128 + signals.received)
@@ -300,13 +308,13 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
     averaged = full_on_cpu(averaged, keep=accelerator.is_main_process)  # FSDP needs every process for this
     if exit_code or not run_logger.is_writer:
         return
-    seconds = run_logger.seconds if first_step < config.num_steps else run.restored[1]["records"]["seconds"]
+    seconds = run_logger.seconds if first_step < config.total_steps else run.restored[1]["records"]["seconds"]
     training = {
-        "images_seen": config.num_steps * config.batch_size,
-        "steps": config.num_steps,
+        "images_seen": config.total_steps * config.batch_size,
+        "steps": config.total_steps,
         **run_logger.final_losses(),
         "seconds": round(seconds, 1),
-        "images_per_second": round(config.num_steps * config.batch_size / seconds, 1),
+        "images_per_second": round(config.total_steps * config.batch_size / seconds, 1),
         "processes": accelerator.num_processes,
         "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
         "parameters": sum(p.numel() for p in unet.parameters()),

@@ -29,7 +29,11 @@ def read_picture(data: bytes) -> Image.Image:
     The orientation is that of the EXIF tag, or else of XMP; what cannot be read of either counts as upright. A color
     profile that cannot be used is ignored: see `has_unused_profile`. Raises what Pillow raises for a broken file.
     """
-    image = Image.open(io.BytesIO(data))
+    return upright_in_srgb(Image.open(io.BytesIO(data)))
+
+
+def upright_in_srgb(image: Image.Image) -> Image.Image:
+    """What `read_picture` makes of a picture that Pillow has opened."""
     if image.format == "TIFF":
         _load_tiff(image)  # turns it upright
     else:

@@ -1,5 +1,7 @@
-"""Read samples from files, as training/sample.py or another program wrote them, through the decoder of training images."""
+"""Files of samples: write them, and read those of training/sample.py or of another program, through the decoder of training
+images."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from ddpm_hf.data.arrays import array_file
 from ddpm_hf.data.columns import find_column
 from ddpm_hf.data.decoding import ImageFormat, convert_image, read_entry, read_image
 from ddpm_hf.data.listing import list_images
+from ddpm_hf.evaluation.encoding import png_bytes
 
 Files = Callable[[int], tuple[str, bytes]]  # from an index, the name of an image and its file
 
@@ -82,3 +85,29 @@ def _parquet_images(file: Path) -> tuple[int, Files]:
         return len(rows), lambda i: (f"image {i}", array_file(rows[i][column]))
     rows = rows.cast_column(column, datasets.Image(decode=False))
     return len(rows), lambda i: (f"image {i}", read_entry(rows[i][column]))
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def npz_file(images: np.ndarray, labels: list | None) -> bytes:
+    """A .npz file with images (N, H, W, C) and, if there are any, their labels."""
+    stream = io.BytesIO()
+    # The names arr_0 and arr_1 are those that evaluation code for diffusion models reads.
+    np.savez(stream, images, *([] if labels is None else [np.array(labels)]))
+    return stream.getvalue()
+
+
+def parquet_file(images: np.ndarray, labels: list | None) -> bytes:
+    """A data set with a column `image` and, for a class-conditional model, `label`. `images`: uint8 or uint16 (N, H, W, C)."""
+    if images.dtype == np.uint16 and images.shape[-1] > 1:  # no PNG: Pillow writes no color of 16 bits
+        columns, features = {"image": list(images)}, {"image": datasets.Array3D(images.shape[1:], "uint16")}
+    else:
+        columns = {"image": [{"bytes": png_bytes(image), "path": None} for image in images]}
+        features = {"image": datasets.Image()}
+    if labels is not None:
+        value = datasets.Value("int64" if np.array(labels).dtype.kind == "i" else "float64")
+        columns["label"], features["label"] = labels, datasets.List(value) if np.ndim(labels) == 2 else value
+    stream = io.BytesIO()
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(stream)
+    return stream.getvalue()

@@ -15,8 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int, check_list, shown
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
+from ddpm_hf.pipelines.function_guidance import GRADIENTS, GuidanceFunction, GuidedDenoiser
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.compatibility import check_scheduler, output_channels, set_timesteps
+from ddpm_hf.schedulers.samplers import as_ddpm
 from ddpm_hf.seeds import image_generators, seed_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -27,7 +29,7 @@ class SamplingInputs(NamedTuple):
     """What the sampling loop needs. `latents` is None where x_T is to be drawn; `step_options` go to
     `scheduler.step`, and the scheduler is a copy whose timesteps are set."""
 
-    denoiser: Denoiser
+    denoiser: Denoiser | GuidedDenoiser
     scheduler: SchedulerMixin
     shape: tuple[int, ...]
     generator: torch.Generator | list[torch.Generator] | None
@@ -53,13 +55,22 @@ def prepare_inputs(
     batch_size, generator = check_batch(batch_size, generator, seeds, seed, first_index)
     shape = check_shape(pipe.unet, batch_size, latents)
     denoiser = prepare_denoiser(pipe, batch_size, **condition)
+    if isinstance(denoiser, GuidedDenoiser) and pipe._step_functions.reverse_step is not None:
+        raise ValueError("guidance by a function cannot be compiled: use a pipeline on which compile() was not called.")
     options = prepare_step_options(pipe.scheduler, generator, eta)
     scheduler = prepare_scheduler(pipe.scheduler, num_inference_steps, timesteps, pipe._execution_device)
     return SamplingInputs(denoiser, scheduler, shape, generator, latents, options)
 
 
-def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> Denoiser:
-    """The network with `class_labels`, `guidance_scale` and `null_class`.
+def prepare_denoiser(
+    pipe: DiffusionPipeline,
+    batch_size: int,
+    *,
+    guidance: GuidanceFunction | None = None,
+    guidance_gradient: str = "network",
+    **condition,
+) -> Denoiser | GuidedDenoiser:
+    """The network with `class_labels`, `guidance_scale` and `null_class`, and with guidance by a function.
 
     The scheduler must have the betas that the network was trained with, and a variance type that fits its output. One
     that does not use a learned variance is not given it.
@@ -83,7 +94,12 @@ def prepare_denoiser(pipe: DiffusionPipeline, batch_size: int, **condition) -> D
         kind = f"{name} with variance_type={config.get('variance_type')!r}"
         needed = " or ".join(map(str, possible))
         raise ValueError(f"{kind} needs {needed} output channels, got {net.out_channels}.")
-    return Denoiser(pipe.unet, batch_size, pipe._execution_device, channels=taken, **condition)
+    check_choice("guidance_gradient", guidance_gradient, GRADIENTS)
+    device = pipe._execution_device
+    denoiser = Denoiser(pipe.unet, batch_size, device, channels=taken, **condition)
+    if guidance is None:
+        return denoiser
+    return GuidedDenoiser(denoiser, as_ddpm(pipe.scheduler).diffusion, device, guidance, guidance_gradient)
 
 
 def check_network(unet) -> None:
@@ -233,39 +249,29 @@ def draw_noise(pipe: DiffusionPipeline, shape: Sequence[int], generator: Generat
     return randn_tensor(tuple(shape), generator=generator, device=pipe._execution_device, dtype=torch.float32)
 
 
-def timesteps_from(pipe: DiffusionPipeline, timestep: int, num_inference_steps: int | None) -> list[int]:
-    """`num_inference_steps` timesteps from `timestep` down, evenly spaced; all timestep + 1 for None."""
-    timestep = check_int("timestep", timestep, 0, pipe.scheduler.config.num_train_timesteps - 1)
+def timesteps_from(
+    pipe: DiffusionPipeline, timestep: int | None, num_inference_steps: int | None, strength: float | None = None
+) -> list[int]:
+    """The timesteps of an edit, descending, of which the first is the one that images are noised up to.
+
+    From a `timestep`: `num_inference_steps` of them down from there, evenly spaced; all timestep + 1 for None. By a
+    `strength`, as in diffusers' image to image: the last int(num_inference_steps·strength) of `num_inference_steps`
+    (T for None) of the whole chain.
+    """
+    if (timestep is None) == (strength is None):
+        raise ValueError(f"give one of timestep and strength, got {timestep=} and {strength=}.")
+    T = pipe.scheduler.config.num_train_timesteps
+    if strength is not None:
+        strength = check_float("strength", strength, "(0, 1]")
+        steps = check_int("num_inference_steps", T if num_inference_steps is None else num_inference_steps, 1, T)
+        if not (kept := min(int(steps * strength), steps)):
+            least = f"at least {1 / steps:g} of {steps} steps"
+            raise ValueError(f"strength must leave a step to run, {least}, got {strength!r}.")
+        return spaced_timesteps(T, steps, "trailing").tolist()[-kept:]
+    timestep = check_int("timestep", timestep, 0, T - 1)
     steps = timestep + 1 if num_inference_steps is None else num_inference_steps
     steps = check_int("num_inference_steps", steps, 1, timestep + 1, note=f"counted from timestep {timestep}")
     return spaced_timesteps(timestep + 1, steps, "trailing").tolist()
-
-
-def check_images(pipe: DiffusionPipeline, name: str, images: torch.Tensor, in_range: bool = True) -> None:
-    """Images must be a floating-point tensor (B, C, H, W) of the model's channels, in [-1, 1] if `in_range`."""
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
-        raise TypeError(f"{name} must be a floating-point tensor (B, C, H, W){in_range * ' in [-1, 1]'}, got {kind}.")
-    channels = pipe.unet.config.in_channels
-    if images.ndim != 4 or images.shape[1] != channels or not len(images):
-        raise ValueError(f"{name} must have shape (B, {channels}, H, W), got {tuple(images.shape)}.")
-    check_size(name, pipe.unet, images.shape)
-    # Written so that NaN is refused.
-    if in_range and not images.abs().max() <= 1 + 1e-4:
-        raise ValueError(f"{name} must lie in [-1, 1], got {images.min().item():g} to {images.max().item():g}.")
-
-
-def check_mask(mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """The mask, (H, W) or (B, C, H, W) with B and C possibly 1, as booleans that broadcast against the images."""
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}.")
-    mask = mask.reshape(1, 1, *mask.shape) if mask.ndim == 2 else mask
-    B, C, *size = images.shape
-    if mask.ndim != 4 or mask.shape[0] not in (1, B) or mask.shape[1] not in (1, C) or [*mask.shape[2:]] != size:
-        raise ValueError(f"mask must have shape {tuple(size)} or {tuple(images.shape)}, got {tuple(mask.shape)}.")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("mask must hold only 0 (known pixel) and 1 (pixel to fill in).")
-    return mask == 1
 
 
 def check_weights(weights: Sequence[float]) -> list[float]:

@@ -93,6 +93,11 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             guidance_scale: of classifier-free guidance, which needs a model with a null class; 1 (default): none.
             null_class: the label that means "no class", if the network's configuration does not record it
                 (`ddpm_hf.pipelines.guidance.mark_null_class`).
+            guidance: fn(x_0, t), the log-probability of each image, (B,), or their sum: a function whose gradient steers
+                the samples (`ddpm_hf.pipelines.function_guidance`). Minus a loss is one; its weight is a factor in fn.
+            guidance_gradient: of what the gradient is taken: "network" (default), the predicted x_0 with the network
+                before it; "estimate", the predicted x_0 alone, which is faster; "x_t", the noisy image, which fn is then
+                given in place of x_0.
             eta: amount of noise per step, 0 (none) to 1 (that of DDPM), for schedulers that take it, such as DDIM.
             seeds: one seed per image, instead of a generator: each gives its image 0.
             seed, first_index: instead of a generator: images first_index (default 0), first_index + 1, ... of this

@@ -91,6 +91,10 @@ def eval_mode(module: torch.nn.Module) -> Iterator[None]:
             m.training = True
 
 
+def predict(denoiser: Denoiser, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return denoiser(x, t)
+
+
 def reverse_step(denoiser: Denoiser, scheduler: ChainScheduler, t: torch.Tensor, x, noise, options: dict):
     """Network and scheduler in one function of tensors. The caller draws the noise, since `torch.compile` cannot
     trace generators. Returns x_{t−1} and the predicted x_0."""
@@ -102,13 +106,13 @@ class StepFunctions:
     """The functions that a step calls: `reverse_step`, for this package's scheduler and if not None, else `predict`
     followed by `scheduler.step`."""
 
-    predict: Callable = Denoiser.__call__
+    predict: Callable = predict
     reverse_step: Callable | None = None
 
     @classmethod
     def compiled(cls, **options) -> "StepFunctions":
         """Both functions compiled; `options` are those of `torch.compile`."""
-        return cls(*(_clone_outputs(torch.compile(f, **options)) for f in (Denoiser.__call__, reverse_step)))
+        return cls(*(_clone_outputs(torch.compile(f, **options)) for f in (predict, reverse_step)))
 
 
 def denoising_loop(inputs: SamplingInputs, x: torch.Tensor, functions: StepFunctions) -> Iterator[DenoisingStep]:

@@ -1,12 +1,13 @@
 """Edit images with a trained model: image to image, interpolation, denoising, inpainting.
 
-These functions take a pipeline, and images as tensors (B, C, H, W) in [-1, 1]. They return images as a call of the
+These functions take a pipeline and images: tensors (B, C, H, W) in [-1, 1], arrays (B, H, W, C) in [0, 1] or of integers,
+PIL images, names of files, or a list of these (`ddpm_hf.pipelines.inputs.to_images`). They return images as a call of the
 pipeline does (`output_type`). They sample by DDPM's ancestral steps with the betas of the pipeline's scheduler,
 whichever class that is.
 
 `options` and `condition` are keyword arguments of a pipeline call: `generator` (one, or a list of one per image) or
 `seed` (image i of the batch gets the noise of image i of the seed), `output_type`, and for class-conditional models
-`class_labels`, `guidance_scale` and `null_class`. ValueError or TypeError is raised before the first step; ValueError
+`class_labels`, `guidance_scale` and `null_class`, and for all `guidance` and `guidance_gradient`. ValueError or TypeError is raised before the first step; ValueError
 after the last one if the result is NaN or infinite, as by a pipeline call.
 """
 
@@ -21,52 +22,64 @@ from ddpm_hf.pipelines import arguments
 from ddpm_hf.pipelines.arguments import Generators
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.denoising import RecordedSteps, eval_mode
+from ddpm_hf.pipelines.inputs import GivenImages, to_images, to_mask
 from ddpm_hf.schedulers.samplers import as_ddpm
 
 
 def image_to_image(
-    pipe: DDPMPipelineCustom, images: torch.Tensor, timestep: int, num_inference_steps: int | None = None, **options
+    pipe: DDPMPipelineCustom,
+    images: GivenImages,
+    timestep: int | None = None,
+    num_inference_steps: int | None = None,
+    *,
+    strength: float | None = None,
+    **options,
 ):
-    """Noise the images up to `timestep`, x_t ~ q(x_t | x_0), and sample from there (SDEdit, Meng et al. 2022).
+    """Noise the images up to a timestep, x_t ~ q(x_t | x_0), and sample from there (SDEdit, Meng et al. 2022).
 
-    The larger t is, the more of the image changes. `num_inference_steps` is the number of steps from t to the image;
-    None runs all t + 1.
+    Args:
+        timestep: t. The larger it is, the more of the image changes.
+        num_inference_steps: with `timestep`, the number of steps from t to the image; None runs all t + 1.
+        strength: instead of `timestep`, the share of the chain that is run, in (0, 1], as in diffusers: of
+            `num_inference_steps` (T for None) steps of the whole chain, the last int(num_inference_steps·strength).
     """
-    arguments.check_images(pipe, "images", images)
-    return _sample_from(pipe, images, 0.0, timestep, num_inference_steps, **options)
+    images = to_images(pipe, "images", images)
+    timesteps = arguments.timesteps_from(pipe, timestep, num_inference_steps, strength)
+    return _sample_from(pipe, images, 0.0, timesteps, **options)
 
 
 def interpolate(
     pipe: DDPMPipelineCustom,
-    images: torch.Tensor,
-    others: torch.Tensor,
-    timestep: int,
+    images: GivenImages,
+    others: GivenImages,
+    timestep: int | None = None,
     weights: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     num_inference_steps: int | None = None,
     *,
+    strength: float | None = None,
     seed: int = 0,
     **options,
 ) -> list:
-    """Mix pairs of images in the latent space of `timestep`, (1−λ)·x_t + λ·x'_t, and sample from there (DDPM,
-    section 4.3).
+    """Mix pairs of images in the latent space of a timestep, (1−λ)·x_t + λ·x'_t, and sample from there (DDPM,
+    section 4.3). `timestep`, `num_inference_steps` and `strength` are those of `image_to_image`.
 
     Returns one entry for each weight λ: what `image_to_image` returns for the mixed images. Both images of a pair
     and all λ share the noise. The mixture therefore has the variance that the network expects, and λ = 0 and 1 give
     exactly what `image_to_image` gives for the two images with that seed.
     """
-    arguments.check_images(pipe, "images", images)
-    arguments.check_images(pipe, "others", others)
+    images, others = to_images(pipe, "images", images), to_images(pipe, "others", others)
     if others.shape != images.shape:
         raise ValueError(f"others must have the shape of images, {tuple(images.shape)}, got {tuple(others.shape)}.")
+    timesteps = arguments.timesteps_from(pipe, timestep, num_inference_steps, strength)
     # With shared noise, mixing x_t and x'_t is the same as mixing the images.
     return [
-        image_to_image(pipe, (1 - w) * images + w * others, timestep, num_inference_steps, seed=seed, **options)
+        _sample_from(pipe, (1 - w) * images + w * others, 0.0, timesteps, seed=seed, **options)
         for w in arguments.check_weights(weights)
     ]
 
 
 def denoise_image(
-    pipe: DDPMPipelineCustom, images: torch.Tensor, noise_std: float, num_inference_steps: int | None = None, **options
+    pipe: DDPMPipelineCustom, images: GivenImages, noise_std: float, num_inference_steps: int | None = None, **options
 ):
     """Remove Gaussian noise of a known standard deviation (for images in [-1, 1]): a sample of p(x_0 | image).
 
@@ -74,18 +87,18 @@ def denoise_image(
     the noise that y lacks is added. With `num_inference_steps=1` the result is E[x_0 | x_t], which has the least mean
     squared error; None runs all t + 1 steps, for a sample as sharp as the model's own.
     """
-    arguments.check_images(pipe, "images", images, in_range=False)
+    images = to_images(pipe, "images", images, in_range=False)
     noise_to_signal = as_ddpm(pipe.scheduler).diffusion.sqrt_recipm1_alphas_cumprod
     noise_std = check_float("noise_std", noise_std, f"(0, {noise_to_signal[-1].item()}]")
     t = int(torch.searchsorted(noise_to_signal, torch.tensor(noise_std, dtype=torch.float64)))
-    return _sample_from(pipe, images, noise_std, t, num_inference_steps, **options)
+    return _sample_from(pipe, images, noise_std, arguments.timesteps_from(pipe, t, num_inference_steps), **options)
 
 
 @torch.no_grad()
 def inpaint(
     pipe: DDPMPipelineCustom,
-    images: torch.Tensor,
-    mask: torch.Tensor,
+    images: GivenImages,
+    mask: GivenImages,
     num_inference_steps: int | None = None,
     jump_length: int = 10,
     jump_n_sample: int = 10,
@@ -99,14 +112,14 @@ def inpaint(
 
     Args:
         mask: 1 or True for pixels to fill in; the others keep their exact values. (H, W), or (B, C, H, W) where B and
-            C may be 1.
+            C may be 1; or a picture, white where pixels are to be filled in.
         num_inference_steps: number of timesteps; the model's own T for None.
         jump_length, jump_n_sample: every `jump_length` steps the result is noised back up by as many, so that each
             stretch is run `jump_n_sample` times, which makes the new pixels fit the known ones. 1 and 1: no jumps.
     """
-    arguments.check_images(pipe, "images", images)
+    images = to_images(pipe, "images", images)
     arguments.check_output_type(output_type, images.shape[1])
-    mask = arguments.check_mask(mask, images)
+    mask = to_mask(mask, images)
     jump_length, jump_n_sample = check_int("jump_length", jump_length, 1), check_int("jump_n_sample", jump_n_sample, 1)
     _, generator = arguments.check_batch(len(images), generator, seed=seed)
     denoiser = arguments.prepare_denoiser(pipe, len(images), **condition)
@@ -158,16 +171,16 @@ def _sample_from(
     pipe: DDPMPipelineCustom,
     images: torch.Tensor,
     image_std: float,
-    t: int,
-    num_inference_steps: int | None,
+    timesteps: list[int],
     *,
     generator: Generators = None,
     seed: int | None = None,
     **options,
 ):
-    """Sample from x_t = √ᾱ_t·y + √(1 − ᾱ_t − ᾱ_t·σ²)·z, where the images y hold noise of standard deviation σ."""
+    """Sample along the timesteps from x_t = √ᾱ_t·y + √(1 − ᾱ_t − ᾱ_t·σ²)·z at the first of them, where the images y hold
+    noise of standard deviation σ."""
     _, generator = arguments.check_batch(len(images), generator, seed=seed)
-    timesteps = arguments.timesteps_from(pipe, t, num_inference_steps)
+    t = timesteps[0]
     ancestral = copy.copy(pipe)
     ancestral.scheduler = as_ddpm(pipe.scheduler)
     diffusion = ancestral.scheduler.diffusion

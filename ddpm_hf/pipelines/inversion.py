@@ -1,9 +1,9 @@
 """Deterministic DDIM (η = 0): encode images as latents, decode latents to images, interpolate between seeds.
 
-These functions take a pipeline. Images are tensors (B, C, H, W) in [-1, 1] on input, and on output what a call of
+These functions take a pipeline. Images are what `ddpm_hf.pipelines.inputs.to_images` takes, and on output what a call of
 the pipeline returns (`output_type`). Sampling uses the betas of the pipeline's scheduler, whichever class that is.
 
-`condition` are `class_labels`, `guidance_scale` and `null_class`, as for a pipeline call. ValueError or TypeError is
+`condition` are `class_labels`, `guidance_scale`, `null_class`, `guidance` and `guidance_gradient`, as for a pipeline call. ValueError or TypeError is
 raised before the first step.
 """
 
@@ -17,6 +17,7 @@ from ddpm_hf.checks import check_int
 from ddpm_hf.pipelines import arguments
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.denoising import RecordedSteps, eval_mode
+from ddpm_hf.pipelines.inputs import GivenImages, check_images, to_images
 from ddpm_hf.schedulers.ddim import DDIMSchedulerCustom
 from ddpm_hf.schedulers.samplers import as_ddpm
 from ddpm_hf.seeds import seed_generators
@@ -25,7 +26,7 @@ from ddpm_hf.seeds import seed_generators
 @torch.no_grad()
 def encode(
     pipe: DDPMPipelineCustom,
-    images: torch.Tensor,
+    images: GivenImages,
     num_inference_steps: int | None = None,
     iterations: int = 3,
     **condition,
@@ -36,7 +37,7 @@ def encode(
     solved for x_s by fixed-point iteration, starting with ε at (x_t, s). One iteration is the usual inversion. Each
     further one costs a call of the network per step, and brings `decode(encode(images))` closer to the images.
     """
-    arguments.check_images(pipe, "images", images)
+    images = to_images(pipe, "images", images)
     iterations = check_int("iterations", iterations, 1)
     denoiser = arguments.prepare_denoiser(pipe, len(images), **condition)
     diffusion, x = as_ddpm(pipe.scheduler).diffusion, images.to(pipe._execution_device, torch.float32)
@@ -63,7 +64,7 @@ def decode(
     **condition,
 ):
     """The images that DDIM with η = 0 and no clipping makes of x_T, (B, C, H, W)."""
-    arguments.check_images(pipe, "latents", latents, in_range=False)
+    check_images(pipe, "latents", latents, in_range=False)
     arguments.check_output_type(output_type, latents.shape[1])
     deterministic = copy.copy(pipe)
     deterministic.scheduler = DDIMSchedulerCustom.from_config(
@@ -83,7 +84,7 @@ def decode(
 
 def reconstruct(
     pipe: DDPMPipelineCustom,
-    images: torch.Tensor,
+    images: GivenImages,
     num_inference_steps: int | None = None,
     iterations: int = 3,
     output_type: str = "pil",

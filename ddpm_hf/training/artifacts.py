@@ -18,6 +18,7 @@ from ddpm_hf.hub.model_card import make_card, update_results
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.pipelines.guidance import class_names_of
 from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.progress import counted_steps, progress_bar
 from ddpm_hf.transfer.downloads import Retries, download_snapshot
 
 # What a run writes into its folder.
@@ -73,7 +74,7 @@ def write_artifacts(
     options += "" if config.class_embed_type is None else " --class_label <condition>"
     print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64{options}")
     if config.dataset in BUILTIN or training["validation_examples"]:  # images that were not trained on
-        print(f"  evaluate:  accelerate launch training/evaluate.py --model {output_dir} --dataset {config.dataset}")
+        print(f"  evaluate:  python training/evaluate.py --model {output_dir} --dataset {config.dataset}")
     print(f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>")
 
 
@@ -83,15 +84,20 @@ def show(
     """samples.png and denoising.png, and {"quality": ...} of the data set's judge, if there is one and
     `quality_samples` are asked for; else {}. `batch_size`: images sampled at once. `conditions`: for a model with
     `class_embed_type`, those of the first training images."""
-    pipe.set_progress_bar_config(desc="Sampling", unit="step")
-    indices = range(max(GRID, config.quality_samples))
-    samples = sample_images(pipe, indices, config.sample_steps, config.seed, batch_size, conditions)
+    judge = judge_of(config.dataset) if config.quality_samples else None
+    indices, purpose = range(GRID), "samples.png"
+    if judge is not None:
+        indices, purpose = range(max(GRID, config.quality_samples)), "samples.png and quality check"
+    pipe.set_progress_bar_config(disable=True)
+    calls = -(-len(indices) // batch_size)
+    with progress_bar(purpose, calls * config.sample_steps, "steps") as bar:
+        how = (config.sample_steps, config.seed, batch_size, conditions)
+        samples = sample_images(pipe, indices, *how, callback_on_step_end=counted_steps(bar))
     pictures = {
         "samples.png": figure_bytes(image_grid(samples[:GRID])),
         "denoising.png": figure_bytes(denoising_figure(pipe, config.sample_steps, config.seed, conditions)),
     }
-    judge = judge_of(config.dataset)
-    if judge is None or not config.quality_samples:
+    if judge is None:
         return pictures, {}
     return pictures, {"quality": judge.judge(samples[: config.quality_samples], config.sample_steps, config.seed)}
 

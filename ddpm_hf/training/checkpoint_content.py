@@ -72,8 +72,8 @@ def check_content(
     step = state["step"]
     if checkpoint_step(folder) != step:
         refuse(f"state.json says that it is of step {step}")
-    if step > config.num_steps:
-        refuse(f"step {step} comes after the end of this run, which has {config.num_steps} steps")
+    if step > config.total_steps:
+        refuse(f"step {step} comes after the end of this run, which has {config.total_steps} steps")
     try:
         config.check_same_run(state["config"], folder)
     except ValueError:

@@ -4,13 +4,13 @@ Nothing here imports torch at module level, so that `--help` answers quickly.
 """
 
 import math
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, get_origin, get_type_hints
 
 import yaml
 
-from ddpm_hf.options import check_options, option
+from ddpm_hf.options import LARGEST, check_options, option
 from ddpm_hf.training.config_rules import check_rules
 
 if TYPE_CHECKING:
@@ -26,24 +26,29 @@ BetaSchedule = Literal[
     "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "quad", "quadratic", "const", "constant", "jsd",
     "warmup10", "warmup50",
 ]  # fmt: skip
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Every option of `training/train.py`. Lengths are in images or in steps, as the name says."""
 
-    # Where
-    output_dir: MayChange[str] = option("outputs/custom", "folder for the model, figures and checkpoints")
+    output_dir: MayChange[str] = option(
+        "outputs/custom", "folder for the model, figures and checkpoints", group="Where"
+    )
     overwrite: MayChange[bool] = option(False, "delete the checkpoints in output_dir and start again")
 
-    # Fine-tuning
     init_from: str | None = option(
         None,
         "model to start from: a folder, a run of one's own, or a name on the Hub; it settles network and diffusion",
+        group="Fine-tuning",
     )
 
-    # Data
-    dataset: str = option("", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub")
+    dataset: str = option(
+        "", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub", group="Data"
+    )
     dataset_config: str | None = option(None, "configuration of a data set on the Hub")
     dataset_revision: str | None = option(None, "branch, tag or commit of a data set on the Hub")
     dataset_name: MayChange[str | None] = option(
@@ -79,8 +84,9 @@ class TrainingConfig:
         None, "streaming: parts, a multiple of the number of processes; None: one each", "[1, inf)"
     )
 
-    # Network (the names of UNet2DModel)
-    block_out_channels: list[int] = option([128, 256, 256, 256], "channels of each level", "[1, 65536]")
+    block_out_channels: list[int] = option(
+        [128, 256, 256, 256], "channels of each level", "[1, 65536]", group="Network (the names of UNet2DModel)"
+    )
     down_block_types: list[DownBlock] = option(
         ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"], "blocks on the way down, first level first"
     )
@@ -99,8 +105,9 @@ class TrainingConfig:
     flip_sin_to_cos: bool = option(False, "put the cosines of the time embedding first, as in diffusers")
     freq_shift: int = option(1, "frequencies 10000^(-i/(half - freq_shift)); 0 in diffusers", "[0, 8191]")
 
-    # Diffusion (the names of DDPMScheduler)
-    num_train_timesteps: int = option(1000, "length T of the diffusion chain", "[1, 100000]")
+    num_train_timesteps: int = option(
+        1000, "length T of the diffusion chain", "[1, 100000]", group="Diffusion (the names of DDPMScheduler)"
+    )
     beta_schedule: BetaSchedule = option("linear", "schedule of the variances β")
     beta_start: float = option(1e-4, "β of the first step, in schedules that have a range", "(0, 1)")
     beta_end: float = option(0.02, "β of the last step, in schedules that have a range", "(0, 1)")
@@ -111,9 +118,8 @@ class TrainingConfig:
         "fixed_small", "variance of the reverse steps; learned_range: predicted by the network and trained with L_vlb"
     )
 
-    # Objective (ddpm_hf.diffusion.losses and timestep_samplers)
     loss_weighting: Literal["simple", "min_snr", "p2", "vlb"] = option(
-        "simple", "weight of L_simple over the timesteps; vlb: the variational bound itself"
+        "simple", "weight of L_simple over the timesteps; vlb: the variational bound itself", group="Objective"
     )
     min_snr_gamma: float = option(5.0, "γ of min_snr", "(0, inf)")
     p2_k: float = option(1.0, "k of p2", "(0, inf)")
@@ -126,9 +132,12 @@ class TrainingConfig:
     input_perturbation: float = option(0.0, "γ of Ning et al. (2023); 0: off", "[0, inf)")
     offset_noise: float = option(0.0, "strength of noise shared by all pixels of an image; 0: off", "[0, inf)")
 
-    # Optimization
-    seed: int = option(0, "seed of the weights, the order of images and all noise", "[0, 4294967295]")
-    total_images: int = option(0, "length of the run, in images seen", "[1, inf)")
+    seed: int = option(
+        0, "seed of the weights, the order of images and all noise", "[0, 4294967295]", group="Optimization"
+    )
+    total_images: int | None = option(None, "length of the run, in images seen", "[1, inf)")
+    num_steps: int | None = option(None, "length in optimizer steps, instead of total_images", "[1, inf)")
+    num_epochs: int | None = option(None, "length in passes over the data, instead of total_images", "[1, inf)")
     batch_size: int = option(128, "effective batch size: images per optimizer step, over all processes", "[1, inf)")
     micro_batch_size: MayChange[int | None] = option(
         None, "images per process at a time (gradient accumulation)", "[1, inf)"
@@ -163,8 +172,9 @@ class TrainingConfig:
     )
     compile: MayChange[str | None] = option(None, "compile the network with this torch.compile backend: 'inductor'")
 
-    # Logging
-    dry_run: MayChange[bool] = option(False, "print a summary, time a few steps and stop; write nothing")
+    dry_run: MayChange[bool] = option(
+        False, "print a summary, time a few steps and stop; write nothing", group="Logging"
+    )
     checkpoint_every_steps: MayChange[int] = option(5000, "save a checkpoint at this interval", "[1, inf)")
     keep_checkpoints: MayChange[int] = option(2, "number of checkpoints to keep", "[1, inf)")
     log_every_steps: MayChange[int] = option(50, "log the loss at this interval", "[1, inf)")
@@ -173,14 +183,13 @@ class TrainingConfig:
     )
     validation_images: MayChange[int] = option(256, "maximum number of validation images, drawn once", "[1, inf)")
     sample_every_steps: MayChange[int] = option(0, "save sample images at this interval; 0: never", "[0, inf)")
-    report_to: MayChange[Literal["none", "tensorboard", "wandb"]] = option("tensorboard", "tracker to log to")
+    report_to: MayChange[list[Tracker]] = option(["tensorboard"], "trackers to log to, one or several")
     sample_steps: MayChange[int] = option(250, "sampling steps for figures and the quality check", "[1, inf)")
     quality_samples: MayChange[int] = option(
         0, "samples to judge at the end, if the data set has a judge; 0: none", "[0, inf)"
     )
 
-    # Sharing
-    push_to_hub: MayChange[bool] = option(False, "upload checkpoints and the model to hub_model_id")
+    push_to_hub: MayChange[bool] = option(False, "upload checkpoints and the model to hub_model_id", group="Sharing")
     hub_model_id: MayChange[str | None] = option(None, "user/name on the Hub; created if it does not exist")
     hub_private: MayChange[bool] = option(False, "create hub_model_id as a private repository")
     push_every_checkpoints: MayChange[int] = option(
@@ -195,6 +204,9 @@ class TrainingConfig:
         if len(self.resolution) == 1:
             object.__setattr__(self, "resolution", self.resolution * 2)
         check_rules(self)
+        if self.num_steps is not None:
+            object.__setattr__(self, "total_images", self.num_steps * self.batch_size)
+            object.__setattr__(self, "num_steps", None)
         if self.ema_halflife_images in (None, 0):
             object.__setattr__(self, "ema_halflife_images", 1_000_000 if self.ema_decay is None else None)
 
@@ -212,20 +224,40 @@ class TrainingConfig:
         return None if self.num_classes is None else self.num_classes + (self.label_dropout > 0)
 
     @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, without "none"."""
+        return [name for name in self.report_to if name != "none"]
+
+    @property
     def condition_width(self) -> int | None:
         """Numbers in a condition of class_embed_type "identity", which is added to the time embedding; else None."""
         return 4 * self.block_out_channels[0] if self.class_embed_type == "identity" else None
 
     @property
-    def num_steps(self) -> int:
+    def total_steps(self) -> int:
         """Optimizer steps of the run."""
         return self.total_images // self.batch_size
+
+    def with_length(self, num_examples: int | None) -> "TrainingConfig":
+        """The configuration with the `total_images` that `num_epochs` passes over the data are.
+
+        Raises ValueError if they are less than one batch.
+        """
+        if self.num_epochs is None:
+            return self
+        total_images = self.num_epochs * num_examples
+        if not self.batch_size <= total_images <= LARGEST:
+            raise ValueError(
+                f"num_epochs = {self.num_epochs} of {num_examples:,} images must be at least one batch, batch_size = "
+                f"{self.batch_size}, and less than 2**63 images: {total_images:,}."
+            )
+        return replace(self, total_images=total_images, num_epochs=None)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warm-up to `learning_rate`, then `learning_rate_schedule`."""
         rate = self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.learning_rate_schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * step / self.num_steps))
+            rate *= 0.5 * (1 + math.cos(math.pi * step / self.total_steps))
         return rate
 
     def micro_batches(self, num_processes: int) -> int:

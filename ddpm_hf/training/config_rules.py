@@ -10,6 +10,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ddpm_hf.checks import check_choice, check_int
+from ddpm_hf.options import LARGEST
+
+LENGTHS = ("total_images", "num_steps", "num_epochs")
 
 # Schedules that follow from T alone (`ddpm_hf.diffusion.schedules`).
 WITHOUT_RANGE = ("squaredcos_cap_v2", "laplace", "jsd")
@@ -17,7 +20,16 @@ WITHOUT_RANGE = ("squaredcos_cap_v2", "laplace", "jsd")
 
 def check_rules(config) -> None:
     """Raise ValueError for values that do not fit together, and for those that would be ignored."""
-    for check in (_check_choices, _check_size, _check_data, _check_ema, _check_uses, _check_chain):
+    for check in (
+        _check_choices,
+        _check_size,
+        _check_length,
+        _check_data,
+        _check_trackers,
+        _check_ema,
+        _check_uses,
+        _check_chain,
+    ):
         check(config)
 
 
@@ -40,10 +52,7 @@ def _check_choices(config) -> None:
 def _check_size(config) -> None:
     if len(config.resolution) != 2:
         raise ValueError(f"resolution must be one number or height and width, got {config.resolution!r}.")
-    (height, width), halvings = config.resolution, len(config.block_out_channels) - 1
-    if height % 2**halvings or width % 2**halvings:
-        needed = f"use multiples of {2**halvings}, or fewer block_out_channels"
-        raise ValueError(f"resolution {height}×{width} cannot be halved {halvings} times: {needed}.")
+    _check_halvings(config)
     # The network takes others, as diffusers' does, and leaves the rest of the channels out of its attention.
     head_dim, levels = config.attention_head_dim or 1, (config.down_block_types, config.up_block_types[::-1])
     for channels, *names in zip(config.block_out_channels, *levels):
@@ -51,12 +60,52 @@ def _check_size(config) -> None:
             raise ValueError(
                 f"attention_head_dim = {head_dim} must divide the {channels} channels of a level with attention."
             )
-    if config.total_images < config.batch_size:
+    if config.stream_lanes is not None and config.batch_size % config.stream_lanes:
+        raise ValueError(f"stream_lanes = {config.stream_lanes} must divide batch_size = {config.batch_size}.")
+
+
+def _check_halvings(config) -> None:
+    """Each level but the last halves the image. The error has values that fit, of the size or of the network."""
+    (height, width), levels = config.resolution, len(config.block_out_channels)
+    divisor = 2 ** (levels - 1)
+    if not height % divisor and not width % divisor:
+        return
+    fits = next(n for n in range(levels - 1, 0, -1) if not height % 2 ** (n - 1) and not width % 2 ** (n - 1))
+    larger = dict.fromkeys(
+        -(-size // divisor) * divisor for size in ((height,) if height == width else (height, width))
+    )
+    blocks = {
+        "block_out_channels": config.block_out_channels[:fits],
+        "down_block_types": config.down_block_types[:fits],
+        "up_block_types": config.up_block_types[-fits:],
+    }
+    smaller = " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in blocks.items())
+    size = " ".join(map(str, larger))
+    raise ValueError(
+        f"resolution {height}×{width} cannot be halved {levels - 1} times, once after each of {levels} levels but the last. "
+        f"Use multiples of {divisor} (--resolution {size}) or {fits} level{'s' * (fits > 1)} ({smaller})."
+    )
+
+
+def _check_length(config) -> None:
+    """The length is given in one unit. That of epochs is known once the data are (`TrainingConfig.with_length`)."""
+    lengths = {name: getattr(config, name) for name in LENGTHS}
+    given = {name: value for name, value in lengths.items() if value is not None}
+    if len(given) != 1:
+        found = ", ".join(f"{name} = {value}" for name, value in given.items()) or "none"
+        raise ValueError(f"one of {', '.join(LENGTHS)} must be given, got {found}.")
+    if config.num_epochs is not None and config.streaming:
+        raise ValueError(
+            f"num_epochs = {config.num_epochs} needs the number of images, which a stream does not tell: use total_images."
+        )
+    if config.num_steps is not None and config.num_steps * config.batch_size > LARGEST:
+        raise ValueError(
+            f"num_steps = {config.num_steps} of batch_size = {config.batch_size} are 2**63 images or more."
+        )
+    if config.total_images is not None and config.total_images < config.batch_size:
         raise ValueError(
             f"total_images = {config.total_images} is less than one batch, batch_size = {config.batch_size}."
         )
-    if config.stream_lanes is not None and config.batch_size % config.stream_lanes:
-        raise ValueError(f"stream_lanes = {config.stream_lanes} must divide batch_size = {config.batch_size}.")
 
 
 def _check_data(config) -> None:
@@ -72,6 +121,12 @@ def _check_data(config) -> None:
         raise ValueError(f"validation_split must be another split than split, which is {config.split!r}.")
     if config.validation_split is not None and config.validation_fraction:
         raise ValueError("validation_split and validation_fraction exclude each other.")
+
+
+def _check_trackers(config) -> None:
+    names = config.report_to
+    if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        raise ValueError(f"report_to must be different trackers, or 'none' alone, got {names}.")
 
 
 def _check_ema(config) -> None:

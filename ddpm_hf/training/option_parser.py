@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, get_args, get_origin
 
-from ddpm_hf.options import accepted, default_of, kinds
+from ddpm_hf.options import accepted, default_of, kinds, unknown_option
 
+USAGE = "%(prog)s [--option value ...]"
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -15,20 +16,33 @@ class OptionParser(argparse.ArgumentParser):
     """The command line of a dataclass of options: `--name value`; lists as `--name value value`; flags as `--name`,
     `--name false` and, for those that are on by default, `--no_name`. `--name None` stands for None."""
 
-    def __init__(self, cls: type, description: str):
-        super().__init__(prog=None, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        self.cls = cls
+    def __init__(
+        self,
+        cls: type,
+        description: str,
+        defaults: Mapping[str, Any] | None = None,
+        other_names: Mapping[str, str] | None = None,
+    ):
+        """
+        Args:
+            defaults: values that `--help` states instead of those of `cls`.
+            other_names: see `unknown_option`.
+        """
+        super().__init__(usage=USAGE, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self.cls, self.other_names, group = cls, other_names, self
         for spec in fields(cls):
             kind, is_list, _ = kinds(cls)[spec.name]
-            default = default_of(spec)
+            default = (defaults or {}).get(spec.name, default_of(spec))
+            if spec.metadata["group"]:
+                group = self.add_argument_group(spec.metadata["group"])
             words = accepted(cls, spec) + ("" if default is MISSING else f"; default: {default!r}")
             help, name = f"{spec.metadata['help']} ({words})".replace("%", "%%"), spec.name
             names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             nargs = {"nargs": "+"} if is_list else {"nargs": "?", "const": "true"} if kind is bool else {}
-            self.add_argument(*names, dest=name, metavar="VALUE", help=help, **nargs)
+            group.add_argument(*names, dest=name, metavar="VALUE", help=help, **nargs)
             if kind is bool and default is True:
                 names = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
-                self.add_argument(*names, dest=name, action="store_const", const="false", help=f"{name} false")
+                group.add_argument(*names, dest=name, action="store_const", const="false", help=f"{name} false")
 
     def error(self, message: str) -> None:
         raise ValueError(message)
@@ -37,7 +51,7 @@ class OptionParser(argparse.ArgumentParser):
         """The options in a command line (None: that of the process), not checked. Raises ValueError for unknown ones."""
         found, unknown = self.parse_known_args(sys.argv[1:] if arguments is None else arguments)
         if unknown:
-            raise ValueError(f"unknown option {unknown[0]}; --help lists all.")
+            raise ValueError(unknown_option(unknown[0], kinds(self.cls), self.other_names))
         values = vars(found)
         for name in values.keys() & kinds(self.cls).keys():
             kind, is_list, is_optional = kinds(self.cls)[name]

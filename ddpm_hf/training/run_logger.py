@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
 from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
@@ -28,6 +27,7 @@ from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.ema import EMA
 from ddpm_hf.training.log_file import LogFile, logger, warn_if_not_written
 from ddpm_hf.training.posthoc_ema import PowerEMA, drop_snapshots_after, save_snapshot
+from ddpm_hf.training.progress import progress_bar
 from ddpm_hf.training.run_summary import SpeedReport, describe_run
 from ddpm_hf.training.sharding import full_on_cpu
 from ddpm_hf.training.step import StepReport
@@ -73,19 +73,20 @@ class RunLogger:
         )
         self.is_writer = accelerator.is_main_process and not config.dry_run
         self._statistics = StepStatistics(config.num_train_timesteps, accelerator, self.restored)
-        self._speed = SpeedReport(first_step, config.num_steps, config.batch_size, accelerator.device)
+        self._speed = SpeedReport(first_step, config.total_steps, config.batch_size, accelerator.device)
         if self.is_writer:
             self._remove_after(first_step)
             atomic_file(self.folder / "config.yaml", config.to_yaml())
         self.log = LogFile(self.folder / LOG if self.is_writer else None, first_step)
         if not config.dry_run:
             settings = {k: str(v) for k, v in asdict(config).items()}
-            self.trackers = Trackers(accelerator, settings, first_step)
+            self.trackers = Trackers(accelerator, settings, first_step, self.folder.resolve().name)
         examples = (self.train_examples, len(self.validation or ()))
         parameters = self.unet.num_parameters()
         accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.data))
-        done, total = first_step * config.batch_size, config.num_steps * config.batch_size
-        self._bar = tqdm(desc="Training", initial=done, total=total, unit="img", unit_scale=True)
+        done, total = first_step * config.batch_size, config.total_steps * config.batch_size
+        shown = accelerator.is_main_process and not config.dry_run
+        self._bar = progress_bar("Training", total, "images", initial=done, shown=shown)
         self._shown = {}
         self._started = time.monotonic() - (self.restored or {"seconds": 0})["seconds"]
         self._restart_clock()
@@ -97,11 +98,11 @@ class RunLogger:
 
     def is_logged(self, done: int) -> bool:
         """Whether `after_step` reads values from the device after step `done`."""
-        return done % self.config.log_every_steps == 0 or done == self.config.num_steps
+        return done % self.config.log_every_steps == 0 or done == self.config.total_steps
 
     def after_step(self, done: int, report: StepReport) -> None:
         """Log the step after which `done` steps are complete. Every process must call this."""
-        config, is_last, images = self.config, done == self.config.num_steps, done * self.config.batch_size
+        config, is_last, images = self.config, done == self.config.total_steps, done * self.config.batch_size
         self._statistics.add(report)
         self._clock_steps += 1
         self._bar.update(config.batch_size)
@@ -165,7 +166,7 @@ class RunLogger:
         self.trackers.log(logged, row["step"])
         shown = {"loss": row.get("loss"), "validation": row.get("validation_loss_ema")}
         self._shown |= {k: f"{v:.4f}" for k, v in shown.items() if v is not None}
-        self._bar.set_postfix(self._shown)
+        self._bar.set_postfix(self._shown, refresh=False)
 
     def _write_samples(self, done: int) -> None:
         """Samples of the EMA weights. All processes make them, since sharded weights need every process; one writes."""

@@ -1,5 +1,6 @@
 """What is printed about a run at its start: size, memory and length, then its speed and the time left."""
 
+import math
 import time
 from textwrap import shorten
 
@@ -15,6 +16,8 @@ from ddpm_hf.training.posthoc_ema import SIGMAS
 
 WIDTH = 40  # characters of the name of a class
 TIMED_STEPS = 5  # after the first one, which compiles and allocates
+MANY_PASSES, PUBLISHED_PASSES = 5000, 2000  # the longest published run of a preset, cifar10, makes 2,048
+MANY_PARAMETERS = 20  # for each number in the images; the digits have 11, and their model repeats none of them
 
 
 def describe_run(
@@ -45,18 +48,51 @@ def describe_run(
         "ema_snapshots/": (config.ema_snapshot_every_images, " images"),
     }
     written = [f"{name} every {interval:,}{unit}" for name, (interval, unit) in files.items() if interval]
-    written += [f"{config.report_to} logs"] * (config.report_to != "none")
+    written += [f"{name} logs" for name in config.trackers]
     processes = accelerator.num_processes
     precision = "float32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} mixed precision"
     resumed = f", from step {first_step:,}" if first_step else ""
+    passes = "" if train_examples is None else f", {count_passes(config, train_examples)} over the data"
+    warnings = "".join(f"\nWarning     {line}" for line in misfits(config, parameters, train_examples))
     hardware = f"{processes} process{'es' * (processes > 1)} ({accelerator.device.type}) in {precision}"
     return (
         f"Data        {counted} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n{data}"
         f"Network     {parameters:,} parameters on {hardware}\n"
         f"Memory      {', '.join(memory)}; plus activations\n"
-        f"Length      {config.num_steps:,} steps of {config.batch_size:,} images{resumed}\n"
+        f"Length      {config.total_steps:,} steps of {config.batch_size:,} images{passes}{resumed}\n"
         f"Written to  {config.output_dir}/: {', '.join(written)}; the model at the end"
+        f"{warnings}"
     )
+
+
+def count_passes(config: TrainingConfig, examples: int) -> str:
+    """How often a run sees each image, in words."""
+    passes = config.total_images / examples
+    return f"{passes:,.{0 if passes >= 10 else 1}f} passes"
+
+
+def misfits(config: TrainingConfig, parameters: int, examples: int | None) -> list[str]:
+    """What does not fit in the length of a run and the size of its network, for its data, each with a proposal."""
+    found = []
+    if config.warmup_steps > config.total_steps:
+        found.append(
+            f"warmup_steps = {config.warmup_steps:,} is longer than the run, whose learning rate stays below "
+            f"{config.learning_rate_at(config.total_steps - 1):.1e}: --warmup_steps {config.total_steps // 10}."
+        )
+    if examples is None:
+        return found
+    if config.total_images > MANY_PASSES * examples:
+        found.append(
+            f"{count_passes(config, examples)} over {examples:,} images teach the network to repeat them. Published runs make "
+            f"about {PUBLISHED_PASSES:,}: --num_epochs {max(PUBLISHED_PASSES, -(-config.batch_size // examples))}, or more images."
+        )
+    numbers = examples * config.channels * math.prod(config.resolution)
+    if parameters > MANY_PARAMETERS * numbers:
+        found.append(
+            f"{parameters / numbers:,.0f} parameters for each of the {numbers:,} numbers in the images: the network can store "
+            "them all. Use more images, fewer --block_out_channels (--config folder-64 has a small network), and --dropout."
+        )
+    return found
 
 
 def describe_data(images: Images | StreamedImages) -> str:
@@ -93,16 +129,26 @@ class SpeedReport:
         """A line to print, after the step that was timed last."""
         if done not in (self.start, self.end):
             return None
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        now = time.monotonic()
+        now = settled_time(self.device)
         if done == self.start:
             self._started = now
             return None
         steps = done - self.start
-        rate = steps * self.batch_size / (now - self._started)
-        module, peak = getattr(torch, self.device.type, None), ""
-        if hasattr(module, "max_memory_allocated"):
-            peak = f", {tqdm.format_sizeof(module.max_memory_allocated(), 'B')} peak memory"
-        left = tqdm.format_interval((self.num_steps - done) * self.batch_size / rate)
-        return f"Speed       {rate:,.1f} images/s over {steps} steps{peak}; about {left} to go"
+        rate, left = steps * self.batch_size / (now - self._started), (self.num_steps - done) * self.batch_size
+        return speed_line(rate, f"{steps} steps", left, self.device)
+
+
+def settled_time(device: torch.device) -> float:
+    """The time in seconds, once the device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.monotonic()
+
+
+def speed_line(rate: float, measured: str, images_left: int, device: torch.device) -> str:
+    """The line of the summary about the speed. `rate`: images per second, `measured`: over what."""
+    module, peak = getattr(torch, device.type, None), ""
+    if hasattr(module, "max_memory_allocated"):
+        peak = f", {tqdm.format_sizeof(module.max_memory_allocated(), 'B')} peak memory"
+    shown = f"{rate:,.1f}" if rate >= 10 else f"{rate:.2g}"
+    return f"Speed       {shown} images/s over {measured}{peak}; about {tqdm.format_interval(images_left / rate)} to go"

@@ -1,4 +1,4 @@
-"""The tracker of a run (TensorBoard, Weights & Biases): an error in it is logged once, and the run continues without it."""
+"""The trackers of a run, those that Accelerate knows: an error in one is logged once, and the run continues without it."""
 
 import logging
 import threading
@@ -11,6 +11,9 @@ from accelerate import Accelerator
 logger = logging.getLogger("train")
 
 
+ONE_PICTURE = ("aim", "clearml")  # take a picture (H, W, C); the others take several (N, H, W, C)
+
+
 class Trackers:
     """The only place where trackers are called.
 
@@ -18,56 +21,64 @@ class Trackers:
         accelerator: with `log_with`, on the main process of which trackers run.
         settings: the options of the run.
         first_step: step at which this part of the run begins. TensorBoard leaves out what an earlier part logged after it.
+        project: name of the run. TensorBoard writes to logs/ in the run's folder, whatever the name.
     """
 
-    def __init__(self, accelerator: Accelerator, settings: dict[str, str], first_step: int):
+    def __init__(self, accelerator: Accelerator, settings: dict[str, str], first_step: int, project: str = "logs"):
         self._accelerator, self._hook, self._thread_error = accelerator, threading.excepthook, None
         # TensorBoard writes in a thread, whose traceback would be printed before the next call raises the error.
         threading.excepthook = self._thread_failed
-        options = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
-        with self._guarded():
-            accelerator.init_trackers("logs", config=settings, init_kwargs=options)
+        options, names = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}, accelerator.log_with
+        started, accelerator.trackers = [], []
+        for name in names:  # one at a time: Accelerate starts none if one of them fails
+            accelerator.log_with = [name]
+            with self._guarded(str(name)):
+                accelerator.init_trackers("logs" if str(name) == "tensorboard" else project, settings, options)
+            started, accelerator.trackers = started + accelerator.trackers, []
+        accelerator.log_with, accelerator.trackers = names, started
 
     def log(self, values: dict, step: int) -> None:
         """Log numbers by name."""
-        with self._guarded():
-            for tracker in self._accelerator.trackers:
+        for tracker in self._accelerator.trackers:
+            with self._guarded(tracker.name):
                 tracker.log(values, step=step)
 
     def log_picture(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """Log a picture (1, H, W, C), uint8."""
-        with self._guarded():
-            for tracker in self._accelerator.trackers:
-                # TensorBoard must be told the order of the dimensions; Weights & Biases assumes it.
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: pixels}, step=step, **options)
+        """Log a picture (1, H, W, C), uint8, with the trackers that take pictures."""
+        for tracker in self._accelerator.trackers:
+            if not hasattr(tracker, "log_images"):
+                continue
+            # TensorBoard must be told the order of the dimensions; the others assume it.
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            with self._guarded(tracker.name):
+                tracker.log_images({name: pixels[0] if tracker.name in ONE_PICTURE else pixels}, step=step, **options)
 
     def close(self) -> None:
         """Write what is not written yet. Later calls do nothing."""
-        with self._guarded():
-            for tracker in self._accelerator.trackers:
+        for tracker in self._accelerator.trackers:
+            with self._guarded(tracker.name):
                 tracker.finish()
-                if self._thread_error is not None:  # after the last call
+                if self._thread_error is not None and tracker.name == "tensorboard":  # after the last call
                     raise self._thread_error
         self._accelerator.trackers = []
         threading.excepthook = self._hook
 
     @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._give_up(error)
+            self._give_up(name, error)
 
-    def _give_up(self, error: BaseException) -> None:
-        trackers, self._accelerator.trackers = self._accelerator.trackers, []
-        names = ", ".join(map(str, self._accelerator.log_with))
-        logger.warning("%s failed (%s: %s); training continues without it.", names, type(error).__name__, error)
-        for tracker in trackers:
+    def _give_up(self, name: str, error: BaseException) -> None:
+        failed = [tracker for tracker in self._accelerator.trackers if tracker.name == name]
+        self._accelerator.trackers = [tracker for tracker in self._accelerator.trackers if tracker.name != name]
+        logger.warning("%s failed (%s: %s); training continues without it.", name, type(error).__name__, error)
+        for tracker in failed:
             try:
                 tracker.finish()
             except Exception as also:
-                logger.debug("%s cannot be closed either: %s", tracker.name, also)
+                logger.debug("%s cannot be closed either: %s", name, also)
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         if type(failure.thread).__module__.startswith("tensorboard"):

@@ -15,6 +15,7 @@ from ddpm_hf.diffusion.gaussian import LEARNED_VARIANCES, PREDICTION_TYPES, VARI
 from ddpm_hf.diffusion.likelihood import (
     DECODER_VARIANCES,
     BoundSums,
+    bound_terms,
     discretized_gaussian_log_likelihood,
     gaussian_kl,
     prior_bits,
@@ -269,6 +270,38 @@ def test_bound_in_float32_equals_the_bound_in_float64(variance_type):
     # The noise differs, because float64 is drawn differently: compare within the standard errors.
     assert abs(bounds[0].bits_per_dim - bounds[1].bits_per_dim) < 4 * math.hypot(*(b.standard_error for b in bounds))
     torch.testing.assert_close(bounds[0].prior, bounds[1].prior, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_eq_15_a_term_is_a_weighted_error_of_the_noise(variance_type):
+    chain = GaussianDiffusion(make_betas("linear", 1000), variance_type=variance_type)
+    x_0, t = pictures(4, 3, 8, 8), torch.tensor([1, 10, 500, 999])
+    noise, predicted = torch.randn(2, *x_0.shape, dtype=x_0.dtype, generator=torch.Generator().manual_seed(0))
+    terms, _ = bound_terms(chain, predicted, x_0, chain.q_sample(x_0, t, noise), t)
+    small, beta = chain.posterior_variance[t], chain.betas[t]
+    variance = small if variance_type == "fixed_small" else beta
+    weight = beta.square() / (2 * variance * (1 - beta) * (1 - chain.alphas_cumprod[t]))
+    constant = (small / variance - 1 - (small / variance).log()) / 2
+    expected = weight * (noise - predicted).square().mean((1, 2, 3)) + constant
+    torch.testing.assert_close(terms * LOG_2, expected, rtol=1e-9, atol=0)
+
+
+def test_eq_15_a_term_is_half_the_loss_of_snr_times_the_error_of_x_0():
+    chain = GaussianDiffusion(make_betas("linear", 1000))
+    x_0, t = pictures(4, 3, 8, 8), torch.tensor([1, 10, 500, 999])
+    noise, output = torch.randn(2, *x_0.shape, dtype=x_0.dtype, generator=torch.Generator().manual_seed(0))
+    terms, predicted = bound_terms(chain, output, x_0, chain.q_sample(x_0, t, noise), t)
+    snr = chain.alphas_cumprod / (1 - chain.alphas_cumprod)
+    expected = (snr[t - 1] - snr[t]) / 2 * (x_0 - predicted).square().mean((1, 2, 3))
+    torch.testing.assert_close(terms * LOG_2, expected, rtol=1e-9, atol=0)
+
+
+def test_eq_17_the_weights_that_l_simple_leaves_out():
+    """The numbers of docs/derivation.md."""
+    beta, abar = make_betas("linear", 1000), GaussianDiffusion(make_betas("linear", 1000)).alphas_cumprod
+    weight = beta / (2 * (1 - beta) * (1 - abar))
+    assert weight[0].item() == pytest.approx(0.50, abs=0.005) and weight[9].item() == pytest.approx(0.07, abs=0.005)
+    assert weight[99:].max() < 0.011
 
 
 def test_bound_of_a_shifted_prediction_is_the_kl_and_0_after_clipping():

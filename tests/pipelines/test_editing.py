@@ -1,10 +1,11 @@
 """Image editing. Tests of moments use the exact network of Gaussian data (`tests.gaussian_unet`)."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline
 
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate, repaint_levels
@@ -45,6 +46,24 @@ def test_less_noise_keeps_more_of_the_image(gaussian_images):
     ]
     assert kept == sorted(kept) and kept[0] < 0.02
     assert kept[-1] == pytest.approx(math.sqrt(2) * STD, rel=0.2)  # from pure noise: an unrelated image
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+@pytest.mark.parametrize("strength", [0.05, 0.2, 0.3, 0.5, 0.99, 1.0])
+def test_strength_runs_the_timesteps_that_diffusers_runs(tiny_pipeline, scheduler_config, photos, steps, strength):
+    stock = SimpleNamespace(scheduler=DDPMScheduler(**scheduler_config, timestep_spacing="trailing"))
+    stock.scheduler.set_timesteps(steps)
+    expected = StableDiffusionImg2ImgPipeline.get_timesteps(stock, steps, strength, "cpu")[0].tolist()
+    visited = []
+    tiny_pipeline.unet.register_forward_pre_hook(lambda module, args: visited.append(int(args[1])))
+    if not expected:
+        with pytest.raises(ValueError, match="strength must leave a step to run, at least"):
+            image_to_image(tiny_pipeline, photos, strength=strength, num_inference_steps=steps, seed=0)
+        return
+    image_to_image(tiny_pipeline, photos, strength=strength, num_inference_steps=steps, seed=0)
+    assert visited == expected
+    interpolate(tiny_pipeline, photos, photos, None, [0.5], steps, strength=strength)
+    assert visited == 2 * expected
 
 
 # ---------------------------------------------------------------------- denoising
@@ -172,7 +191,7 @@ def test_labels_and_output_types_are_those_of_a_call(make_pipeline, photos, call
 @pytest.mark.parametrize(
     ("change", "kind", "named"),
     [
-        (lambda x: (x * 127.5).round().to(torch.uint8), TypeError, "uint8"),
+        (lambda x: (x * 127.5).round().to(torch.int16), TypeError, "int16"),
         (lambda x: x[0], ValueError, r"\(B, 3, H, W\)"),
         (lambda x: x[:, :1], ValueError, r"\(2, 1, 8, 8\)"),
         (lambda x: x[..., :7], ValueError, "multiples of 2"),
@@ -194,6 +213,10 @@ def test_wrong_images_are_refused_before_the_first_step(tiny_pipeline, photos, c
         (lambda p, x: image_to_image(p, x, 20), "timestep.*0..19.*20"),
         (lambda p, x: image_to_image(p, x, 3, 5), "num_inference_steps.*1..4.*5"),
         (lambda p, x: image_to_image(p, x, 3, generator=[torch.Generator()]), "generator"),
+        (lambda p, x: image_to_image(p, x), "give one of timestep and strength"),
+        (lambda p, x: image_to_image(p, x, 3, strength=0.5), "give one of timestep and strength"),
+        (lambda p, x: image_to_image(p, x, strength=1.5), r"strength.*\(0, 1\].*1.5"),
+        (lambda p, x: interpolate(p, x, x, strength="a"), "strength"),
         (lambda p, x: interpolate(p, x, x[:1], 3), "others"),
         (lambda p, x: interpolate(p, x, x, 3, [1.5]), "weights"),
         (lambda p, x: interpolate_seeds(p, 0, -1), "seeds"),

@@ -18,6 +18,7 @@ from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.evaluation.encoding import quantize
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.pipelines.guidance import mark_class_names, mark_null_class
+from ddpm_hf.schedulers.samplers import make_sampler
 
 
 def pixels(folder):
@@ -267,9 +268,95 @@ def test_class_can_be_given_by_its_name(make_pipeline, tmp_path):
         sample_script.main(["--model", str(tmp_path / "model"), "--class_label", "cow"])
 
 
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    """Files of two digits and a mask, as a user has them: larger than the model's images, and in color."""
+    for name, level in (("a", 40), ("b", 220), ("mask", 255)):
+        picture = Image.new("RGB", (32, 32), (level, level, level))
+        if name == "mask":
+            picture.paste((0, 0, 0), (0, 0, 32, 16))
+        picture.save(tmp_path / f"{name}.png")
+    return [str(tmp_path / f"{name}.png") for name in ("a", "b", "mask")]
+
+
+def test_pictures_are_edited_and_resumed(model, tmp_path, pictures):
+    one, other, mask = pictures
+    edits = {
+        "image": ["--init_image", one, "--strength", "0.5"],
+        "inpainting": ["--init_image", one, "--mask", mask],
+        "interpolation": ["--interpolate", one, other],
+    }
+    for name, edit in edits.items():
+        options = ["--model", str(model), "--steps", "4", "--num_images", "3", "--batch_size", "2", *edit]
+        sample_script.main([*options, "--output_dir", str(tmp_path / name)])
+        made = pixels(tmp_path / name)
+        assert len(made) == 3 and all(image.shape == (8, 8) for image in made.values())
+        if name == "inpainting":
+            assert all((image[:4] == 40).all() and (image[4:] != 40).any() for image in made.values())
+        (tmp_path / name / "seed0-000002.png").unlink()
+        sample_script.main([*options, "--output_dir", str(tmp_path / name)])
+        for file, image in pixels(tmp_path / name).items():
+            assert np.array_equal(image, made[file])
+    with pytest.raises(SystemExit, match="made with other options .*init_image"):
+        options[-3:] = ["--init_image", one]
+        sample_script.main([*options, "--output_dir", str(tmp_path / "interpolation")])
+    with pytest.raises(SystemExit, match="made with other options .*num_images 3, now 4"):
+        options[-2:] = edits["interpolation"]
+        sample_script.main([*options, "--num_images", "4", "--output_dir", str(tmp_path / "interpolation")])
+
+
+@pytest.mark.parametrize("format", ["png", "npz", "parquet"])
+def test_grid_and_animation_show_the_images(model, tmp_path, capsys, format):
+    options = ["--model", str(model), "--steps", "4", "--num_images", "4", "--format", format]
+    options += ["--grid", str(tmp_path / "grid.png"), "--gif", str(tmp_path / "denoising.webp")]
+    sample_script.main([*options, "--output_dir", str(tmp_path / "out")])
+    pipe = DDPMPipelineCustom.from_pretrained(model)
+    expected = quantize(sample_images(pipe, range(4), 4, 0, 4), 8)[..., 0]
+    expected = np.concatenate([np.concatenate(row, axis=1) for row in expected.reshape(2, 2, 8, 8)])
+    expected = expected.repeat(8, 0).repeat(8, 1)  # small images are enlarged to 64 pixels
+    assert abs(np.asarray(Image.open(tmp_path / "grid.png")).astype(int) - expected).max() <= 1
+    with Image.open(tmp_path / "denoising.webp") as animation:
+        assert animation.n_frames >= 4 and animation.size == (128, 128)
+    printed = capsys.readouterr().out
+    assert "Grid of 4 images" in printed and "Animation of 4 images" in printed
+
+
+def test_long_animations_are_thinned_out(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample_script, "MAX_FRAMES", 4)
+    options = ["--model", str(model), "--num_images", "1", "--gif", str(tmp_path / "a.gif")]
+    sample_script.main([*options, "--output_dir", str(tmp_path / "out")])  # 20 steps
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert 4 <= animation.n_frames <= 9
+
+
+def test_eta_and_spacing_are_those_of_the_scheduler(model, tmp_path):
+    options = ["--model", str(model), "--steps", "3", "--num_images", "2", "--format", "npz", "--output_dir"]
+    pipe = DDPMPipelineCustom.from_pretrained(model)
+    for flags, scheduler, eta in (
+        (
+            ["--scheduler", "ddim", "--eta", "0.7", "--spacing", "leading"],
+            make_sampler("ddim", pipe.scheduler, "leading"),
+            0.7,
+        ),
+        (["--spacing", "linspace"], make_sampler("ddpm", pipe.scheduler, "linspace"), None),
+    ):
+        folder = tmp_path / "-".join(flags[:2])
+        sample_script.main([*options, str(folder), *flags])
+        pipe.scheduler = scheduler
+        expected = quantize(sample_images(pipe, range(2), 3, 0, 2, eta=eta), 8)
+        assert np.array_equal(np.load(folder / "seed0-2.npz")["arr_0"], expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--init_image", "nowhere.png"], "init_image 'nowhere.png' cannot be read"),
+        (["--interpolate", "a.png"], "interpolate must be the files of two pictures"),
+        (["--mask", "a.png"], "mask='a.png' needs --init_image"),
+        (["--eta", "0.5"], "eta=0.5 needs a scheduler such as DDIMSchedulerCustom"),
+        (["--gif", "a.mp4"], "gif must be a file named .gif or .webp"),
+        (["--grid", "{out}/grid.png"], "grid must be outside of '.*out', which holds samples alone"),
+        (["--gif", "/dev/null/a.gif"], "gif must be a folder that can be written to"),
         (["--scheduler", "dpm"], "scheduler must be one of.*'dpm'"),
         (["--steps", "0"], "steps must be an integer of at least 1, got 0"),
         (["--steps", "99"], "num_inference_steps.*99"),
@@ -290,6 +377,7 @@ def test_class_can_be_given_by_its_name(make_pipeline, tmp_path):
 )
 def test_wrong_options_are_named_and_nothing_is_written(model, tmp_path, options, message):
     with pytest.raises(SystemExit, match=f"sample.py: error: .*{message}"):
+        options = [option.format(out=tmp_path / "out") for option in options]
         sample_script.main(["--model", str(model), "--output_dir", str(tmp_path / "out"), *options])
     assert not (tmp_path / "out").exists()
 

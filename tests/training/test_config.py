@@ -1,6 +1,7 @@
 """Options: invalid values are refused with a reason, and those that change the weights are fixed on resume."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -121,10 +122,51 @@ def test_every_option_has_a_help_text():
 
 def test_the_average_has_a_half_life_or_a_decay():
     assert TrainingConfig(**TINY).ema_halflife_images == 1_000_000
-    config = parse_config(["--ema_decay", "0.9999", "--ema_halflife_images", "0", "--no_ema_warmup"])
-    assert (config.ema_halflife_images, config.ema_decay, config.ema_warmup) == (None, 0.9999, False)
+    for zero in ([], ["--ema_halflife_images", "0"]):  # the preset has a half-life
+        config = parse_config(["--ema_decay", "0.9999", *zero, "--no_ema_warmup"])
+        assert (config.ema_halflife_images, config.ema_decay, config.ema_warmup) == (None, 0.9999, False)
     with pytest.raises(ValueError, match="exclude each other"):
-        parse_config(["--ema_decay", "0.9999"])  # over the preset's half-life
+        parse_config(["--ema_decay", "0.9999", "--ema_halflife_images", "10"])
+
+
+def test_the_length_is_in_images_steps_or_epochs():
+    base = {key: value for key, value in TINY.items() if key != "total_images"}
+    steps = TrainingConfig(**base, num_steps=12, batch_size=16)
+    assert (steps.total_images, steps.num_steps, steps.total_steps) == (192, None, 12)
+    assert steps == TrainingConfig(**base, total_images=192, batch_size=16) == steps.with_length(None)
+    epochs = TrainingConfig(**base, num_epochs=5, batch_size=16)
+    assert epochs.with_length(60) == dataclasses.replace(steps, total_images=300)
+    with pytest.raises(ValueError, match="num_epochs = 5 of 3 images must be at least one batch, batch_size = 16"):
+        epochs.with_length(3)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [
+        ({"total_images": None}, "got none"),
+        ({"num_steps": 3}, "got total_images = 1000, num_steps = 3"),
+        ({"total_images": None, "num_steps": 3, "num_epochs": 2}, "got num_steps = 3, num_epochs = 2"),
+        ({"total_images": None, "num_epochs": 2, "streaming": True}, "num_epochs = 2 needs the number of images"),
+        ({"total_images": None, "num_steps": 2**62}, "num_steps = 4611686018427387904 of batch_size = 128 are 2"),
+    ],
+)
+def test_exactly_one_length_is_accepted(lengths, found):
+    with pytest.raises(ValueError, match=found):
+        TrainingConfig(**TINY | lengths)
+
+
+@pytest.mark.parametrize("size", [[28], [30, 44], [9], [64, 96]])
+@pytest.mark.parametrize("preset", ["custom", "cifar10", "celebahq-256"])
+def test_a_size_that_cannot_be_halved_gets_values_that_work(size, preset):
+    line = ["--config", preset, "--dataset", "somewhere", "--resolution", *map(str, size)]
+    try:
+        assert parse_config(line).resolution == size * (3 - len(size)) == [64, 96]
+    except ValueError as error:
+        assert "cannot be halved" in str(error)
+        proposals = re.findall(r"\((--[^)]+)\)", str(error))
+        assert len(proposals) == 2
+        for proposal in proposals:
+            parse_config([*line, *proposal.split()])
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
@@ -194,7 +236,7 @@ validation_fraction memory_limit_bytes num_workers streaming shuffle_buffer stre
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift norm_eps downsample_padding
 flip_sin_to_cos freq_shift num_train_timesteps beta_schedule beta_start beta_end trained_betas
 rescale_betas_zero_snr prediction_type variance_type loss_weighting min_snr_gamma p2_k p2_gamma hybrid_lambda timestep_sampler label_dropout
-input_perturbation offset_noise seed total_images batch_size micro_batch_size learning_rate adam_beta2 weight_decay
+input_perturbation offset_noise seed total_images num_steps num_epochs batch_size micro_batch_size learning_rate adam_beta2 weight_decay
 warmup_steps learning_rate_schedule max_grad_norm max_nonfinite_steps gradient_checkpointing ema_halflife_images ema_decay ema_warmup
 ema_snapshot_every_images cpu_threads mixed_precision tf32 process_group_timeout compile dry_run checkpoint_every_steps keep_checkpoints
 log_every_steps validate_every_steps validation_images sample_every_steps report_to sample_steps quality_samples

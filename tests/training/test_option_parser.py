@@ -28,8 +28,10 @@ def test_a_command_line_gives_typed_values():
         ("--kind c", r"kind must be one of \[None, 'a', 'b'\], got 'c'"),
         ("--bits 9", r"bits must be one of \[8, 16\], got '9'"),
         ("--fast maybe", "fast must be True or False, got 'maybe'"),
-        ("--stepz 3", "unknown option --stepz; --help lists all"),
-        ("word", "unknown option word"),
+        ("--stepz 3", "unknown option --stepz: did you mean --steps?"),
+        ("--stepz=3", "unknown option --stepz: did you mean --steps?"),
+        ("--colour 3", "unknown option '--colour'; --help lists all"),
+        ("word", "unknown option 'word'; --help lists all"),
     ],
 )
 def test_a_command_line_is_refused_with_the_sentences_of_the_check(line, message):

@@ -1,15 +1,21 @@
 """Presets are valid configurations of the published sizes, and flags override them."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf import UNet2DModelCustom
+from ddpm_hf.options import default_of
 from ddpm_hf.training.build import build_unet
 from ddpm_hf.training.config import TrainingConfig
-from ddpm_hf.training.presets import load_preset, parse_config, presets
+from ddpm_hf.training.presets import CONFIGS, load_preset, parse_config, presets
 
 # Millions of parameters: as published (DDPM, appendix B; "50M" in the name of Improved DDPM's checkpoint), or counted.
 PARAMETERS = {
+    "butterflies-128": 113.7,
     "celebahq-256": 113.7,
     "cifar10": 35.7,
     "cifar10-conditional": 35.8,
@@ -17,11 +23,16 @@ PARAMETERS = {
     "custom": 26.6,
     "digits": 0.7,
     "digits-conditional": 1.0,
+    "fashion-mnist": 6.5,
+    "flowers-64": 113.7,
+    "folder-64": 5.1,
     "fine-tuning": 35.7,  # without a model to start from
     "lsun-bedroom-256": 113.7,
     "lsun-cat-256": 113.7,
     "lsun-church-256": 113.7,
+    "mnist": 6.5,
     "photos": 1.1,
+    "pokemon-64": 113.7,
 }
 
 
@@ -44,6 +55,45 @@ def test_presets_are_those_with_a_known_network_size():
     assert presets() == sorted(PARAMETERS)
 
 
+# Presets that state an estimate of their time, and where their data are on the Hub.
+HUB_NAMES = {
+    "mnist": "ylecun/mnist",
+    "fashion-mnist": "zalando-datasets/fashion_mnist",
+    "butterflies-128": "huggan/smithsonian_butterflies_subset",
+    "flowers-64": "huggan/flowers-102-categories",
+    "pokemon-64": "huggan/pokemon",
+    "folder-64": None,
+}
+
+
+def forward_operations(config):
+    """Floating-point operations of the network for one image."""
+    with torch.device("meta"):
+        unet, image = build_unet(config), torch.empty(1, config.channels, *config.resolution)
+        with FlopCounterMode(display=False) as counter:
+            assert unet(image, torch.zeros(1, dtype=torch.long)).sample.shape[2:] == image.shape[2:]
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", [*HUB_NAMES, "cifar10-improved"])
+def test_hours_of_presets_follow_from_those_of_cifar10(name):
+    """The rule of docs/training.md: 85 V100 hours of cifar10, times the ratio of operations per image and of images."""
+    config, cifar10 = preset_config(name), preset_config("cifar10")
+    operations = forward_operations(config) / forward_operations(cifar10)
+    hours = 85 * operations * config.total_images / cifar10.total_images
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert float(re.search(r"about ([\d.]+) V100\s+hours", text)[1]) == pytest.approx(hours, rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("name", HUB_NAMES)
+def test_presets_of_learners_state_source_length_time_and_data(name):
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    assert load_preset(name).get("dataset") == HUB_NAMES[name]
+    assert all(f"# {word}: " in text for word in ("Source", "Length", "Time"))
+    assert f"{preset_config(name).total_images:,} images to see" in text
+    assert f"{PARAMETERS[name]} M parameters" in text.replace("\n# ", " ") and "an estimate" in text
+
+
 def test_the_presets_of_the_paper_have_its_training_lengths():
     """Appendix B: steps, batch, rate, dropout, flips; the checkpoints' variance."""
     paper = {  # steps, batch, rate, dropout, flips, variance
@@ -55,7 +105,7 @@ def test_the_presets_of_the_paper_have_its_training_lengths():
     }
     for name, expected in paper.items():
         c = preset_config(name)
-        assert (c.num_steps, c.batch_size, c.learning_rate, c.dropout, c.random_flip, c.variance_type) == expected
+        assert (c.total_steps, c.batch_size, c.learning_rate, c.dropout, c.random_flip, c.variance_type) == expected
         assert (c.warmup_steps, c.adam_beta2, c.max_grad_norm, c.num_train_timesteps) == (5000, 0.999, 1.0, 1000)
         assert 0.5 ** (c.batch_size / c.ema_halflife_images) == pytest.approx(0.9999, abs=1e-6)
 
@@ -89,10 +139,53 @@ def test_an_unknown_preset_is_refused_with_the_list_of_presets():
 
 def test_an_unknown_option_in_a_file_is_named(tmp_path):
     (tmp_path / "mine.yaml").write_text("learning_rte: 1")
-    with pytest.raises(ValueError, match=r"\['learning_rte'\] is no option"):
+    with pytest.raises(ValueError, match="mine.yaml: unknown option learning_rte: did you mean --learning_rate?"):
         parse_config(["--config", str(tmp_path / "mine.yaml")])
 
 
 def test_an_unknown_flag_is_refused():
-    with pytest.raises(ValueError, match="unknown option --learning_rte; --help lists all"):
-        parse_config(["--learning_rte", "1"])
+    with pytest.raises(ValueError, match="unknown option '--colour'; --help lists all"):
+        parse_config(["--colour", "1"])
+
+
+def test_the_name_of_the_card_is_not_taken_for_the_data(tmp_path):
+    for preset in ("digits", "custom", "cifar10"):
+        with pytest.raises(ValueError, match="--dataset_name a/b only names the data.* did you mean --dataset?"):
+            parse_config(["--config", preset, "--dataset_name", "a/b"])
+    assert parse_config(["--config", "custom", "--dataset", "x", "--dataset_name", "Birds"]).dataset_name == "Birds"
+    (tmp_path / "mine.yaml").write_text(parse_config([]).to_yaml())
+    assert parse_config(["--config", str(tmp_path / "mine.yaml"), "--dataset_name", "Birds"]).dataset_name == "Birds"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "replaced"),
+    [
+        ("num_steps", 7, {"total_images": 896}),
+        ("num_epochs", 7, {"num_epochs": 7, "total_images": None}),
+        ("total_images", 1280, {"total_images": 1280}),
+        ("ema_decay", 0.9, {"ema_decay": 0.9, "ema_halflife_images": None}),
+    ],
+)
+def test_an_alternative_replaces_that_of_the_preset(tmp_path, option, value, replaced):
+    expected = dataclasses.replace(parse_config([]), **replaced)
+    assert parse_config([f"--{option}", str(value)]) == expected
+    if option != "ema_decay":
+        text = parse_config(["--num_epochs", "3"]).to_yaml()
+        (tmp_path / "mine.yaml").write_text(text)
+        assert parse_config(["--config", str(tmp_path / "mine.yaml"), f"--{option}", str(value)]) == expected
+
+
+@pytest.mark.parametrize("preset", [["--config", "photos"], ["--config=photos"], []])
+def test_help_shows_groups_and_the_values_of_the_preset(preset, capsys):
+    with pytest.raises(SystemExit):
+        parse_config([*preset, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    config = parse_config(preset)
+    for spec in dataclasses.fields(TrainingConfig):
+        assert f"--{spec.name} " in printed
+        value = load_preset("photos" if preset else "digits").get(spec.name, default_of(spec))
+        assert f"default: {value!r})" in printed, spec.name
+    assert f"default: {config.batch_size})" in printed
+    groups = [spec.metadata["group"] for spec in dataclasses.fields(TrainingConfig) if spec.metadata["group"]]
+    assert groups[:3] == ["Where", "Data", "Network (the names of UNet2DModel)"]
+    assert all(f" {group}: --" in printed for group in groups)

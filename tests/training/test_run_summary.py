@@ -1,5 +1,7 @@
 """The summary of a run, its speed and the time left."""
 
+import re
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +11,7 @@ from PIL import Image
 from ddpm_hf.training import run_summary
 from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import open_images
-from ddpm_hf.training.run_summary import SpeedReport, describe_data, describe_run
+from ddpm_hf.training.run_summary import SpeedReport, describe_data, describe_run, misfits
 from tests.conftest import TINY_TRAINING, flags
 
 
@@ -40,6 +42,47 @@ def test_the_summary_names_the_precision(precision, named):
         assert f"on 1 process (cpu) in {named}\n" in describe_run(config, accelerator, 1000, (8, 0), 0)
     finally:
         AcceleratorState._reset_state(True)
+
+
+CUSTOM = ["--config", "custom", "--dataset", "somewhere"]
+FOLDER = ["--config", "folder-64", "--dataset", "somewhere"]
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters", "examples", "warnings"),
+    [
+        (CUSTOM, 26_623_363, 60, ["166,667 passes over 60 images .* --num_epochs 2000", "36 parameters for each of"]),
+        (FOLDER, 5_072_643, 60, ["16,667 passes over 60 images"]),
+        (FOLDER, 5_072_643, 300, []),
+        (CUSTOM, 26_623_363, 10_000, []),
+        (CUSTOM, 26_623_363, None, []),  # a stream
+        ([*CUSTOM, "--num_steps", "500"], 26_623_363, 10_000, ["warmup_steps = 1,000 is longer .* --warmup_steps 50"]),
+        (["--config", "cifar10"], 35_746_307, 50_000, []),
+        (["--config", "digits-conditional"], 1_000_000, 1437, []),
+        (["--config", "butterflies-128"], 113_673_219, 1000, []),
+        (["--config", "mnist"], 6_469_889, 60_000, []),
+    ],
+)
+def test_a_run_that_does_not_fit_its_data_is_warned_of(options, parameters, examples, warnings):
+    summary = describe_run(parse_config(options), Accelerator(cpu=True), parameters, (examples, 0), 0)
+    found = [line for line in summary.splitlines() if line.startswith("Warning     ")]
+    assert len(found) == len(warnings) and all(map(re.search, warnings, found)), summary
+
+
+def test_proposed_options_end_the_warning():
+    options = CUSTOM
+    for _ in range(3):  # the warm-up is too long for the shorter run
+        found = misfits(parse_config(options).with_length(3), 1000, 3)
+        options = [*options, *(word for line in found for word in re.search(r"--\w+ \d+", line)[0].split())]
+    assert found == [] and "--num_epochs" in options and "--warmup_steps" in options
+
+
+@pytest.mark.parametrize(
+    ("examples", "passes"), [(60, "166,667 passes"), (40_000_000, "0.2 passes"), (None, "images\n")]
+)
+def test_the_length_is_given_in_passes_over_the_data(examples, passes):
+    summary = describe_run(parse_config(CUSTOM), Accelerator(cpu=True), 1000, (examples, 0), 0)
+    assert f"156,250 steps of 64 images{', ' * (examples is not None)}{passes.removeprefix('images')}" in summary
 
 
 def test_the_lines_about_the_data_follow_the_number_of_images():
