@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
+from ddpm_hf.convert.options import ConvertOptions
 from ddpm_hf.data.batches import GlobalBatches
 from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.diffusion.likelihood import BoundSums
@@ -131,6 +132,7 @@ TABLES = {
     SampleArguments: {"model": "somewhere"},
     EMAArguments: {"model": "somewhere"},
     PublishArguments: {},
+    ConvertOptions: {"source": "pytorch-ddpm", "checkpoint": "c.pt", "output_dir": "out", "resolution": 32},
     TrainingConfig: {"dataset": "digits", "total_images": 1000, "resolution": [8], "block_out_channels": [32, 32],
                      "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "layers_per_block": 1,
                      "up_block_types": ["AttnUpBlock2D", "UpBlock2D"], "num_train_timesteps": 300},

@@ -12,11 +12,12 @@ from ddpm_hf.scripts.choose_ema import EMAArguments
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
 
+from ddpm_hf.convert.options import ConvertOptions
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.options import accepted, check_options, kinds, option
 from ddpm_hf.training.config import TrainingConfig
 
-TABLES = [TrainingConfig, SampleArguments, EvaluationOptions, EMAArguments, PublishArguments]
+TABLES = [TrainingConfig, SampleArguments, EvaluationOptions, EMAArguments, PublishArguments, ConvertOptions]
 
 
 @dataclass

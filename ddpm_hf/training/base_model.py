@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.checks import shown
+from ddpm_hf.checks import check_text, shown
 from ddpm_hf.diffusion.schedules import BETA_SCHEDULES, make_betas
 from ddpm_hf.model_files import read_json_object
 from ddpm_hf.options import default_of
@@ -31,12 +31,22 @@ DIFFUSION = (
 
 @cache
 def base_folder(init_from: str) -> Path:
-    """The folder of a model: `init_from` itself, or its download from the Hub. Errors are those of
-    `DDPMPipelineCustom.from_pretrained`."""
-    folder = Path(init_from)
-    if not folder.is_dir():
-        folder = download_pipeline(init_from, allow_pickle=True)
-    check_model_index(folder, ["unet", "scheduler"])
+    """The folder of a model: `init_from` itself, or its download from the Hub.
+
+    Raises ValueError for what is neither, and the errors of `DDPMPipelineCustom.from_pretrained` for a network that fails.
+    """
+    try:
+        folder = Path(init_from)
+        if not folder.is_dir():
+            folder = download_pipeline(init_from, allow_pickle=True)
+        check_model_index(folder, ["unet", "scheduler"])
+        find_component(folder, "unet", "config.json", init_from)
+        find_component(folder, "scheduler", "scheduler_config.json", init_from)
+    except (OSError, ValueError) as error:
+        if isinstance(error, (ConnectionError, TimeoutError, PermissionError)):
+            raise
+        expected = "the folder of a pipeline, or its name on the Hub"
+        raise ValueError(f"init_from must be {expected}, got {shown(init_from)}: {error}") from error
     return folder
 
 
@@ -75,7 +85,7 @@ def settled_by_base(options: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError that names an option which contradicts the base model. The resolution is that of the model, unless
     another one is given. Classes may be added, not removed.
     """
-    init_from = options["init_from"]
+    init_from = check_text("init_from", options["init_from"])
     network, scheduler = network_arguments(init_from), scheduler_arguments(init_from)
     settled = {name: network[name] for name in NETWORK} | {name: scheduler[name] for name in DIFFUSION}
     settled["channels"] = network["in_channels"]

@@ -1,5 +1,6 @@
 """Fine-tuning: a run has the network, diffusion, predictions and weights of the model that it starts from."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from ddpm_hf.training.base_model import load_base_weights
 from ddpm_hf.training.build import build
 from ddpm_hf.training.presets import load_preset, parse_config
 from tests.conftest import TINY_SCHEDULER, TINY_TRAINING, TINY_UNET, flags
+from tests.hub import HubServer
 from tests.training.helpers import checkpoint
 
 SHORT = flags(
@@ -185,8 +187,31 @@ def test_a_base_model_that_is_the_output_or_is_missing_is_refused(save, tmp_path
     save()
     with pytest.raises(ValueError, match="init_from must be another folder than output_dir"):
         start(tmp_path, "--output_dir", str(tmp_path / "base"))
-    with pytest.raises(FileNotFoundError, match="elsewhere"):
-        parse_config([*SHORT, "--init_from", str(tmp_path / "elsewhere"), "--dataset", "digits"])
+    for name in (str(tmp_path / "elsewhere"), str(tmp_path), "a" * 5000):
+        with pytest.raises(ValueError, match="init_from must be the folder of a pipeline, or its name on the Hub, got"):
+            parse_config([*SHORT, "--init_from", name, "--dataset", "digits"])
+
+
+def test_a_flat_repository_on_the_hub_is_a_base_model(save, tmp_path):
+    base = save(sample_size=16)
+    folders = (tmp_path / "base" / "unet", tmp_path / "base" / "scheduler")
+    files = {file.name: file.read_bytes() for folder in folders for file in folder.iterdir()}
+    code = """
+from tests.training.test_base_model import *
+config = parse_config([*SHORT, "--init_from", "u/base", "--dataset", "digits"])
+unet, _ = build(config)
+load_base_weights(unet, config.init_from)
+print(config.resolution, unet.conv_in.weight.double().sum().item())
+"""
+    with HubServer() as hub:
+        hub.add_repo("u/base", files)
+        # In a process of its own: the client reads the address when it is imported.
+        environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == f"[16, 16] {base.unet.conv_in.weight.double().sum().item()}"
 
 
 def test_without_a_base_model_the_default_preset_stays(tmp_path):
