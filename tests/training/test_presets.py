@@ -187,5 +187,5 @@ def test_help_shows_groups_and_the_values_of_the_preset(preset, capsys):
         assert f"default: {value!r})" in printed, spec.name
     assert f"default: {config.batch_size})" in printed
     groups = [spec.metadata["group"] for spec in dataclasses.fields(TrainingConfig) if spec.metadata["group"]]
-    assert groups[:3] == ["Where", "Data", "Network (the names of UNet2DModel)"]
+    assert groups[:3] == ["Where", "Fine-tuning", "Data"]
     assert all(f" {group}: --" in printed for group in groups)
