@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-PATHS = ("dataset", "output_dir", "init_from")  # options of a run that may be paths
+PATHS = ("dataset", "init_from", "output_dir")  # options of a run that may be paths
 TEXTS = (".json", ".yaml", ".yml", ".md")
 
 
@@ -29,6 +29,9 @@ def public_name(name: str) -> str:
 def public_config(config: dict) -> dict:
     """A training configuration with `public_name` of its data and its folder, and of any absolute path in it."""
     named = {key: public_name(config[key]) for key in PATHS if isinstance(config.get(key), str)}
+    folder = config.get("output_dir")
+    if isinstance(folder, str) and not (Path(folder).is_absolute() or folder[:1] in (".", "~")):
+        named["output_dir"] = folder  # where a run with this configuration writes, on any machine
     return _with_names(config, {}) | named
 
 

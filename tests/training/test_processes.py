@@ -36,7 +36,7 @@ assert not {{"torch", "diffusers", "datasets", "accelerate"}} & sys.modules.keys
     ("option", "code", "words"),
     [
         ("--help", 0, "--total_images"),
-        ("--hlep", "train.py: error: unknown option --hlep; --help lists all.", "--hlep"),
+        ("--hlep", "train.py: error: unknown option '--hlep'; --help lists all.", "--hlep"),
     ],
 )
 def test_help_and_unknown_options_are_answered_without_torch(option, code, words):
