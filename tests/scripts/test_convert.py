@@ -31,7 +31,7 @@ def test_the_folder_is_a_pipeline_to_sample_and_to_start_from(options, tmp_path,
         (["--source", "ddpm-torch"], "is no checkpoint of ddpm-torch"),
         (["--checkpoint", "nothing.pt"], "nothing.pt is no file"),
         (["--num_heads", "2"], "num_heads = 2 is for"),
-        (["--heads", "2"], "unknown option --heads"),
+        (["--heads", "2"], "unknown option '--heads'"),
     ],
 )
 def test_errors_are_one_sentence_and_nothing_is_written(options, tmp_path, changes, message):
