@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 Pairs = Iterator[tuple[str, str]]
 Attends = Callable[[int], bool]
+Place = Callable[[str, int, int], tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,21 @@ class Layout:
     are_sines_interleaved: bool = False
 
 
-def _down(L: int, n: int) -> Iterator[tuple[int, int, str]]:
-    """(level, layer, our stage) of each layer on the way down."""
-    return ((i, j, f"down_blocks.{i}") for i in range(L) for j in range(n))
+def _layers(L: int, n: int, attends: Attends, place: Place, conv: str = ".conv") -> Pairs:
+    """The pairs of all stages, where those on the way up are numbered from the lowest level here, and have n + 1 layers.
 
-
-def _up(L: int, n: int) -> Iterator[tuple[int, int, str]]:
-    """The same on the way up, where our stages are numbered from the lowest level, and have n + 1 layers."""
-    return ((i, j, f"up_blocks.{L - 1 - i}") for i in reversed(range(L)) for j in range(n + 1))
+    `place`: (way, level, layer) -> theirs of a residual block, of its attention, and of the convolution that resamples
+    after the level. `conv`: ours of that convolution in its part.
+    """
+    for way, levels in (("down", range(L)), ("up", range(L - 1, -1, -1))):
+        for stage, i in enumerate(levels):
+            for j in range(n + (way == "up")):
+                ours, (resnet, attention, resampling) = f"{way}_blocks.{stage}", place(way, i, j)
+                yield f"{ours}.resnets.{j}", resnet
+                if attends(i):
+                    yield f"{ours}.attentions.{j}", attention
+            if stage < L - 1:
+                yield f"{ours}.{way}samplers.0{conv}", resampling
 
 
 def _count(names: Collection[str], prefix: str) -> int:
@@ -63,20 +71,16 @@ def _openai(L: int, n: int, attends: Attends, resample: str) -> Pairs:
         "mid_block.resnets.1": "middle_block.2",
     }.items()  # fmt: skip
     conv = ".conv" if resample else ""
-    for i, j, ours in _down(L, n):
-        place = f"input_blocks.{1 + i * (n + 1) + j}"
-        yield f"{ours}.resnets.{j}", f"{place}.0"
-        if attends(i):
-            yield f"{ours}.attentions.{j}", f"{place}.1"
-        if j == n - 1 and i < L - 1:
-            yield f"{ours}.downsamplers.0{conv}", f"input_blocks.{(i + 1) * (n + 1)}.0{resample}"
-    for i, j, ours in _up(L, n):
-        place = f"output_blocks.{(L - 1 - i) * (n + 1) + j}"
-        yield f"{ours}.resnets.{j}", f"{place}.0"
-        if attends(i):
-            yield f"{ours}.attentions.{j}", f"{place}.1"
-        if j == n and i > 0:
-            yield f"{ours}.upsamplers.0{conv}", f"{place}.{1 + attends(i)}{conv}"
+
+    def place(way: str, i: int, j: int) -> tuple[str, str, str]:
+        if way == "down":
+            layer, resampling = f"input_blocks.{1 + i * (n + 1) + j}", f"input_blocks.{(i + 1) * (n + 1)}.0{resample}"
+        else:
+            layer = f"output_blocks.{(L - 1 - i) * (n + 1) + j}"
+            resampling = f"{layer}.{1 + attends(i)}{conv}"
+        return f"{layer}.0", f"{layer}.1", resampling
+
+    yield from _layers(L, n, attends, place, conv)
 
 
 def _openai_counts(names: Collection[str]) -> tuple[int, int]:
@@ -95,13 +99,12 @@ def _pytorch_diffusion(L: int, n: int, attends: Attends) -> Pairs:
         "conv_norm_out": "norm_out", "conv_out": "conv_out", "mid_block.resnets.0": "mid.block_1",
         "mid_block.attentions.0": "mid.attn_1", "mid_block.resnets.1": "mid.block_2",
     }.items()  # fmt: skip
-    for way, layers in (("down", _down(L, n)), ("up", _up(L, n))):
-        for i, j, ours in layers:
-            yield f"{ours}.resnets.{j}", f"{way}.{i}.block.{j}"
-            if attends(i):
-                yield f"{ours}.attentions.{j}", f"{way}.{i}.attn.{j}"
-            if j == 0 and i != (L - 1 if way == "down" else 0):
-                yield f"{ours}.{way}samplers.0.conv", f"{way}.{i}.{way}sample.conv"
+    yield from _layers(
+        L,
+        n,
+        attends,
+        lambda way, i, j: (f"{way}.{i}.block.{j}", f"{way}.{i}.attn.{j}", f"{way}.{i}.{way}sample.conv"),
+    )
 
 
 # ------------------------------------------------------------------ w86763777/pytorch-ddpm: attention inside residual blocks
@@ -114,20 +117,13 @@ def _pytorch_ddpm(L: int, n: int, attends: Attends) -> Pairs:
         "mid_block.resnets.0": "middleblocks.0", "mid_block.attentions.0": "middleblocks.0.attn",
         "mid_block.resnets.1": "middleblocks.1",
     }.items()  # fmt: skip
-    for i, j, ours in _down(L, n):
-        place = f"downblocks.{i * (n + 1) + j}"
-        yield f"{ours}.resnets.{j}", place
-        if attends(i):
-            yield f"{ours}.attentions.{j}", f"{place}.attn"
-        if j == 0 and i < L - 1:
-            yield f"{ours}.downsamplers.0.conv", f"downblocks.{i * (n + 1) + n}.main"
-    for i, j, ours in _up(L, n):
-        place = f"upblocks.{(L - 1 - i) * (n + 2) + j}"
-        yield f"{ours}.resnets.{j}", place
-        if attends(i):
-            yield f"{ours}.attentions.{j}", f"{place}.attn"
-        if j == 0 and i > 0:
-            yield f"{ours}.upsamplers.0.conv", f"upblocks.{(L - 1 - i) * (n + 2) + n + 1}.main"
+
+    def place(way: str, i: int, j: int) -> tuple[str, str, str]:
+        first = i * (n + 1) if way == "down" else (L - 1 - i) * (n + 2)
+        layer = f"{way}blocks.{first + j}"
+        return layer, f"{layer}.attn", f"{way}blocks.{first + n + (way == 'up')}.main"
+
+    yield from _layers(L, n, attends, place)
 
 
 def _pytorch_ddpm_counts(names: Collection[str]) -> tuple[int, int]:
@@ -144,14 +140,13 @@ def _ddpm_torch(L: int, n: int, attends: Attends) -> Pairs:
         "conv_norm_out": "out_conv.0", "conv_out": "out_conv.2", "mid_block.resnets.0": "middle.0",
         "mid_block.attentions.0": "middle.1", "mid_block.resnets.1": "middle.2",
     }.items()  # fmt: skip
-    for way, layers in (("down", _down(L, n)), ("up", _up(L, n))):
-        for i, j, ours in layers:
-            place = f"{way}samples.level_{i}"
-            yield f"{ours}.resnets.{j}", f"{place}.{j}.0" if attends(i) else f"{place}.{j}"
-            if attends(i):
-                yield f"{ours}.attentions.{j}", f"{place}.{j}.1"
-            if j == 0 and i != (L - 1 if way == "down" else 0):
-                yield f"{ours}.{way}samplers.0.conv", f"{place}.{n if way == 'down' else n + 1}.1"
+
+    def place(way: str, i: int, j: int) -> tuple[str, str, str]:
+        level = f"{way}samples.level_{i}"
+        layer = f"{level}.{j}.0" if attends(i) else f"{level}.{j}"
+        return layer, f"{level}.{j}.1", f"{level}.{n + (way == 'up')}.1"
+
+    yield from _layers(L, n, attends, place)
 
 
 def _ddpm_torch_counts(names: Collection[str]) -> tuple[int, int]:
