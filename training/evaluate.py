@@ -21,7 +21,6 @@ FILES = ("metrics.json", "README.md", "bound.png", "closest_pixels.png", "closes
 def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
     """Measure, and write the results whenever those of a sampler are complete. Returns what to print, and why there are
     no distances, or None."""
-    import yaml
     from accelerate import PartialState
 
     from ddpm_hf import DDPMPipelineCustom
@@ -29,6 +28,7 @@ def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
     from ddpm_hf.evaluation.report import report
     from ddpm_hf.hub.model_card import average_of_weights
     from ddpm_hf.training.artifacts import read_metrics, run_folder, write_evaluation
+    from ddpm_hf.training.config_file import read_options
 
     state, folder = PartialState(), Path(options.output_dir or options.model)
     check_output_folder("output_dir", folder, FILES)
@@ -38,7 +38,7 @@ def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
     pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Sampling")
     files = run_folder(options.model)
     run_file = files / "config.yaml"
-    run = yaml.safe_load(run_file.read_text()) if run_file.is_file() else {}
+    run = read_options(run_file) if run_file.is_file() else {}
     evaluation = Evaluation(options, pipe, run, average_of_weights(run, read_metrics(files)) if run else None)
     evaluation.measure_bounds()
     written, problem = False, evaluation.problem

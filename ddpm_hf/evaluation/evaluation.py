@@ -15,6 +15,7 @@ from ddpm_hf.evaluation.distances import Distances, closest_to_training
 from ddpm_hf.evaluation.options import EvaluationOptions, Sampler, samplers_of
 from ddpm_hf.evaluation.references import read_reference, write_reference
 from ddpm_hf.evaluation.sample_files import read_samples
+from ddpm_hf.models.builders import image_size
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.pipelines.guidance import cycled_labels
 from ddpm_hf.schedulers.samplers import as_ddpm, make_sampler
@@ -51,11 +52,13 @@ class Evaluation:
             splits = (options.split, options.validation_split)
             self.training, self.validation, self.validation_split = measures.real_images(self._open, run, *splits)
             if self.validation is None:
-                self._say("There are no validation images: their bound, best timesteps and memorization are left out.")
+                self.state.print(
+                    "There are no validation images: their bound, best timesteps and memorization are left out."
+                )
         config = pipe.unet.config
         if options.samples is not None and options.features != "none":
             count = options.num_samples or 500
-            self.samples = read_samples(options.samples, count, measures.image_size(config), config.in_channels)
+            self.samples = read_samples(options.samples, count, image_size(config), config.in_channels)
         self.result = {
             "protocol": None,
             "dataset": _public_name(options.dataset or options.reference),
@@ -65,9 +68,6 @@ class Evaluation:
             "memorization": {},
             "samplers": None,
         }
-
-    def _say(self, text: str) -> None:
-        self.state.print(text)
 
     def _open(self, split: str) -> Images:
         options = self.options
@@ -87,13 +87,13 @@ class Evaluation:
             problem = f"images of {channels} channels have no features: {PIXELS_ALONE}"
             if name or self.options.reference or self.options.save_reference:
                 raise ValueError(f"{problem}.")
-            self._say(f"{problem[0].upper()}{problem[1:]}.")
+            self.state.print(f"{problem[0].upper()}{problem[1:]}.")
             return None
         try:
             return features.load_backbone(name or features.default_features(self.options.dataset), self.state.device)
         except (ValueError, OSError) as error:
             self.problem = f"no distances, because the features cannot be loaded: {error}"
-            self._say(f"There will be {self.problem}")
+            self.state.print(f"There will be {self.problem}")
             return None
 
     def _check(self, sampler: Sampler) -> None:
@@ -166,7 +166,7 @@ class Evaluation:
             except NonFiniteSamples as error:
                 if len(self.samplers) == 1:
                     raise
-                self._say(f"{row['scheduler']}, {sampler.steps} steps: {error}")
+                self.state.print(f"{row['scheduler']}, {sampler.steps} steps: {error}")
                 row, figures = row | {"problem": "samples are not finite"}, []
             rows.append(row | {"figures": {figure["name"]: figure["value"] for figure in figures}})
             if len(self.samplers) > 1:
@@ -182,7 +182,7 @@ class Evaluation:
         """The distances to the real images, whose features are computed here."""
         options, found = self.options, []
         if self._repeats_gray:
-            self._say("Gray images are repeated to RGB for the backbone.")
+            self.state.print("Gray images are repeated to RGB for the backbone.")
         for images, split in ((self.training, options.split), (self.validation, self.validation_split)):
             source = {"dataset": options.dataset, "dataset_config": options.dataset_config, "split": split}
             values = (self.backbone, images, source, options.batch_size, options.cache_dir)
@@ -213,7 +213,7 @@ class Evaluation:
             figures = distances.figures(of_samples, protocol)
         if is_first:
             for sentence in [] if distances is None else distances.left_out(len(samples)):
-                self._say(sentence)
+                self.state.print(sentence)
             self.result |= {"protocol": protocol, "figures": figures}
             if self.validation is not None:
                 sets = None if distances is None else (of_samples, distances.training, distances.validation)
@@ -239,7 +239,7 @@ class Evaluation:
             "labels": images and images.label_column,
             "conditions": measures.describe_conditions(self.pipe, images and options.split) if sampled else None,
             "weights": self.weights and f"averaged {self.weights}",
-            "resolution": list(measures.image_size(self.pipe.unet.config)),
+            "resolution": list(image_size(self.pipe.unet.config)),
             "dataset_resize": images and measures.resizing(images),
         }
 

@@ -26,7 +26,7 @@ from ddpm_hf.evaluation.encoding import quantize
 from ddpm_hf.evaluation.features import Backbone, dataset_revision
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
-from ddpm_hf.models.builders import temb_channels
+from ddpm_hf.models.builders import image_size, temb_channels
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.seeds import make_generator
 
@@ -46,12 +46,6 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------- images
-
-
-def image_size(unet_config: Mapping) -> tuple[int, int]:
-    """(H, W) of a model's images."""
-    size = unet_config["sample_size"]
-    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
 
 def model_images(

@@ -1,6 +1,6 @@
 """The parts of `UNet2DModelCustom`, built from its configuration, and the checks of that configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -126,6 +126,12 @@ def _attended_channels(config: FrozenDict) -> tuple[int, ...]:
     middle = config.mid_block_type is not None and config.add_attention
     stages = zip([*channels, channels[-1], *reversed(channels)], [*down, middle, *up])
     return tuple(dict.fromkeys(c for c, has_attention in stages if has_attention))
+
+
+def image_size(config: Mapping) -> tuple[int, int] | None:
+    """(H, W) of a network's images; None if its configuration has no `sample_size`."""
+    size = config["sample_size"]
+    return tuple(size) if isinstance(size, (list, tuple)) else size and (size, size)
 
 
 def temb_channels(config: FrozenDict) -> int:

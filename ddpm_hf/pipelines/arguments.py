@@ -15,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice, check_float, check_int, check_list, shown
 from ddpm_hf.diffusion.timesteps import spaced_timesteps
+from ddpm_hf.models.builders import image_size
 from ddpm_hf.pipelines.function_guidance import GRADIENTS, GuidanceFunction, GuidedDenoiser
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.compatibility import check_scheduler, output_channels, set_timesteps
@@ -158,15 +159,14 @@ def check_batch(
 
 def check_shape(unet, batch_size: int, latents: torch.Tensor | None) -> tuple[int, ...]:
     """The shape of x_T, (B, C, H, W). `latents` must have it, and give H and W if the configuration does not."""
-    config = unet.config
+    config, size = unet.config, image_size(unet.config)
     if latents is not None and not (isinstance(latents, torch.Tensor) and latents.is_floating_point()):
         raise TypeError(f"latents must be a floating-point tensor (B, C, H, W), got {type(latents).__name__}.")
-    if config.sample_size is None and latents is None:
+    if size is None and latents is None:
         raise ValueError("the U-Net's configuration has no sample_size: give latents, whose size is then used.")
-    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
-    if latents is not None and config.sample_size is None and latents.ndim != 4:
+    if latents is not None and size is None and latents.ndim != 4:
         raise ValueError(f"latents must have shape (B, {config.in_channels}, H, W), got {tuple(latents.shape)}.")
-    shape = (batch_size, config.in_channels, *(size if config.sample_size is not None else latents.shape[2:]))
+    shape = (batch_size, config.in_channels, *(latents.shape[2:] if size is None else size))
     if latents is not None and tuple(latents.shape) != shape:
         raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
     check_size("sample_size" if latents is None else "latents", unet, shape)

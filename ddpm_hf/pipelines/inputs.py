@@ -12,6 +12,7 @@ from PIL import Image
 from ddpm_hf.checks import ArgumentTypeError, check_list, shown
 from ddpm_hf.data.decoding import ImageFormat, convert_image, read_entry, read_image, to_signed
 from ddpm_hf.data.pictures import upright_in_srgb
+from ddpm_hf.models.builders import image_size
 from ddpm_hf.pipelines.arguments import check_size
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,8 @@ def to_images(pipe: DiffusionPipeline, name: str, images: GivenImages, in_range:
     Logs a warning for a tensor that looks like images in [0, 1]. Raises ValueError or TypeError that names the argument.
     """
     if isinstance(images, (Image.Image, str, os.PathLike)):
-        x = to_signed(_convert_picture(name, images, _size(pipe), pipe.unet.config.in_channels))[None]
+        config = pipe.unet.config
+        x = to_signed(_convert_picture(name, images, image_size(config), config.in_channels))[None]
     elif isinstance(images, np.ndarray):
         x = _from_array(name, images, in_range)
     elif isinstance(images, torch.Tensor):
@@ -105,11 +107,6 @@ def _join(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
     if len(shapes := {tuple(part.shape[1:]) for part in parts}) > 1:
         raise ValueError(f"{name} must have one shape, got {sorted(shapes)}.")
     return torch.cat(parts)
-
-
-def _size(pipe: DiffusionPipeline) -> tuple[int, int] | None:
-    size = pipe.unet.config.sample_size
-    return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 def _convert_picture(name: str, picture: Picture, size: tuple[int, int] | None, channels: int) -> torch.Tensor:

@@ -31,8 +31,8 @@ FILES = (
     "samples.png",
     "denoising.png",
     "loss.png",
+    ".lock",
 )
-FILES += (".lock",)
 FOLDERS = ("checkpoints", "unet", "scheduler", "samples", "ema_snapshots", "unpublished", "logs")
 GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 

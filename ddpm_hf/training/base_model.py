@@ -52,8 +52,11 @@ def base_folder(init_from: str) -> Path:
 
 def network_arguments(init_from: str) -> dict[str, Any]:
     """Every argument of the base model's network."""
-    given = read_json_object(find_component(base_folder(init_from), "unet", "config.json", init_from) / "config.json")
-    return _arguments(UNet2DModelCustom, given)
+    return _arguments(UNet2DModelCustom, _network_config(init_from))
+
+
+def _network_config(init_from: str) -> dict[str, Any]:
+    return read_json_object(find_component(base_folder(init_from), "unet", "config.json", init_from) / "config.json")
 
 
 def scheduler_arguments(init_from: str) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def _classes(options: dict[str, Any], rows: int | None) -> dict[str, int]:
 
 def _base_null_class(init_from: str) -> int | None:
     """The null class of the base model, if it is the last of the rows."""
-    given = read_json_object(find_component(base_folder(init_from), "unet", "config.json", init_from) / "config.json")
+    given = _network_config(init_from)
     null, rows = given.get("_null_class"), given.get("num_class_embeds")
     return null if rows is not None and null == rows - 1 else None
 

@@ -31,8 +31,8 @@ def time_training(
     """Train with one image per process, then with as many as there is time for, up to the run's micro-batch; print
     the speed, unless the run is at its end.
 
-    No step is begun after `seconds`, and none but the first is expected to take longer than a third of them. Weights and optimizer state change: they are not to be used afterwards. Every process must
-    call this.
+    No step is begun after `seconds`, and none but the first is expected to take longer than a third of them. Weights and
+    optimizer state change: they are not to be used afterwards. Every process must call this.
     """
     if first_step == config.total_steps:
         return

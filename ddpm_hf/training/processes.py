@@ -22,9 +22,9 @@ def prepare_process() -> None:
     """Prepare a process that `accelerate launch` or `torchrun` started; call it first in a script's `main`.
 
     The processes of a machine share its CPU cores, where the launchers set one thread each. Their group ends before Python
-    does, whose exit would otherwise destroy threads of gloo that still run, and abort the process (torch 2.13). On Linux the process gets a
-    SIGTERM when its launcher ends: `accelerate launch` does not forward signals. Prints one line to stderr if
-    several processes were asked for and `accelerate launch` started one, as it does on machines without a GPU.
+    does, whose exit would otherwise destroy threads of gloo that still run, and abort the process (torch 2.13). On Linux
+    the process gets a SIGTERM when its launcher ends: `accelerate launch` does not forward signals. Prints one line to
+    stderr if several processes were asked for and `accelerate launch` started one, as it does on machines without a GPU.
     """
     if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         return

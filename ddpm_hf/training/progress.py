@@ -6,7 +6,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0
-LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} to go, {rate_fmt}{postfix}"
+LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {elapsed} so far, {remaining} to go, {rate_fmt}{postfix}"
 
 
 class _Lines(tqdm):
@@ -49,7 +49,7 @@ def progress_bar(desc: str, total: int, unit: str, initial: int = 0, shown: bool
         initial: units that were done before.
         shown: whether this process is the one that prints.
     """
-    kind = tqdm if is_terminal() else _Lines
+    kind, unit = tqdm if is_terminal() else _Lines, f" {unit}"  # after a number
     return kind(desc=desc, total=total, unit=unit, initial=initial, unit_scale=total >= 10_000, disable=not shown)
 
 

@@ -1,42 +1,16 @@
 """Files in archives are read in place, from threads and forked processes too, and damage is named."""
 
-import io
 import multiprocessing
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ddpm_hf.data.archives import is_archive, list_members, member_path, read_member
 from ddpm_hf.data.reasons import BadData
-
-
-def picture(value: int = 0, form: str = "PNG") -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (8, 8), value).save(stream, form)
-    return stream.getvalue()
-
-
-def pack(file: Path, *names: str, **texts: str | bytes) -> Path:
-    """A .zip or .tar file of pictures of these names, the i-th of value i, and other files."""
-    files = {name: picture(i) for i, name in enumerate(names)} | texts
-    files = {name: content.encode() if isinstance(content, str) else content for name, content in files.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".zip":
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return file
-    with tarfile.open(file, "w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return file
+from tests.data.helpers import pack
 
 
 def read_all(paths: list[str]) -> list[bytes]:

@@ -9,7 +9,7 @@ from ddpm_hf.data.columns import find_column, fingerprint, mark_images, mark_lab
 from ddpm_hf.data.decoding import ImageFormat, read_entry, read_image
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.reasons import BadData
-from tests.data.test_archives import picture
+from tests.data.helpers import picture
 
 ARRAYS = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), np.uint8)
 

@@ -13,7 +13,7 @@ from ddpm_hf.data.decoding import ImageFormat
 from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
 from ddpm_hf.data.streaming import StreamedImages, read_rows
-from tests.data.test_archives import pack, picture
+from tests.data.helpers import pack, picture
 from tests.data.test_decoding import damaged, npy, npz
 
 DAMAGES = 80

@@ -14,7 +14,7 @@ from ddpm_hf.data.listing import (
     list_archives,
     list_images,
 )
-from tests.data.test_archives import pack
+from tests.data.helpers import pack
 
 
 def write(folder, *names):

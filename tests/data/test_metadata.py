@@ -9,7 +9,7 @@ import pytest
 from ddpm_hf.data.listing import Entry, list_archives, list_images
 from ddpm_hf.data.metadata import mark_paths, path_columns, read_metadata, tables
 from ddpm_hf.data.reasons import BadData
-from tests.data.test_archives import pack
+from tests.data.helpers import pack
 from tests.data.test_listing import write
 
 

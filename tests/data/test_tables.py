@@ -7,7 +7,7 @@ import pytest
 
 from ddpm_hf.data.reasons import BadData
 from ddpm_hf.data.tables import has_images, load_tables, read_labels
-from tests.data.test_archives import picture
+from tests.data.helpers import picture
 
 
 def parquet(file, **columns):

@@ -10,7 +10,7 @@ from ddpm_hf.data.listing import list_archives
 from ddpm_hf.data.metadata import path_columns
 from ddpm_hf.data.reasons import BadData
 from ddpm_hf.data.webdataset import flatten, is_webdataset, read_webdataset
-from tests.data.test_archives import pack, picture
+from tests.data.helpers import pack, picture
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from ddpm_hf import DDIMSchedulerCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate
+from ddpm_hf.pipelines.inversion import reconstruct
 from tests.conftest import TINY_SCHEDULER
 
 # Tolerance for images in [0, 1] that differ only in the order of float32 sums.
@@ -28,6 +30,17 @@ SCHEDULERS = {
     "DEIS": diffusers.DEISMultistepScheduler(**SHORT),
     "KDPM2": diffusers.KDPM2DiscreteScheduler(**SHORT),
 }
+
+
+def edits(timestep: int, steps: int, denoising_steps: int, inpainting: tuple[int, ...]) -> dict:
+    """A small call of each function that edits images x, from (pipe, x) and its options to a tensor."""
+    return {
+        "image_to_image": lambda pipe, x, **options: image_to_image(pipe, x, timestep, steps, seed=0, **options),
+        "interpolate": lambda pipe, x, **options: interpolate(pipe, x, x.flip(0), timestep, [0.5], steps, **options)[0],
+        "denoise_image": lambda pipe, x, **options: denoise_image(pipe, x, 0.3, denoising_steps, seed=0, **options),
+        "inpaint": lambda pipe, x, **options: inpaint(pipe, x, torch.ones(x.shape[2:]), *inpainting, seed=0, **options),
+        "reconstruct": lambda pipe, x, **options: reconstruct(pipe, x, steps, **options),
+    }
 
 
 def seeded(seed: int) -> torch.Generator:

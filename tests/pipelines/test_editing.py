@@ -9,10 +9,10 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate, repaint_levels
-from ddpm_hf.pipelines.inversion import decode, encode, interpolate_seeds, reconstruct
+from ddpm_hf.pipelines.inversion import decode, encode, interpolate_seeds
 from ddpm_hf.schedulers.samplers import make_sampler
 from tests.gaussian_unet import MEAN, STD, gaussian_pipeline
-from tests.pipelines.helpers import ROUNDING, spoil, to_unit
+from tests.pipelines.helpers import ROUNDING, edits, spoil, to_unit
 
 # ---------------------------------------------------------------------- image to image, interpolation
 
@@ -155,13 +155,7 @@ def test_repaint_levels_repeat_each_stretch_as_often_as_asked():
 # ---------------------------------------------------------------------- all functions, those of inversion included
 
 
-CALLS = {
-    "image_to_image": lambda pipe, x, **options: image_to_image(pipe, x, 9, 3, seed=0, **options),
-    "interpolate": lambda pipe, x, **options: interpolate(pipe, x, x.flip(0), 9, [0.5], 3, **options)[0],
-    "denoise_image": lambda pipe, x, **options: denoise_image(pipe, x, 0.3, 2, seed=0, **options),
-    "inpaint": lambda pipe, x, **options: inpaint(pipe, x, torch.ones(8, 8), 3, 1, 1, seed=0, **options),
-    "reconstruct": lambda pipe, x, **options: reconstruct(pipe, x, 3, **options),
-}
+CALLS = edits(9, 3, 2, (3, 1, 1))
 
 
 each = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)

@@ -12,11 +12,10 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from benchmarks import classifier_guidance
 from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.pipelines.arguments import prepare_denoiser
-from ddpm_hf.pipelines.editing import denoise_image, image_to_image, inpaint, interpolate
 from ddpm_hf.pipelines.guidance import mark_null_class
-from ddpm_hf.pipelines.inversion import reconstruct
 from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler
 from tests.gaussian_unet import MEAN, STD, GaussianUNet, gaussian_pipeline
+from tests.pipelines.helpers import edits
 
 TARGET, WIDTH = 0.5, 0.25  # y and τ
 CHAIN = DDPMSchedulerCustom().diffusion
@@ -138,12 +137,7 @@ def test_step_of_ddpm_moves_its_mean_by_beta_times_the_gradient():
     torch.testing.assert_close(guided[0] - plain[0], torch.full_like(x, moved.item()), rtol=0, atol=1e-5)
 
 
-EDITS = {
-    "image_to_image": lambda pipe, x, **options: image_to_image(pipe, x, 400, 10, seed=0, **options),
-    "interpolate": lambda pipe, x, **options: interpolate(pipe, x, x.flip(0), 400, [0.5], 10, **options)[0],
-    "denoise_image": lambda pipe, x, **options: denoise_image(pipe, x, 0.3, 5, seed=0, **options),
-    "inpaint": lambda pipe, x, **options: inpaint(pipe, x, torch.ones(64, 64), 20, 5, 2, seed=0, **options),
-    "reconstruct": lambda pipe, x, **options: reconstruct(pipe, x, 10, **options),
+EDITS = edits(400, 10, 5, (20, 5, 2)) | {
     "denoise": lambda pipe, x, **options: pipe.to_images([*pipe.denoise(2, seed=0, num_inference_steps=10, **{k: v for k, v in options.items() if k != "output_type"})][-1].x, "pt"),
 }  # fmt: skip
 

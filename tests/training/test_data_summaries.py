@@ -1,11 +1,8 @@
 """The summary of a run says what was found in every kind of data, or an error says what to do."""
 
-import io
 import json
 import os
 import shutil
-import tarfile
-import zipfile
 from pathlib import Path
 
 import datasets
@@ -21,14 +18,9 @@ from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import open_images
 from ddpm_hf.training.run_summary import describe_data, describe_run
 from tests.conftest import TINY_TRAINING, flags
+from tests.data.helpers import pack, picture
 
 TINY = flags(**TINY_TRAINING, channels=1, resolution=8)
-
-
-def picture(value: int = 0, form: str = "PNG", mode: str = "L") -> bytes:
-    stream = io.BytesIO()
-    Image.new(mode, (8, 8), value).save(stream, form)
-    return stream.getvalue()
 
 
 def write(folder: Path, *names: str, form: str = "PNG", **texts: str | bytes) -> Path:
@@ -38,24 +30,6 @@ def write(folder: Path, *names: str, form: str = "PNG", **texts: str | bytes) ->
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return folder
-
-
-def pack(file: Path, *names: str, **texts: str | bytes) -> Path:
-    """A .zip or .tar file of pictures of these names, and other files."""
-    files = {name: picture(i) for i, name in enumerate(names)} | texts
-    file.parent.mkdir(parents=True, exist_ok=True)
-    files = {name: content.encode() if isinstance(content, str) else content for name, content in files.items()}
-    if file.suffix == ".zip":
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-        return file
-    with tarfile.open(file, "w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return file
 
 
 def parquet(file: Path, **columns) -> Path:
