@@ -5,6 +5,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,12 @@ NUM_IMAGES = 64
 DEADLINE = 120.0  # seconds for a run to end
 
 
+def default_signals():
+    """For `preexec_fn`: SIGINT and SIGHUP end a process, though those that started the tests, such as nohup, ignore them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Trainer:
     """Starts runs of train.py on some of the digits, by way of forking_trainer.py."""
 
@@ -42,7 +49,8 @@ class Trainer:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT)])}
         command = [sys.executable, str(Path(__file__).parent / "forking_trainer.py")]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+        how = {"stdin": pipe, "stdout": pipe, "text": True, "env": environment}
+        self.process = subprocess.Popen(command, **how, preexec_fn=default_signals)
 
     def ask(self, request):
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -79,6 +87,7 @@ def torchrun(*arguments, script=ROOT / "training" / "train.py", processes=2, **h
     """Start a script on several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes["preexec_fn"] = default_signals
     return subprocess.Popen([*command, str(script), *map(str, arguments)], **(pipes | how))
 
 

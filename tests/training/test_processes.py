@@ -18,7 +18,7 @@ from ddpm_hf.scripts import train
 
 from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.processes import settle_with_launcher
-from tests.training.helpers import ROOT, TINY, assert_bit_identical, rows, run, until
+from tests.training.helpers import ROOT, TINY, assert_bit_identical, default_signals, rows, run, until
 
 LIGHT = """
 import sys
@@ -81,7 +81,8 @@ def test_torchrun_waiting_for_another_machine_ends_on_a_signal(number):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "1", str(ROOT / "training" / "train.py"), *TINY]
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=default_signals, **silent)
 
     def waits():
         with socket.socket() as client:

@@ -32,6 +32,7 @@ from tests.training.helpers import (
     assert_same_run,
     checkpoint,
     copied,
+    default_signals,
     drop_checkpoints_after,
     photo_options,
     rows,
@@ -134,7 +135,8 @@ def test_a_closed_terminal_saves_and_the_run_resumes(photos, tmp_path, workers):
     options += ["--keep_checkpoints", "10000"]
     program = "import fcntl, runpy, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     command = [sys.executable, "-c", program, str(ROOT / "training" / "train.py"), *options]
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=default_signals)
     os.close(terminal)
 
     def saved():
