@@ -9,7 +9,7 @@ import torch
 
 from ddpm_hf.data.arrays import ARRAY_STARTS
 from ddpm_hf.data.decoding import ImageFormat, UnreadableImage, convert_image, read_entry, read_image, value_range
-from ddpm_hf.data.pictures import has_unused_profile, reads_at_8_bits
+from ddpm_hf.data.pictures import losses
 
 FEW_VALUES = 32767  # 16-bit values that are all at most this have 15 bits or fewer
 LOSSES = {
@@ -49,9 +49,8 @@ def inspect(data: bytes, form: ImageFormat) -> tuple[torch.Tensor, dict[str, boo
     image = read_image(data)
     tensor = convert_image(image, form)
     low, high = value_range(image) or (math.nan, math.nan)
-    is_picture = not data.startswith(ARRAY_STARTS)
-    losses = {"reduced": is_picture and reads_at_8_bits(data), "unprofiled": is_picture and has_unused_profile(data)}
-    return tensor, {"deep": tensor.dtype == torch.uint16, "low": low, "high": high, **losses}
+    lost = dict.fromkeys(LOSSES, False) if data.startswith(ARRAY_STARTS) else losses(data)
+    return tensor, {"deep": tensor.dtype == torch.uint16, "low": low, "high": high, **lost}
 
 
 def describe_losses(

@@ -158,11 +158,6 @@ def source_of(dataset: Data) -> Source:
     return Source(**json.loads(source)) if mark and not before else Source()
 
 
-def left_out(dataset: Data) -> str:
-    """The files of a data set's folder that are not in it, by reason; empty if there are none."""
-    return source_of(dataset).left_out
-
-
 def _open_local(path: Path, config_name: str | None, streaming: bool) -> Opened:
     if path.is_file():
         return _open_file(path, streaming)

@@ -115,10 +115,8 @@ def _members(archive: Path, split: str | None) -> Iterator[Entry]:
     is_around = len(tops) == 1 and (has_splits or (split and next(iter(tops))[0] in SPLITS))
     around = f"{next(iter(tops))[0]}/" if is_around else ""
     for name in names:
-        entry = Entry(
-            name.removeprefix(around), member_path(archive, name), (status.st_size, status.st_mtime_ns), split
-        )
-        yield entry
+        stamp = (status.st_size, status.st_mtime_ns)
+        yield Entry(name.removeprefix(around), member_path(archive, name), stamp, split)
 
 
 def _sort(entries: Iterable[Entry], found: Listing) -> None:

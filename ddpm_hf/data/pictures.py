@@ -27,7 +27,7 @@ def read_picture(data: bytes) -> Image.Image:
     """The picture of a file, turned upright, with colors of 8 bits in sRGB.
 
     The orientation is that of the EXIF tag, or else of XMP; what cannot be read of either counts as upright. A color
-    profile that cannot be used is ignored: see `has_unused_profile`. Raises what Pillow raises for a broken file.
+    profile that cannot be used is ignored: see `losses`. Raises what Pillow raises for a broken file.
     """
     return upright_in_srgb(Image.open(io.BytesIO(data)))
 
@@ -134,32 +134,38 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     return transform if abs(change).max() > SRGB_TOLERANCE else None
 
 
-def has_unused_profile(data: bytes) -> bool:
-    """Whether the file is a picture whose color profile would change its colors, but is broken, or of other colors than the
-    picture, or of a picture of more than 8 bits, which `ImageCms` does not convert."""
+def losses(data: bytes) -> dict[str, bool]:
+    """What is lost when the picture of a file is read.
+
+    "reduced": it has more than 8 bits per color, such as a 16-bit PNG of RGB, and Pillow reads it at 8. "unprofiled": its
+    color profile would change its colors, but is broken, or of other colors than the picture, or of a picture of more
+    than 8 bits, which `ImageCms` does not convert.
+    """
     with Image.open(io.BytesIO(data)) as image:
-        try:
-            return _srgb_transform(image) is not None and is_deep(image)
-        except ValueError:
-            return True
+        return {"reduced": _reads_at_8_bits(image, data), "unprofiled": _has_unused_profile(image)}
 
 
-def reads_at_8_bits(data: bytes) -> bool:
-    """Whether the file is a picture with more than 8 bits per color, such as a 16-bit PNG of RGB, that Pillow reads at 8."""
-    with Image.open(io.BytesIO(data)) as image:
-        if is_deep(image):
-            return False
-        if image.format == "PNG":
-            return data[24] == 16
-        if image.format == "TIFF":
-            return max(image.tag_v2.get(258, (8,))) > 8  # BitsPerSample
-        if image.format == "PPM":
-            arguments = image.tile[0].args  # "RGB" for a maximum of 255, else ("RGB", maximum)
-            return image.mode == "RGB" and isinstance(arguments, tuple) and arguments[1] > 255
-        if image.format == "JPEG2000":
-            size = data.find(b"\xff\x4f\xff\x51")  # the SIZ segment, with the depth of each component
-            (count,) = struct.unpack_from(">H", data, size + 40)
-            return max((depth & 0x7F) + 1 for depth in data[size + 42 : size + 42 + 3 * count : 3]) > 8
-        if image.format == "AVIF":
-            return bool(data[data.find(b"av1C") + 6] & 0x40)  # high_bitdepth
-        return image.format == "SGI" and data[3] == 2
+def _has_unused_profile(image: Image.Image) -> bool:
+    try:
+        return _srgb_transform(image) is not None and is_deep(image)
+    except ValueError:
+        return True
+
+
+def _reads_at_8_bits(image: Image.Image, data: bytes) -> bool:
+    if is_deep(image):
+        return False
+    if image.format == "PNG":
+        return data[24] == 16
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,))) > 8  # BitsPerSample
+    if image.format == "PPM":
+        arguments = image.tile[0].args  # "RGB" for a maximum of 255, else ("RGB", maximum)
+        return image.mode == "RGB" and isinstance(arguments, tuple) and arguments[1] > 255
+    if image.format == "JPEG2000":
+        size = data.find(b"\xff\x4f\xff\x51")  # the SIZ segment, with the depth of each component
+        (count,) = struct.unpack_from(">H", data, size + 40)
+        return max((depth & 0x7F) + 1 for depth in data[size + 42 : size + 42 + 3 * count : 3]) > 8
+    if image.format == "AVIF":
+        return bool(data[data.find(b"av1C") + 6] & 0x40)  # high_bitdepth
+    return image.format == "SGI" and data[3] == 2

@@ -12,6 +12,7 @@ different lengths finish their epochs at different times.
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ class StreamedImages(ImageColumns):
             image, check = inspect(read_entry(entry), self.format)
         except UnreadableImage as error:
             raise UnreadableImage(f"{name_of(entry)} ({error})") from error
+        if not (check["reduced"] or check["unprofiled"]) and math.isnan(check["high"]):  # of 8 bits
+            return image
         columns = {name: np.asarray([value]) for name, value in check.items()}
         for kind, sentence in describe_losses(columns, self.format, lambda _: name_of(entry), "Some").items():
             self._warnings.setdefault(kind, sentence)

@@ -15,7 +15,7 @@ from ddpm_hf.hub.contents import check_files, pipeline_parts, published_files
 from ddpm_hf.hub.local_paths import without_local_paths
 from ddpm_hf.hub.model_card import card_for_repository, merge_cards, plain_card
 from ddpm_hf.transfer.client import hub_api
-from ddpm_hf.transfer.downloads import DEFAULT_RETRIES, Retries, download_file, with_retries
+from ddpm_hf.transfer.downloads import DEFAULT_RETRIES, Retries, download_file, git_digest, with_retries
 from ddpm_hf.transfer.errors import LOG_IN, BranchMoved, NotStored, explained
 
 TRAINING_STATE = "training-state"  # the branch
@@ -244,9 +244,9 @@ def _not_stored(api: HfApi, repo_id: str, commit: str, additions: list[CommitOpe
 def _is_same(addition: CommitOperationAdd, info: RepoFile) -> bool:
     if info.lfs is not None:
         return info.lfs.sha256 == addition.upload_info.sha256.hex()
+    digest = git_digest(addition.upload_info.size)
     with addition.as_file() as stream:
-        content = stream.read()
-    return info.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+        return info.blob_id == hashlib.file_digest(stream, lambda: digest).hexdigest()
 
 
 def _find(api: HfApi, repo_id: str, push_id: str, since: str, revision: str | None, create_pr: bool = False):

@@ -1,7 +1,7 @@
 """Stopping early without losing work: signals that wait for the end of a step, and processes that died.
 
-Exit codes of `train.py`: 0 finished; 1 an error, printed as a sentence; 2 invalid options; EXIT_NONFINITE (3) too many
-non-finite steps in a row; EXIT_NOT_SAVED (4) the last checkpoint could not be written; 128 + n stopped by signal n
+Exit codes of `train.py`: 0 finished; 1 an error, printed as a sentence; EXIT_NONFINITE (3) too many non-finite steps in a
+row; EXIT_NOT_SAVED (4) the last checkpoint could not be written; 128 + n stopped by signal n
 after saving (143 SIGTERM, 130 SIGINT, 129 SIGHUP). `accelerate launch` and `torchrun` print the code and exit with 1.
 """
 

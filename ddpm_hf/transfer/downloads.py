@@ -187,12 +187,16 @@ def _verify(repo_id: str, folder: Path, file: Path, checksum: str, retries: Retr
         raise OSError(f"{name} of {repo_id} was damaged in two downloads (its checksum is not {checksum}).")
 
 
+def git_digest(size: int):
+    """A hash that becomes git's of a file of this size, when it is updated with the content."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
 def _has_checksum(file: Path, checksum: str) -> bool:
     status = file.stat()
     key = (file.resolve(), checksum, status.st_size, status.st_mtime_ns)
     if key not in _checked:
-        is_lfs = len(checksum) == 64
-        digest = hashlib.sha256() if is_lfs else hashlib.sha1(b"blob %d\0" % status.st_size, usedforsecurity=False)
+        digest = hashlib.sha256() if len(checksum) == 64 else git_digest(status.st_size)
         with open(file, "rb") as stream:
             if hashlib.file_digest(stream, lambda: digest).hexdigest() == checksum:
                 _checked.add(key)

@@ -14,7 +14,7 @@ from PIL import Image
 from ddpm_hf.data.builtin import digits
 from ddpm_hf.data.columns import find_column, fingerprint
 from ddpm_hf.data.decoding import ImageFormat
-from ddpm_hf.data.finding import NoSuchSplit, left_out, open_dataset
+from ddpm_hf.data.finding import NoSuchSplit, open_dataset, source_of
 from ddpm_hf.data.images import Images
 
 
@@ -81,7 +81,7 @@ def test_arrays_beside_pictures_are_left_out_and_said(tmp_path):
     save_arrays(tmp_path, "0.npy", "statistics.npz")
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     found = open_dataset(str(tmp_path))
-    assert len(found) == 1 and left_out(found) == "2 arrays beside pictures"
+    assert len(found) == 1 and source_of(found).left_out == "2 arrays beside pictures"
 
 
 def test_a_folder_without_images_raises(tmp_path):
@@ -167,7 +167,7 @@ def test_top_level_folders_with_names_of_splits_are_splits(tmp_path):
     pictures(tmp_path, "train/a/train/0.png", "train/b/x/1.png", "val/a/x/2.png", "3.png")
     found = open_dataset(str(tmp_path))
     assert names_of(found, tmp_path) == ["train/a/train/0.png", "train/b/x/1.png"]
-    assert left_out(found) == "1 beside the folders of splits"
+    assert source_of(found).left_out == "1 beside the folders of splits"
     assert names_of(open_dataset(str(tmp_path), split="validation"), tmp_path) == ["val/a/x/2.png"]
     with pytest.raises(NoSuchSplit, match=r"no split 'test'; it has \['train', 'validation'\]"):
         open_dataset(str(tmp_path), split="test")
@@ -194,7 +194,7 @@ def test_links_to_folders_are_followed_once(tmp_path):
     found = open_dataset(str(tmp_path / "data"))
     expected = sorted(["0.png", "a/1.png", "a/2.png", *(f"0_far/{i}.png" for i in range(12))])
     assert names_of(found, tmp_path / "data") == expected
-    assert left_out(found).startswith("3 links to a folder that is read already")
+    assert source_of(found).left_out.startswith("3 links to a folder that is read already")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -208,7 +208,7 @@ def test_files_are_pictures_by_suffix_or_content(tmp_path, streaming):
     found = open_dataset(str(tmp_path), streaming=streaming)
     assert names_of(found, tmp_path) == ["0.png", "1.avif", "1.mpo", "1.qoi", "2", "3.unknown"]
     assert (
-        left_out(Images(found, ImageFormat((8, 8))).dataset if not streaming else found)
+        source_of(Images(found, ImageFormat((8, 8))).dataset if not streaming else found).left_out
         == "1 hidden, 1 not images (.h5), 2 not images (.txt), 1 not images (without suffix)"
     )
 
@@ -238,7 +238,7 @@ def test_pictures_beside_tables_are_left_out(tmp_path):
     digits()["train"].select(range(5)).to_parquet(tmp_path / "data.parquet")
     pictures(tmp_path, "preview.png", "preview 2.png")
     found = open_dataset(str(tmp_path))
-    assert len(found) == 5 and left_out(found) == "2 pictures or arrays beside tables"
+    assert len(found) == 5 and source_of(found).left_out == "2 pictures or arrays beside tables"
 
 
 def test_tables_without_images_do_not_replace_pictures(tmp_path):
@@ -280,7 +280,7 @@ def test_odd_entries_named_like_pictures_are_reported(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nothing")
     found = open_dataset(str(tmp_path))
-    assert left_out(found) == "1 folders named like a picture, 1 not a regular file"
+    assert source_of(found).left_out == "1 folders named like a picture, 1 not a regular file"
     images = Images(found, ImageFormat((8, 8)))
     assert [images.describe(i) for i in images.broken()] == [str(tmp_path / "dangling.png")]
 
@@ -303,7 +303,7 @@ def test_archives_of_class_folders_have_the_classes(tmp_path, packed, inside):
     archive = shutil.make_archive(str(tmp_path / "out" / "data"), packed, tmp_path / "data")
     found = open_dataset(str(tmp_path / "out") if inside else archive)
     assert found.features["label"].names == ["cat", "dog"] and found["label"][:] == [0, 0, 1]
-    assert left_out(found) == "1 not images (without suffix)"
+    assert source_of(found).left_out == "1 not images (without suffix)"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

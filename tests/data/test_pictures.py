@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 from sklearn.datasets import load_sample_image
 
-from ddpm_hf.data.pictures import has_unused_profile, read_orientation, read_picture, reads_at_8_bits
+from ddpm_hf.data.pictures import losses, read_orientation, read_picture
 from tests.data.test_decoding import RAMP, file, png
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[200:240, 300:364])
@@ -145,7 +145,7 @@ def test_colors_of_an_rgb_profile_are_converted_to_srgb(primaries, mode):
     data = file(image, icc_profile=rgb_profile(primaries))
     found, colors = read_picture(data), np.asarray(image.convert("RGB")) / 255
     expected = srgb_levels(colors**2.19921875 @ primaries.T @ np.linalg.inv(SRGB_TO_XYZ).T)
-    assert abs(expected - 255 * colors).max() > 5 and not has_unused_profile(data)
+    assert abs(expected - 255 * colors).max() > 5 and not losses(data)["unprofiled"]
     np.testing.assert_allclose(np.asarray(found.convert("RGB")), expected, atol=2)
     assert found.mode == ("RGBA" if mode == "RGBA" else "RGB")
     if mode == "RGBA":
@@ -180,7 +180,7 @@ def test_colors_of_a_cmyk_profile_are_converted_to_srgb():
 def test_a_profile_of_srgb_changes_no_pixel(mode):
     image = PHOTO.convert(mode)
     data = file(image, icc_profile=SRGB)
-    assert same(read_picture(data), image) and not has_unused_profile(data)
+    assert same(read_picture(data), image) and not losses(data)["unprofiled"]
 
 
 @pytest.mark.parametrize(
@@ -196,8 +196,8 @@ def test_a_profile_of_srgb_changes_no_pixel(mode):
 )
 def test_a_profile_that_cannot_be_used_is_ignored_and_noticed(image, icc):
     data = file(image, icc_profile=icc)
-    assert same(read_picture(data), image) and has_unused_profile(data)
-    assert not has_unused_profile(file(image))
+    assert same(read_picture(data), image) and losses(data)["unprofiled"]
+    assert not losses(file(image))["unprofiled"]
 
 
 def ppm(values: np.ndarray, maximum: int) -> bytes:
@@ -220,7 +220,7 @@ def with_depth(data: bytes, at: int, depths: bytes) -> bytes:
     ],
 )
 def test_colors_of_16_bits_that_are_read_at_8_are_noticed(deep, shallow):
-    assert reads_at_8_bits(deep) and not reads_at_8_bits(shallow)
+    assert losses(deep)["reduced"] and not losses(shallow)["reduced"]
     found = np.asarray(read_picture(deep))
     assert found.dtype == np.uint8
     np.testing.assert_allclose(found, COLORS / 257, atol=1)
@@ -229,12 +229,12 @@ def test_colors_of_16_bits_that_are_read_at_8_are_noticed(deep, shallow):
 def test_depths_of_jpeg_2000_avif_and_sgi_colors_are_noticed():
     jpeg = file(PHOTO, "JPEG2000")
     at = jpeg.index(b"\xff\x4f\xff\x51") + 42
-    assert not reads_at_8_bits(jpeg) and reads_at_8_bits(with_depth(jpeg, at, b"\x0f\1\1\x0f\1\1\x0f"))
-    assert not reads_at_8_bits(file(Image.fromarray(RAMP), "JPEG2000"))  # gray, of which all bits are read
+    assert not losses(jpeg)["reduced"] and losses(with_depth(jpeg, at, b"\x0f\1\1\x0f\1\1\x0f"))["reduced"]
+    assert not losses(file(Image.fromarray(RAMP), "JPEG2000"))["reduced"]  # gray, of which all bits are read
     avif = file(PHOTO, "AVIF")
     ten = avif.replace(b"pixi\0\0\0\0\3\x08\x08\x08", b"pixi\0\0\0\0\3\x0a\x0a\x0a").replace(
         b"av1C\x81\0\x0c", b"av1C\x81\0\x4c"
     )
-    assert not reads_at_8_bits(avif) and reads_at_8_bits(ten)
+    assert not losses(avif)["reduced"] and losses(ten)["reduced"]
     sgi = file(PHOTO, "SGI")
-    assert not reads_at_8_bits(sgi) and reads_at_8_bits(file(PHOTO, "SGI", bpc=2))
+    assert not losses(sgi)["reduced"] and losses(file(PHOTO, "SGI", bpc=2))["reduced"]
