@@ -109,8 +109,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_group_timeout)),
         ],
     )
-    if is_sharded(accelerator) and config.compile:
-        raise ValueError(f"compile = {config.compile!r} cannot be combined with FSDP.")
+    for name in ("compile", "lora_rank"):
+        if is_sharded(accelerator) and getattr(config, name):
+            raise ValueError(f"{name} = {getattr(config, name)!r} cannot be combined with FSDP.")
     config.micro_batches(accelerator.num_processes)  # raises ValueError if the batch cannot be divided
     if accelerator.device.type == "cpu":
         use_cpu_threads(config.cpu_threads)
@@ -131,6 +132,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     from ddpm_hf.training.base_model import load_base_weights
     from ddpm_hf.training.build import build_scheduler, build_unet
     from ddpm_hf.training.checkpoints import prune_checkpoints
+    from ddpm_hf.training.lora import add_lora
     from ddpm_hf.training.resume import check_same_data, last_checkpoint
     from ddpm_hf.training.run_data import load_images, preview_conditions, with_num_classes
     from ddpm_hf.training.uploads import Uploader
@@ -142,7 +144,9 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     if accelerator.is_main_process:
         check_output_folder("output_dir", output_dir, FILES, FOLDERS)
     uploads = config.push_to_hub and accelerator.is_main_process and not config.dry_run
+    # The averages of a checkpoint are a model, unless they are adapters: then the finished model alone is uploaded.
     every_steps = config.checkpoint_every_steps * config.push_every_checkpoints
+    every_steps = every_steps if config.lora_rank is None else 0
     uploader = Uploader(
         output_dir,
         config.hub_model_id if uploads else None,
@@ -161,14 +165,16 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     unet = build_unet(config)
     if images.class_names is not None:
         mark_class_names(unet, images.class_names)
+    if config.init_from is not None:
+        load_base_weights(unet, config.init_from)
+    if config.lora_rank is not None:
+        add_lora(unet, config)
     if accelerator.is_main_process and not config.dry_run:
         stack.enter_context(lock_folder(output_dir))
         if config.overwrite:
             prune_checkpoints(output_dir / "checkpoints", keep=0)
     accelerator.wait_for_everyone()
     restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints", unet)
-    if restored is None and config.init_from is not None:
-        load_base_weights(unet, config.init_from)
     # The name says what is in built-in data; the bytes of its images depend on the version of Pillow.
     fingerprint = None if config.dataset in BUILTIN else images.fingerprint
     check_same_data(images.num_examples, fingerprint, restored)
@@ -182,14 +188,15 @@ def build_training(run: Run):
     import torch
 
     from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
-    from ddpm_hf.training.ema import EMA
+    from ddpm_hf.training.ema import EMA, trained_parameters
     from ddpm_hf.training.posthoc_ema import PowerEMA
     from ddpm_hf.training.resume import TrainingState, is_sharded
 
     config, accelerator, unet = run.config, run.accelerator, run.unet
     device, betas = accelerator.device, (0.9, config.adam_beta2)
     options = {"weight_decay": config.weight_decay, "fused": device.type != "mps"}
-    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, betas, **options)  # Adam for a decay of 0
+    trained = trained_parameters(unet).values()
+    optimizer = torch.optim.AdamW(trained, config.learning_rate, betas, **options)  # Adam for a decay of 0
     # FSDP accepts weights in torch's default memory format only.
     unet.to(device, memory_format=torch.contiguous_format if is_sharded(accelerator) else torch.channels_last)
     if config.gradient_checkpointing:
@@ -300,6 +307,7 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
     from ddpm_hf.pipelines.guidance import mark_class_names
     from ddpm_hf.training.artifacts import write_artifacts
     from ddpm_hf.training.build import build_unet
+    from ddpm_hf.training.lora import save_and_merge_lora
     from ddpm_hf.training.resume import is_sharded
     from ddpm_hf.training.sharding import full_on_cpu
     from ddpm_hf.training.validation import count_validation_images
@@ -325,7 +333,9 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
         unet = build_unet(config).to(accelerator.device)
         if run.images.class_names is not None:
             mark_class_names(unet, run.images.class_names)
-    unet.load_state_dict(averaged)
+    unet.load_state_dict(unet.state_dict() | averaged)
+    if config.lora_rank is not None:
+        save_and_merge_lora(unet, Path(config.output_dir))
     write_artifacts(config, unet, run.scheduler, run_logger.log.rows, training, run.conditions)
     run.uploader.finish()
 

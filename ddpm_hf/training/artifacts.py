@@ -33,7 +33,7 @@ FILES = (
     "loss.png",
     ".lock",
 )
-FOLDERS = ("checkpoints", "unet", "scheduler", "samples", "ema_snapshots", "unpublished", "logs")
+FOLDERS = ("checkpoints", "unet", "scheduler", "samples", "ema_snapshots", "unpublished", "logs", "lora")
 GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
 from ddpm_hf.training.checkpoints import checkpoint_step
 from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.ema import trained_parameters
 from ddpm_hf.training.posthoc_ema import SIGMAS
 from ddpm_hf.training.step_statistics import QUARTILES
 
@@ -89,7 +90,7 @@ def check_content(
 
 def layouts(config: TrainingConfig, unet: nn.Module) -> dict[str, Layout]:
     """The shape and type of every tensor in a checkpoint, by file, without those of the optimizer."""
-    averages = {name: (tuple(p.shape), torch.float32) for name, p in unet.named_parameters()}
+    averages = {name: (tuple(p.shape), torch.float32) for name, p in trained_parameters(unet).items()}
     expected = {"model": _layout(unet.state_dict()), "ema": averages}
     if config.ema_snapshot_every_images:
         expected["power_ema"] = {f"{sigma!r}/{name}": entry for sigma in SIGMAS for name, entry in averages.items()}

@@ -45,6 +45,9 @@ class TrainingConfig:
         "model to start from: a folder, a run of one's own, or a name on the Hub; it settles network and diffusion",
         group="Fine-tuning",
     )
+    lora_rank: int | None = option(
+        None, "train adapters of this rank (LoRA) instead of the weights, into which they are merged", "[1, 65536]"
+    )
 
     dataset: str = option(
         "", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub", group="Data"

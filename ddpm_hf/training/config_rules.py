@@ -144,7 +144,10 @@ def _check_uses(config) -> None:
     learned, bound = config.variance_type == "learned_range", config.loss_weighting == "vlb"
     conditional, has_classes = config.label_column is not None, config.class_embed_type is None
     schedule = config.beta_schedule
+    fine_tuning, whole = config.init_from is not None, config.lora_rank is None
     uses = [
+        ("init_from", fine_tuning, ["lora_rank"]),
+        ("lora_rank=None", whole, ["ema_snapshot_every_images"]),
         ("loss_weighting='min_snr'", config.loss_weighting == "min_snr", ["min_snr_gamma"]),
         ("loss_weighting='p2'", config.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
         ("variance_type='learned_range' without loss_weighting='vlb'", learned and not bound, ["hybrid_lambda"]),

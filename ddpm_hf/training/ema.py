@@ -11,7 +11,7 @@ from ddpm_hf.training.sharding import copy_full, reshard, to_local
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, starting from a copy of them.
+    """Exponential moving average of a model's trained parameters, starting from a copy of them.
 
     The average is float32 whatever the model's dtype: in bf16, small updates would be rounded away. Its length is
     given by exactly one of `halflife_images` and `decay`. With `warmup` the average is shorter early in a run, when
@@ -73,7 +73,7 @@ class EMA:
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
         """Within this context the model's parameters are the average; afterwards they are restored exactly."""
-        kept = [p.detach().clone() for p in model.parameters()]
+        kept = [p.detach().clone() for p in trained_parameters(model).values()]
         load_parameters(model, self._average.values())
         try:
             yield
@@ -88,22 +88,28 @@ def check_network(model: nn.Module) -> None:
         raise ArgumentTypeError(f"model must be a torch.nn.Module, got {shown(model)}.")
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by name: those that training changes, which are all but with LoRA."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def float32_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of a model's parameters by name, float32."""
-    return {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    """Copies of a model's trained parameters by name, float32."""
+    return {name: parameter.detach().float().clone() for name, parameter in trained_parameters(model).items()}
 
 
 @torch.no_grad()
 def load_parameters(model: nn.Module, values: Iterable[Tensor]) -> None:
-    """Copy values into a model's parameters, in their order and dtype."""
-    for parameter, value in zip(model.parameters(), values, strict=True):
+    """Copy values into a model's trained parameters, in their order and dtype."""
+    for parameter, value in zip(trained_parameters(model).values(), values, strict=True):
         parameter.copy_(value)
 
 
 @torch.no_grad()
 def lerp_parameters(average: Iterable[Tensor], model: nn.Module, weight: float, skipped: Tensor | None) -> None:
     """average += weight · (parameters − average), in float32; no change if `skipped` is 1."""
-    average, parameters = [to_local(a) for a in average], [to_local(p).detach().float() for p in model.parameters()]
+    average = [to_local(a) for a in average]
+    parameters = [to_local(p).detach().float() for p in trained_parameters(model).values()]
     if skipped is not None:
         # A list of tensors: a single number would first have to be read from the device.
         weight = [(1 - skipped) * weight] * len(average)

@@ -82,7 +82,7 @@ class RunLogger:
             settings = {k: str(v) for k, v in asdict(config).items()}
             self.trackers = Trackers(accelerator, settings, first_step, self.folder.resolve().name)
         examples = (self.train_examples, len(self.validation or ()))
-        parameters = self.unet.num_parameters()
+        parameters = (self.unet.num_parameters(), self.unet.num_parameters(only_trainable=True))
         accelerator.print(describe_run(config, accelerator, parameters, examples, first_step, self.data))
         done, total = first_step * config.batch_size, config.total_steps * config.batch_size
         shown = accelerator.is_main_process and not config.dry_run

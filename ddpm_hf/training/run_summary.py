@@ -23,7 +23,7 @@ MANY_PARAMETERS = 20  # for each number in the images; the digits have 11, and t
 def describe_run(
     config: TrainingConfig,
     accelerator: Accelerator,
-    parameters: int,
+    parameters: tuple[int, int],
     examples: tuple[int | None, int],
     first_step: int,
     data: str = "",
@@ -31,14 +31,16 @@ def describe_run(
     """Lines to print before the first step.
 
     Args:
-        parameters: number of parameters of the network, which are float32.
+        parameters: number of parameters of the network, which are float32, and of those that are trained.
         examples: number of training images (None for a stream) and of validation images.
         data: more lines about the images (see `describe_data`).
     """
     train_examples, validation_examples = examples
     averages = 1 + len(SIGMAS) * (config.ema_snapshot_every_images > 0)
-    copies = {"parameters": 1, "gradients": 1, "Adam": 2, "averages": averages}
-    memory = [f"{name} {tqdm.format_sizeof(4 * parameters * n, 'B')}" for name, n in copies.items()]
+    whole, trained = parameters
+    numbers = {"parameters": whole, "gradients": trained, "Adam": 2 * trained, "averages": averages * trained}
+    memory = [f"{name} {tqdm.format_sizeof(4 * n, 'B')}" for name, n in numbers.items()]
+    adapters = "" if config.lora_rank is None else f", {trained:,} of them trained as adapters,"
     shape = "×".join(str(n) for n in (*config.resolution, config.channels))
     counted = "a stream of images" if train_examples is None else f"{train_examples:,} images"
     files = {
@@ -53,11 +55,11 @@ def describe_run(
     precision = "float32" if accelerator.mixed_precision == "no" else f"{accelerator.mixed_precision} mixed precision"
     resumed = f", from step {first_step:,}" if first_step else ""
     passes = "" if train_examples is None else f", {count_passes(config, train_examples)} over the data"
-    warnings = "".join(f"\nWarning     {line}" for line in misfits(config, parameters, train_examples))
+    warnings = "".join(f"\nWarning     {line}" for line in misfits(config, trained, train_examples))
     hardware = f"{processes} process{'es' * (processes > 1)} ({accelerator.device.type}) in {precision}"
     return (
         f"Data        {counted} of {shape} from {config.dataset}; {validation_examples or 'no'} validation images\n{data}"
-        f"Network     {parameters:,} parameters on {hardware}\n"
+        f"Network     {whole:,} parameters{adapters} on {hardware}\n"
         f"Memory      {', '.join(memory)}; plus activations\n"
         f"Length      {config.total_steps:,} steps of {config.batch_size:,} images{passes}{resumed}\n"
         f"Written to  {config.output_dir}/: {', '.join(written)}; the model at the end"

@@ -76,7 +76,7 @@ class Uploader:
         output_dir: the folder of the run, whose README.md, figures and weights `finish` uploads.
         repo_id: "user/name"; None to upload nothing.
         private: create a private repository.
-        every_steps: upload the checkpoints of steps divisible by this.
+        every_steps: upload the checkpoints of steps divisible by this; 0: of none.
         keep: staged pipelines to keep on disk while the Hub cannot be reached.
         wait_seconds: longest wait of `finish`.
     """
@@ -118,7 +118,7 @@ class Uploader:
         self, step: int, unet: UNet2DModelCustom, scheduler: DDPMSchedulerCustom, folder: Path
     ) -> None:
         """Upload the EMA weights of the checkpoint in `folder`, if `step` is divisible by `every_steps`. Does not wait."""
-        if self.repo_id is None or step % self.every_steps:
+        if self.repo_id is None or not self.every_steps or step % self.every_steps:
             return
         try:
             self._steps.put(stage_step(self.output_dir, step, unet, scheduler, folder / "ema.safetensors"))

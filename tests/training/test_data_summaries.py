@@ -184,7 +184,7 @@ def summary(source, options) -> str:
     config = parse_config([*TINY, "--dataset", str(source), *options])
     images, _ = open_images(config)
     data = describe_data(images)
-    return describe_run(config, Accelerator(cpu=True), 1000, (images.num_examples, 0), 0, data)
+    return describe_run(config, Accelerator(cpu=True), (1000, 1000), (images.num_examples, 0), 0, data)
 
 
 @pytest.mark.parametrize("name", FOUND)

@@ -39,7 +39,7 @@ def test_the_summary_names_the_precision(precision, named):
     AcceleratorState._reset_state(True)
     try:
         accelerator = Accelerator(cpu=True, mixed_precision=precision)
-        assert f"on 1 process (cpu) in {named}\n" in describe_run(config, accelerator, 1000, (8, 0), 0)
+        assert f"on 1 process (cpu) in {named}\n" in describe_run(config, accelerator, (1000, 1000), (8, 0), 0)
     finally:
         AcceleratorState._reset_state(True)
 
@@ -64,7 +64,7 @@ FOLDER = ["--config", "folder-64", "--dataset", "somewhere"]
     ],
 )
 def test_a_run_that_does_not_fit_its_data_is_warned_of(options, parameters, examples, warnings):
-    summary = describe_run(parse_config(options), Accelerator(cpu=True), parameters, (examples, 0), 0)
+    summary = describe_run(parse_config(options), Accelerator(cpu=True), (parameters, parameters), (examples, 0), 0)
     found = [line for line in summary.splitlines() if line.startswith("Warning     ")]
     assert len(found) == len(warnings) and all(map(re.search, warnings, found)), summary
 
@@ -81,7 +81,7 @@ def test_proposed_options_end_the_warning():
     ("examples", "passes"), [(60, "166,667 passes"), (40_000_000, "0.2 passes"), (None, "images\n")]
 )
 def test_the_length_is_given_in_passes_over_the_data(examples, passes):
-    summary = describe_run(parse_config(CUSTOM), Accelerator(cpu=True), 1000, (examples, 0), 0)
+    summary = describe_run(parse_config(CUSTOM), Accelerator(cpu=True), (1000, 1000), (examples, 0), 0)
     assert f"156,250 steps of 64 images{', ' * (examples is not None)}{passes.removeprefix('images')}" in summary
 
 
@@ -91,7 +91,7 @@ def test_the_lines_about_the_data_follow_the_number_of_images():
         ("", ["Network"]),
         ("Found       x\nLeft out    3 hidden\n", ["Found       x", "Left out    3", "Network"]),
     ):
-        found = describe_run(config, Accelerator(cpu=True), 1000, (8, 0), 0, data).splitlines()
+        found = describe_run(config, Accelerator(cpu=True), (1000, 1000), (8, 0), 0, data).splitlines()
         assert found[0].startswith("Data        8 images") and all(map(str.startswith, found[1:], lines))
 
 
