@@ -72,6 +72,16 @@ def fresh_process() -> None:
         torch._dynamo.reset()
 
 
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory):
+    """Starts runs of train.py, for all files of tests: a process takes seconds to import what it needs."""
+    from tests.training.helpers import Trainer
+
+    trainer = Trainer(tmp_path_factory.mktemp("trainer"))
+    yield trainer
+    trainer.close()
+
+
 @pytest.fixture
 def unet_config() -> dict:
     """Constructor arguments of a U-Net of two levels, with attention; stock's and this package's alike."""

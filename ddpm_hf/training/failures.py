@@ -45,16 +45,22 @@ def in_one_sentence(output_dir: str | Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_training = output_dir is not None
-        sentence = lost_process(error) if is_training else None
-        if sentence is not None:
-            fail("train.py", f"{sentence} {what_is_safe(output_dir)}")
-        sentence = describe(error)
-        if sentence is None and isinstance(error, ValueError) and not is_training:
-            fail("train.py", error)
-        if sentence is None:
-            raise
-        # On every process: the others may not have this error.
+        try:
+            _end_with_sentence(error, output_dir)
+        except RuntimeError as later:  # of torch's handler of signals: the worker whose connection broke has ended now
+            _end_with_sentence(later, output_dir)
+        raise
+
+
+def _end_with_sentence(error: Exception, output_dir: str | Path | None) -> None:
+    is_training = output_dir is not None
+    sentence = lost_process(error) if is_training else None
+    if sentence is not None:
+        fail("train.py", f"{sentence} {what_is_safe(output_dir)}")
+    sentence = describe(error)
+    if sentence is None and isinstance(error, ValueError) and not is_training:
+        fail("train.py", error)
+    if sentence is not None:  # on every process: the others may not have this error
         sys.exit(f"train.py: error: {sentence}" + (f" {what_is_safe(output_dir)}" if is_training else ""))
 
 

@@ -133,9 +133,11 @@ def scripts() -> None:
 
 
 def calls() -> None:
-    from ddpm_hf.hub.publish import publish
     from ddpm_hf.transfer.downloads import Retries, download_snapshot
 
+    requests = json.load(sys.stdin)
+    if any(request["call"] == "publish" for request in requests):  # imports torch and diffusers, which takes seconds
+        from ddpm_hf.hub.publish import publish
     retries = Retries(int(os.environ.get("TRIES", 5)), first_wait_seconds=0.05)
 
     def make(request: dict) -> dict:
@@ -153,7 +155,7 @@ def calls() -> None:
             return {"error": f"{type(error).__name__}: {error}", **found}
 
     with ThreadPoolExecutor(CONCURRENT_CALLS) as pool:
-        print(json.dumps(list(pool.map(make, json.load(sys.stdin)))))
+        print(json.dumps(list(pool.map(make, requests))))
 
 
 if __name__ == "__main__":

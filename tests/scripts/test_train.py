@@ -167,18 +167,19 @@ def test_overwrite_starts_again(straight, tmp_path):
     assert_bit_identical(run(tmp_path, "--overwrite"), straight[1])
 
 
-def test_a_streamed_run_resumes_bit_identically_and_on_two_processes(tmp_path):
+def test_a_streamed_run_resumes_bit_identically_and_on_two_processes(trainer, tmp_path):
     options = ["--streaming", "--shuffle_buffer", "50", "--stream_lanes", "2", "--num_workers", "1"]
     options += ["--validation_fraction", "0.1"]
-    expected = run(tmp_path, *options)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())["training"]
+    folder = tmp_path / "run"
+    expected = run(folder, *options)
+    metrics = json.loads((folder / "metrics.json").read_text())["training"]
     assert 100 <= metrics["validation_examples"] <= 190
-    drop_checkpoints_after(tmp_path, 4)
-    assert_bit_identical(run(tmp_path, *options), expected)
-    drop_checkpoints_after(tmp_path, 4)
-    output, _ = (process := launch(tmp_path, *options, processes=2)).communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert_same_run(checkpoint(tmp_path, 12), expected)
+    drop_checkpoints_after(folder, 4)
+    assert_bit_identical(run(folder, *options), expected)
+    drop_checkpoints_after(folder, 4)
+    codes, output = trainer.run(folder, *options, "--dataset", "digits", processes=2)
+    assert codes == [0, 0], output
+    assert_same_run(checkpoint(folder, 12), expected)
 
 
 def test_a_broken_image_of_a_stream_ends_the_run_with_one_sentence(photos, tmp_path):

@@ -148,7 +148,7 @@ def rows(output_dir):
 def assert_bit_identical(a, b):
     a, b = tensors(a), tensors(b)
     assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+    assert {key: (a[key] - b[key]).abs().max() for key in a if not torch.equal(a[key], b[key])} == {}
 
 
 def assert_same_run(a, b):

@@ -13,16 +13,9 @@ from ddpm_hf.training.checkpoint_content import check_content, layouts
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint
 from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.resume import last_checkpoint
-from tests.training.helpers import Trainer, assert_bit_identical, checkpoint, copied, write_sums
+from tests.training.helpers import assert_bit_identical, checkpoint, copied, write_sums
 
 OPTIONS = ["--ema_snapshot_every_images", "96", "--timestep_sampler", "loss_second_moment", "--mixed_precision", "no"]
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    trainer = Trainer(tmp_path_factory.mktemp("data"))
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture(scope="module")

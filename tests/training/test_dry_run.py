@@ -16,7 +16,6 @@ from ddpm_hf.training.dry_run import time_training
 from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images
 from tests.conftest import TINY_TRAINING, flags
-from tests.training.helpers import Trainer
 
 
 def timed(seconds_per_image, seconds, **options):
@@ -52,11 +51,7 @@ def test_a_network_too_slow_for_one_image_is_timed_once():
     assert "over 1 step of 1 image;" in timed(0.2, 0.0)
 
 
-def test_a_dry_run_of_two_processes_agrees_and_writes_nothing(tmp_path):
-    trainer = Trainer(tmp_path)
-    try:
-        codes, output = trainer.run(tmp_path / "run", "--dry_run", processes=2)
-    finally:
-        trainer.close()
+def test_a_dry_run_of_two_processes_agrees_and_writes_nothing(trainer, tmp_path):
+    codes, output = trainer.run(tmp_path / "run", "--dry_run", processes=2)
     assert codes == [0, 0] and output.count("Speed  ") == 1 and "Training:" not in output, output
     assert "nothing was written" in output and not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from ddpm_hf.data.decoding import UnreadableImage
 from ddpm_hf.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from ddpm_hf.training.failures import describe, in_one_sentence, what_is_safe
-from tests.training.helpers import ROOT, TINY, Trainer, photo_options, steps_saved, until
+from tests.training.helpers import ROOT, TINY, photo_options, steps_saved, until
 
 MEMORY = "memory ran out.*Use a smaller --micro_batch_size"
 RUNS_OUT = {
@@ -24,13 +24,6 @@ RUNS_OUT = {
     "CPU": 'RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can\'t allocate memory: you tried")',
     "CUDA": "__import__('torch').OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB.')",
 }
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    trainer = Trainer(tmp_path_factory.mktemp("data"))
-    yield trainer
-    trainer.close()
 
 
 def chained(error, cause):
@@ -84,6 +77,18 @@ def test_errors_of_the_program_keep_their_traceback(tmp_path):
     for output_dir, error in ((None, KeyError("bug")), (tmp_path, ValueError("bug")), (tmp_path, RuntimeError("bug"))):
         with pytest.raises(type(error), match="bug"), in_one_sentence(output_dir):
             raise error
+
+
+class BrokenConnection(ConnectionResetError):
+    """torch's handler of signals raises while this error is reported."""
+
+    def __str__(self):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+
+def test_a_worker_that_ends_while_its_error_is_reported_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="DataLoader worker .* is killed"), in_one_sentence(tmp_path):
+        raise BrokenConnection
 
 
 PREPARE = {"ddpm_hf.training.run_data": "load_images", "ddpm_hf.training.build": "build_unet"}

@@ -27,7 +27,6 @@ from tests.training.helpers import (
     NUM_IMAGES,
     ROOT,
     TINY,
-    Trainer,
     assert_bit_identical,
     assert_same_run,
     checkpoint,
@@ -44,13 +43,6 @@ from tests.training.helpers import (
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
 EVERY_STEP = ("--checkpoint_every_steps", "1")
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    trainer = Trainer(tmp_path_factory.mktemp("data"))
-    yield trainer
-    trainer.close()
 
 
 def losses(folder):

@@ -19,7 +19,7 @@ from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.run_data import load_images, open_images
 from ddpm_hf.training.step import training_step
 from ddpm_hf.training.step_randomness import draw_randomness
-from tests.training.helpers import TINY, assert_bit_identical, assert_same_run, checkpoint, launch, run
+from tests.training.helpers import TINY, assert_bit_identical, assert_same_run, checkpoint, run
 
 # Few timesteps, so that importance sampling has ended its uniform phase after a few steps.
 SHORT = ["--num_train_timesteps", "8", "--beta_schedule", "squaredcos_cap_v2"]
@@ -50,13 +50,12 @@ def test_importance_sampling_resumes_bit_identically(mixed, tmp_path):
     assert before.keys() == again.keys() and all(torch.equal(before[name], again[name]) for name in before)
 
 
-def test_importance_sampling_is_the_same_on_two_processes(mixed, tmp_path):
+def test_importance_sampling_is_the_same_on_two_processes(mixed, trainer, tmp_path):
     """Processes whose samplers differ would draw different timesteps, and end with different weights."""
-    process = launch(tmp_path, *MIXED, processes=2)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert_same_run(checkpoint(tmp_path, 12), mixed[1])
-    two, one = sampler_state(tmp_path), sampler_state(mixed[0])
+    codes, output = trainer.run(tmp_path / "run", *MIXED, "--dataset", "digits", processes=2)
+    assert codes == [0, 0], output
+    assert_same_run(checkpoint(tmp_path / "run", 12), mixed[1])
+    two, one = sampler_state(tmp_path / "run"), sampler_state(mixed[0])
     assert torch.equal(two["counts"], one["counts"])
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-3, atol=1e-5)
 

@@ -11,7 +11,7 @@ from accelerate.utils import LoggerType
 from ddpm_hf.training.config import Tracker
 from ddpm_hf.training.presets import parse_config
 from ddpm_hf.training.trackers import Trackers
-from tests.training.helpers import Trainer, steps_saved
+from tests.training.helpers import steps_saved
 
 TRACKED = ["--report_to", "tensorboard", "--log_every_steps", "1", "--sample_every_steps", "6"]
 CLASS = "accelerate.tracking:TensorBoardTracker"
@@ -87,13 +87,6 @@ def test_contradicting_trackers_are_refused(names):
         parse_config(["--report_to", *names])
     assert parse_config(["--report_to", "none"]).trackers == []
     assert parse_config(["--report_to", "wandb", "trackio"]).trackers == ["wandb", "trackio"]
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    trainer = Trainer(tmp_path_factory.mktemp("data"))
-    yield trainer
-    trainer.close()
 
 
 @pytest.mark.parametrize(
