@@ -137,7 +137,7 @@ def test_imports_at_module_level_are_core_dependencies(distributions, trees):
 
 
 def test_imports_inside_functions_are_dependencies_or_extras(distributions, trees):
-    declared = requirements(distributions[0], "train", "eval", "fid")
+    declared = requirements(distributions[0], "train", "eval", "fid", "lora", "video")
     undeclared = {name: imported_distributions(tree) - declared for name, tree in trees.items()}
     assert not {name: missing for name, missing in undeclared.items() if missing}
 

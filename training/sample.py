@@ -82,6 +82,7 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     """The pipeline, after all checks that can be made before sampling. `args.timesteps` becomes a list in place of `steps`,
     and the name of a class in `args.class_label` its number."""
     from ddpm_hf.evaluation.edited_samples import check_edit
+    from ddpm_hf.pipelines.grids import check_video
     from ddpm_hf.pipelines.guidance import class_names_of
     from ddpm_hf.schedulers.samplers import make_sampler
 
@@ -106,6 +107,8 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     pipe.check_inputs(1, None, args.steps, output_type="np", **options)
     if args.is_editing:
         check_edit(pipe, args, options["class_labels"] is not None)
+    if args.gif is not None and args.gif.lower().endswith(".mp4"):
+        check_video()
     for name in FILES:
         if (file := getattr(args, name)) is not None:
             check_output_folder(name, Path(file).parent, [Path(file).name])

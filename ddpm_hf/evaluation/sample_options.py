@@ -19,7 +19,7 @@ CONFLICTS = (
 )
 # Options, and those of which they need one.
 NEEDS = {"mask": ("init_image",), "strength": ("init_image", "interpolate")}
-FILES = {"gif": (".gif", ".webp"), "grid": (".png", ".jpg", ".jpeg", ".webp")}
+FILES = {"gif": (".gif", ".webp", ".mp4"), "grid": (".png", ".jpg", ".jpeg", ".webp")}
 
 
 @dataclass
@@ -68,7 +68,7 @@ class SampleArguments:
         None, "file for a grid of the first 100 images (.png, .jpg or .webp), outside of --output_dir"
     )
     gif: str | None = option(
-        None, "file for an animation of how the first 16 images are made (.gif or .webp), outside of --output_dir"
+        None, "file for an animation of how the first 16 images are made (.gif, .webp or .mp4), outside of --output_dir"
     )
     device: str | None = option(None, "None: a GPU for each process if there are any")
 

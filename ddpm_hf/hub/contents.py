@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ddpm_hf.models.unet import UNet2DModelCustom
 
 # Patterns of `Path.glob`, in addition to those of the pipeline's parts. * stays within a folder: no samples/*.png.
-PUBLISHED = ["model_index.json", "README.md", "*.png", "metrics.json", "config.yaml"]
+PUBLISHED = ["model_index.json", "README.md", "*.png", "metrics.json", "config.yaml", "lora/*.safetensors"]
 # Parts that every pipeline of this package has, with their configurations.
 CONFIGURATIONS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -122,7 +122,7 @@ def publish(
         return files | public | {"README.md": merged.encode()}
 
     # Weight files of an earlier model would be loaded instead of the new ones, or together with them.
-    replaced = {"unet", "scheduler", *pipeline_parts(folder)}
+    replaced = {"unet", "scheduler", "lora", *pipeline_parts(folder)}
     with explained(repo_id):
         if revision is not None:
             _ensure_branch(api, repo_id, revision, retries)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice, check_int, shown
 
-ANIMATIONS = ("GIF", "WEBP")
+ANIMATIONS = ("GIF", "WEBP", "MP4")
 MODES = ("L", "RGB", "RGBA")
 
 
@@ -53,14 +53,38 @@ def image_grid(
 
 
 def animation_bytes(frames: Sequence[Image.Image], format: str = "GIF", seconds: float = 4.0) -> bytes:
-    """Pictures of one size as an animated GIF or WebP file, repeated for ever. The last one stays for half as long again
-    as all of them take, `seconds`."""
+    """Pictures of one size as an animated GIF or WebP file, repeated for ever, or as an MP4 file. The last one stays for
+    half as long again as all of them take, `seconds`. Raises ValueError for MP4 if imageio or its PyAV is not installed."""
     check_choice("format", format, ANIMATIONS)
     stream, frames = io.BytesIO(), [frame.convert("RGB") for frame in frames]
+    if format == "MP4":
+        return _video_bytes(frames, seconds)
     durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
     durations[-1] += round(500 * seconds)
     frames[0].save(stream, format, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     return stream.getvalue()
+
+
+def check_video() -> None:
+    """Raise ValueError if the libraries for MP4 files are not installed."""
+    try:
+        import av  # noqa: F401
+        import imageio.v3  # noqa: F401
+    except ImportError as error:
+        raise ValueError('an MP4 file needs imageio and PyAV: pip install imageio av.') from error
+
+
+def _video_bytes(frames: list[Image.Image], seconds: float) -> bytes:
+    check_video()
+    import imageio.v3
+
+    rate = max(1, round(len(frames) / seconds))
+    width, height = frames[0].size
+    border = (0, 0, width % 2, height % 2)  # H.264 has even sides only
+    pictures = [np.asarray(ImageOps.expand(frame, border, "white")) for frame in frames]
+    pictures += [pictures[-1]] * round(rate * seconds / 2)
+    options = {"codec": "libx264", "fps": rate, "out_pixel_format": "yuv420p"}  # what browsers play
+    return imageio.v3.imwrite("<bytes>", np.stack(pictures), extension=".mp4", plugin="pyav", **options)
 
 
 def _check_images(images) -> list:

@@ -1,6 +1,7 @@
 """Files of a finished run: pipeline, figures, metrics.json and model card, each complete or absent."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,10 +73,11 @@ def write_artifacts(
     print(f"\nDone. The model, its figures ({figures}) and its card are in {output_dir}/")
     options = "" if config.channels in PNG_CHANNELS else " --format npz"
     options += "" if config.class_embed_type is None else " --class_label <condition>"
-    print(f"  sample:    python training/sample.py --model {output_dir} --num_images 64{options}")
+    folder = shlex.quote(str(output_dir))
+    print(f"  sample:    python training/sample.py --model {folder} --num_images 64{options}")
     if config.dataset in BUILTIN or training["validation_examples"]:  # images that were not trained on
-        print(f"  evaluate:  python training/evaluate.py --model {output_dir} --dataset {config.dataset}")
-    print(f"  publish:   python training/publish.py {output_dir} --repo_id <user>/<name>")
+        print(f"  evaluate:  python training/evaluate.py --model {folder} --dataset {shlex.quote(config.dataset)}")
+    print(f"  publish:   python training/publish.py {folder} --repo_id <user>/<name>")
 
 
 def show(

@@ -6,6 +6,7 @@ from ddpm_hf import UNet2DModelCustom
 from ddpm_hf.files import atomic_folder
 from ddpm_hf.training.base_model import network_arguments
 from ddpm_hf.training.config import TrainingConfig
+from ddpm_hf.training.ema import trained_parameters
 
 LAYERS = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0"]  # of residual and attention layers
 FOLDER = "lora"  # of the adapters in the output folder
@@ -24,12 +25,14 @@ def add_lora(unet: UNet2DModelCustom, config: TrainingConfig) -> None:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError(f"lora_rank = {config.lora_rank} needs peft: pip install peft.") from error
+        raise ValueError(f'lora_rank = {config.lora_rank} needs peft: pip install "peft>=0.17".') from error
     unet.add_adapter(LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, target_modules=LAYERS))
 
 
 def save_and_merge_lora(unet: UNet2DModelCustom, output_dir: Path) -> None:
     """Write the adapters into `output_dir/lora`, whole or not at all, then add them to the weights and remove them."""
+    for adapter in trained_parameters(unet).values():
+        adapter.data = adapter.data.contiguous()  # safetensors writes no channels-last weights
     with atomic_folder(output_dir / FOLDER) as staged:
         unet.save_lora_adapter(staged)
     unet.fuse_lora()

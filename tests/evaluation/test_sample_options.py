@@ -29,7 +29,7 @@ def test_options_that_need_another_say_which(name):
     [
         ({"interpolate": ["a.png"]}, "interpolate must be the files of two pictures"),
         ({"interpolate": []}, "interpolate must be a list with at least one item"),
-        ({"gif": "a.png"}, "gif must be a file named .gif or .webp, got 'a.png'"),
+        ({"gif": "a.png"}, "gif must be a file named .gif or .webp or .mp4, got 'a.png'"),
         ({"grid": "grid"}, "grid must be a file named .png"),
         ({"init_image": "a.png", "strength": 0.0}, r"strength must be a finite number in \(0, 1\]"),
         ({"eta": 2.0}, "eta must be"),

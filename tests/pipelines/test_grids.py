@@ -2,6 +2,7 @@
 
 import io
 
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -56,6 +57,14 @@ def test_scale_and_padding_place_every_pixel():
 def test_wrong_arguments_are_named(images, options, named):
     with pytest.raises(ValueError, match=named):
         image_grid(images, **options)
+
+
+def test_a_video_has_its_frames_and_rests_at_the_last():
+    frames = [Image.new("L", (15, 8), 60 * i) for i in range(5)]
+    found = imageio.v3.imread(animation_bytes(frames, "MP4", seconds=1), extension=".mp4", plugin="pyav")
+    assert found.shape == (5 + 2, 8, 16, 3)  # of even width, and half a second more at 5 frames per second
+    levels = found[:, :6, :12].mean(axis=(1, 2, 3))
+    assert levels == pytest.approx([0, 60, 120, 180, 240, 240, 240], abs=6)
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import datasets
+import imageio.v3
 import numpy as np
 import pytest
 import torch
@@ -329,6 +330,17 @@ def test_long_animations_are_thinned_out(model, tmp_path, monkeypatch):
         assert 4 <= animation.n_frames <= 9
 
 
+def test_a_video_needs_its_libraries_before_any_image_is_made(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    options = ["--model", str(model), "--num_images", "1", "--gif", str(tmp_path / "a.MP4")]
+    with pytest.raises(SystemExit, match="an MP4 file needs imageio and PyAV: pip install"):
+        sample_script.main([*options, "--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    sample_script.main([*options, "--output_dir", str(tmp_path / "out"), "--steps", "4"])
+    assert imageio.v3.improps(tmp_path / "a.MP4", plugin="pyav").shape[1:] == (64, 64, 3)
+
+
 def test_eta_and_spacing_are_those_of_the_scheduler(model, tmp_path):
     options = ["--model", str(model), "--steps", "3", "--num_images", "2", "--format", "npz", "--output_dir"]
     pipe = DDPMPipelineCustom.from_pretrained(model)
@@ -354,7 +366,7 @@ def test_eta_and_spacing_are_those_of_the_scheduler(model, tmp_path):
         (["--interpolate", "a.png"], "interpolate must be the files of two pictures"),
         (["--mask", "a.png"], "mask='a.png' needs --init_image"),
         (["--eta", "0.5"], "eta=0.5 needs a scheduler such as DDIMSchedulerCustom"),
-        (["--gif", "a.mp4"], "gif must be a file named .gif or .webp"),
+        (["--gif", "a.avi"], "gif must be a file named .gif or .webp or .mp4"),
         (["--grid", "{out}/grid.png"], "grid must be outside of '.*out', which holds samples alone"),
         (["--gif", "/dev/null/a.gif"], "gif must be a folder that can be written to"),
         (["--scheduler", "dpm"], "scheduler must be one of.*'dpm'"),
