@@ -71,7 +71,7 @@ def check_video() -> None:
         import av  # noqa: F401
         import imageio.v3  # noqa: F401
     except ImportError as error:
-        raise ValueError('an MP4 file needs imageio and PyAV: pip install imageio av.') from error
+        raise ValueError("an MP4 file needs imageio and PyAV: pip install imageio av.") from error
 
 
 def _video_bytes(frames: list[Image.Image], seconds: float) -> bytes:

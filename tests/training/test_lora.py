@@ -10,6 +10,7 @@ from ddpm_hf.scripts import train
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
+from benchmarks import fine_tuning
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.hub.contents import published_files
 from ddpm_hf.training.base_model import load_base_weights
@@ -136,6 +137,13 @@ def test_adapters_for_new_classes_are_refused(base, tmp_path, capsys):
     with pytest.raises(SystemExit, match="lora_rank = 3 trains no embeddings, and init_from = .* has other classes"):
         run(base, tmp_path / "run", "--label_column", "label")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_benchmark_of_fine_tuning_measures_each_way():
+    found = fine_tuning.main(flags(budgets=64, num_samples=60, steps=2, rank=2))
+    ways = {"the model of all digits": 0, "from scratch": 64, "fine-tuned": 64, "adapters of rank 2": 64}
+    assert found.keys() == set(ways.items())
+    assert all(distance > 0 and 0 <= share <= 1 for distance, share in found.values())
 
 
 def test_without_peft_the_error_says_what_to_install(base, tmp_path, monkeypatch):
