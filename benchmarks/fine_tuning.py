@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, int], tuple[floa
         images.save_to_disk(f"{folder}/data")
         common = ["--dataset", f"{folder}/data", "--batch_size", "64", "--warmup_steps", "20", "--seed", str(args.seed)]
         common += ["--learning_rate_schedule", "constant", "--ema_halflife_images", "8000", "--quality_samples", "0"]
+        common += ["--sample_steps", "20"]  # of pictures that are not looked at
         common += ["--checkpoint_every_steps", "1000000", "--validate_every_steps", "0", "--report_to", "none"]
         for way, options in ways(args).items():
             for budget in sorted(args.budgets):  # each continues the run of the one before

@@ -432,13 +432,12 @@ def test_an_error_in_two_processes_is_printed_once_without_traceback(tmp_path):
     assert "Traceback" not in output.split("train.py: error:")[0]
 
 
-def test_two_killed_processes_resume_to_the_weights_of_one_process(straight, tmp_path):
-    process = launch(tmp_path, processes=2)
-    first = tmp_path / "checkpoints" / "checkpoint-00000004" / "state.json"
-    until(lambda: first.exists() or process.poll() is not None, 120)
-    assert process.poll() is None, process.communicate()[0]
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+def test_two_killed_processes_resume_to_the_weights_of_one_process(straight, trainer, tmp_path):
+    pids = trainer.start(tmp_path, "--dataset", "digits", processes=2)
+    until((tmp_path / "checkpoints" / "checkpoint-00000004" / "state.json").exists, 120)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    trainer.wait(pids)
     drop_checkpoints_after(tmp_path, 8)  # if the machine was faster than the signal
 
     process = launch(tmp_path, processes=2)

@@ -159,9 +159,7 @@ def test_a_signal_during_the_final_sampling_loses_nothing(trainer, tmp_path):
     assert codes == [0] and (folder / "README.md").exists()
 
 
-@pytest.mark.parametrize(
-    ("launcher", "number"), [("accelerate", signal.SIGTERM), ("torchrun", signal.SIGTERM), ("torchrun", signal.SIGINT)]
-)
+@pytest.mark.parametrize(("launcher", "number"), [("accelerate", signal.SIGTERM), ("torchrun", signal.SIGINT)])
 def test_a_signal_to_the_launcher_makes_its_processes_save_and_stop(tmp_path, launcher, number):
     options = ["--output_dir", str(tmp_path / "run"), "--total_images", "160000", "--checkpoint_every_steps", "10000"]
     with open(tmp_path / "output.txt", "w") as file:
