@@ -78,9 +78,12 @@ def transform(image: Image.Image, config: TrainingConfig) -> torch.Tensor:
 
 
 class Stock:
-    """The training loop of diffusers' example."""
+    """The training loop of diffusers' example. With a `label_column`, the network gets labels. With `total_steps`, the rate
+    falls along a cosine after 500 steps, which is the example's default."""
 
-    def __init__(self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None):
+    def __init__(
+        self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None, total_steps: int = 0
+    ):
         self.config = config
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)
         pipe = DDPMPipelineCustom(unet, scheduler).to_diffusers()
@@ -92,13 +95,16 @@ class Stock:
         self.dataset = open_dataset(config.dataset, config.dataset_config, config.split)
 
         def transform_images(examples: dict) -> dict:
-            return {"input": [transform(image, config) for image in examples["image"]]}
+            labels = {} if config.label_column is None else {"labels": examples[config.label_column]}
+            return {"input": [transform(image, config) for image in examples["image"]], **labels}
 
         self.dataset.set_transform(transform_images)
         loader = torch.utils.data.DataLoader(
             self.dataset, batch_size=config.batch_size, shuffle=True, num_workers=args.num_workers, drop_last=True
         )
         rate = get_scheduler("constant", optimizer=optimizer)
+        if total_steps:
+            rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=total_steps)
         if backend:
             unet = torch.compile(unet, backend=backend)
         self.model, self.optimizer, self.loader, self.rate = self.accelerator.prepare(unet, optimizer, loader, rate)
@@ -106,10 +112,9 @@ class Stock:
         self.step, self.batches = 0, self._batches()
         self.bar = tqdm(disable=True)
 
-    def _batches(self) -> Iterator[torch.Tensor]:
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
-            for batch in self.loader:
-                yield batch["input"]
+            yield from self.loader
 
     def images_of(self, indices: list[int]) -> torch.Tensor:
         return torch.stack(self.dataset[indices]["input"]).to(self.accelerator.device)
@@ -118,17 +123,18 @@ class Stock:
         """A step with these images, and the timesteps and noise that training/train.py draws."""
         sampler = make_timestep_sampler(self.config.timestep_sampler, self.config.num_train_timesteps)
         draws = draw_randomness(self.config, self.step, range(len(indices)), self.accelerator.device, sampler)
-        return self.train(self.images_of(indices), (draws.t, draws.noise))
+        return self.train({"input": self.images_of(indices)}, (draws.t, draws.noise))
 
-    def train(self, clean: torch.Tensor, draws: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
+    def train(self, batch: dict[str, torch.Tensor], draws: tuple[torch.Tensor, torch.Tensor] | None = None) -> float:
         """A step; `draws` replaces its timesteps and noise."""
+        clean = batch["input"]
         noise = torch.randn(clean.shape, dtype=clean.dtype, device=clean.device)
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), device=clean.device).long()
         if draws is not None:
             t, noise = draws
         noisy = self.scheduler.add_noise(clean, noise, t)
         with self.accelerator.accumulate(self.model):
-            output = self.model(noisy, t).sample
+            output = self.model(noisy, t, batch.get("labels")).sample
             loss = F.mse_loss(output.float(), noise.float())
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:

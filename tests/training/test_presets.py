@@ -31,6 +31,7 @@ PARAMETERS = {
     "lsun-cat-256": 113.7,
     "lsun-church-256": 113.7,
     "mnist": 6.5,
+    "mnist-small": 1.5,
     "photos": 1.1,
     "pokemon-64": 113.7,
 }
