@@ -28,6 +28,7 @@ from ddpm_hf.training.progress import progress_bar
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
 GRID_IMAGES, ANIMATED_IMAGES, MAX_FRAMES = 100, 16, 60
+PADDING = 2  # pixels between the images of a picture
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -317,9 +318,8 @@ def write_grid(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, folder
         _, channels, *size = check_shape(pipe.unet, 1, None)
         images = read_samples(str(output_file(folder, args)), count, tuple(size), channels)
     stream = io.BytesIO()
-    ddpm_hf.image_grid(images, scale=magnification(pipe)).save(
-        stream, Image.registered_extensions()[Path(args.grid).suffix.lower()]
-    )
+    format = Image.registered_extensions()[Path(args.grid).suffix.lower()]
+    ddpm_hf.image_grid(images, scale=magnification(pipe), padding=PADDING).save(stream, format)
     atomic_file(Path(args.grid), stream.getvalue())
     print(f"Grid of {count} images written to {args.grid}.")
 
@@ -330,17 +330,17 @@ def write_animation(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments) -
         return
     from ddpm_hf.pipelines.grids import animation_bytes, image_grid
 
-    frames, stride = [], 1
+    frames, stride, layout = [], 1, {"scale": magnification(pipe), "padding": PADDING}
 
     def keep(pipe, i, t, tensors):
         nonlocal frames, stride
         if i % stride == 0:
-            frames.append(image_grid(pipe.to_images(tensors["latents"], "pt"), scale=magnification(pipe)))
+            frames.append(image_grid(pipe.to_images(tensors["latents"], "pt"), **layout))
         if len(frames) > 2 * MAX_FRAMES:  # the number of steps is not known here
             frames, stride = frames[::2], 2 * stride
 
     batch = range(min(args.num_images, ANIMATED_IMAGES))
-    last = image_grid(make_batch(pipe, args, batch, callback_on_step_end=keep), scale=magnification(pipe))
+    last = image_grid(make_batch(pipe, args, batch, callback_on_step_end=keep), **layout)
     animation = animation_bytes([*frames, last], Path(args.gif).suffix[1:].upper())
     atomic_file(Path(args.gif), animation)
     print(f"Animation of {len(batch)} images written to {args.gif}.")

@@ -39,9 +39,21 @@ class Distances:
         self._measures = [
             (("FD",), backbone.dim + 1, lambda x: [metrics.frechet_distance(metrics.moments(x), self.reference)]),
             (("KD",), metrics.MIN_KERNEL, lambda x: [metrics.kernel_distance(x, training, kernel)]),
-            (("precision", "recall"), metrics.MIN_PRECISION, lambda x: metrics.precision_recall(training, x)),
-            (("density", "coverage"), metrics.MIN_DENSITY, lambda x: metrics.density_coverage(training, x)),
+            (
+                ("precision", "recall"),
+                metrics.MIN_PRECISION,
+                lambda x: metrics.precision_recall(training, x, radii=self._radii),
+            ),
+            (
+                ("density", "coverage"),
+                metrics.MIN_DENSITY,
+                lambda x: metrics.density_coverage(training, x, radii=self._radii),
+            ),
         ]
+
+    @cached_property
+    def _radii(self) -> torch.Tensor:
+        return metrics.squared_radii(self.training)
 
     def measure(self, features: torch.Tensor) -> dict[str, Estimate]:
         """The distances of features (n, d), by name, for which there are enough images."""

@@ -21,6 +21,7 @@ from ddpm_hf.evaluation.metrics import (
     moments,
     nearest_neighbors,
     precision_recall,
+    squared_radii,
 )
 
 
@@ -140,6 +141,18 @@ def test_precision_recall_density_coverage_agree_with_brute_force():
     real, samples = normal(40, 2), normal(30, 2, 1, scale=0.6) + 0.3
     expected = brute_force(real.double().numpy(), samples.double().numpy(), 3, 5)
     assert (*precision_recall(real, samples), *density_coverage(real, samples)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_copies_are_inside_the_balls_whose_radius_they_are(offset):
+    """The real images themselves as samples: each is in its own ball, and on the boundary of others."""
+    real = (normal(50, 6) + offset).double()
+    squared = (real[:, None] - real).square().sum(2)
+    for k, measure in ((3, precision_recall), (5, density_coverage)):
+        inside = squared <= squared.sort(1).values[:, k] * (1 + 1e-12)
+        expected = (1.0, 1.0) if k == 3 else (inside.sum().item() / (5 * 50), 1.0)
+        assert measure(real, real) == pytest.approx(expected)
+        assert measure(real, real, radii=squared_radii(real)) == pytest.approx(expected)
 
 
 def test_a_missing_mode_lowers_recall_but_not_precision():

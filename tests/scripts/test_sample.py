@@ -313,11 +313,12 @@ def test_grid_and_animation_show_the_images(model, tmp_path, capsys, format):
     sample_script.main([*options, "--output_dir", str(tmp_path / "out")])
     pipe = DDPMPipelineCustom.from_pretrained(model)
     expected = quantize(sample_images(pipe, range(4), 4, 0, 4), 8)[..., 0]
-    expected = np.concatenate([np.concatenate(row, axis=1) for row in expected.reshape(2, 2, 8, 8)])
-    expected = expected.repeat(8, 0).repeat(8, 1)  # small images are enlarged to 64 pixels
+    expected = expected.repeat(8, 1).repeat(8, 2)  # small images are enlarged to 64 pixels
+    expected = np.pad(expected, [(0, 0), (0, 2), (0, 2)], constant_values=255)  # white lines between them
+    expected = np.concatenate([np.concatenate(row, axis=1) for row in expected.reshape(2, 2, 66, 66)])[:-2, :-2]
     assert abs(np.asarray(Image.open(tmp_path / "grid.png")).astype(int) - expected).max() <= 1
     with Image.open(tmp_path / "denoising.webp") as animation:
-        assert animation.n_frames >= 4 and animation.size == (128, 128)
+        assert animation.n_frames >= 4 and animation.size == (130, 130)
     printed = capsys.readouterr().out
     assert "Grid of 4 images" in printed and "Animation of 4 images" in printed
 
