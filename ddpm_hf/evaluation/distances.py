@@ -34,11 +34,15 @@ class Distances:
         if reference is None and training is not None and len(training) > backbone.dim:
             reference = metrics.moments(training, "training features")
         self.reference = reference
-        kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
+        self._kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
         # Names, the number of images that they need of either kind, and their computation from features.
         self._measures = [
             (("FD",), backbone.dim + 1, lambda x: [metrics.frechet_distance(metrics.moments(x), self.reference)]),
-            (("KD",), metrics.MIN_KERNEL, lambda x: [metrics.kernel_distance(x, training, kernel)]),
+            (
+                ("KD",),
+                metrics.MIN_KERNEL,
+                lambda x: [metrics.kernel_distance(x, training, self._kernel, sums_y=self._kernel_sums)],
+            ),
             (
                 ("precision", "recall"),
                 metrics.MIN_PRECISION,
@@ -50,6 +54,12 @@ class Distances:
                 lambda x: metrics.density_coverage(training, x, radii=self._radii),
             ),
         ]
+
+    # Of the training images, once for validation images and the samples of every sampler.
+
+    @cached_property
+    def _kernel_sums(self) -> torch.Tensor:
+        return metrics.kernel_sums(self.training, self._kernel)
 
     @cached_property
     def _radii(self) -> torch.Tensor:

@@ -80,34 +80,32 @@ def _root(covariance: torch.Tensor) -> torch.Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial", sigma: float = 10.0) -> Estimate:
+def kernel_distance(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    kernel: str = "polynomial",
+    sigma: float = 10.0,
+    sums_y: torch.Tensor | None = None,
+) -> Estimate:
     """Unbiased squared maximum mean discrepancy of (N, d) and (M, d) (Gretton et al. 2012, eq. 3), with the jackknife's
     standard error over images.
 
     Args:
         kernel: "polynomial", (x·y/d + 1)³ (KID, Bińkowski et al. 2018), or "rbf", exp(−‖x − y‖²/2σ²) (CMMD,
             Jayasumana et al. 2024, with σ = 10 on normalized CLIP embeddings).
+        sums_y: what `kernel_sums` returns for y, if it is known.
 
     All pairs are used, so the result is not random. Raises ValueError for fewer than 3 images in either set.
     """
-    check_choice("kernel", kernel, ("polynomial", "rbf"))
     x, y = _check_pair(x, y, MIN_KERNEL)
     n, m = len(x), len(y)
-
-    def sums(a, b, same=False):
-        """Row sums of the kernel matrix; of a set with itself, without the diagonal."""
-        rows = []
-        for start, block in zip(range(0, len(a), BLOCK), a.split(BLOCK)):
-            if kernel == "polynomial":
-                k = (block @ b.T / a.shape[1] + 1) ** 3
-            else:
-                k = torch.exp(_squared_distances(block, b) / (-2 * sigma**2))
-            if same:
-                k.diagonal(start).zero_()
-            rows.append(k.sum(1))
-        return torch.cat(rows)
-
-    xx, yy, xy, yx = sums(x, x, same=True), sums(y, y, same=True), sums(x, y), sums(y, x)
+    xx, yy = kernel_sums(x, kernel, sigma), kernel_sums(y, kernel, sigma) if sums_y is None else sums_y
+    xy, yx = [], torch.zeros(m, dtype=x.dtype)
+    for block in x.split(BLOCK):
+        k = _kernel(block, y, kernel, sigma)
+        xy.append(k.sum(1))
+        yx += k.sum(0)
+    xy = torch.cat(xy)
 
     def estimate(sum_xx, sum_yy, sum_xy, n, m):
         return sum_xx / (n * (n - 1)) + sum_yy / (m * (m - 1)) - 2 * sum_xy / (n * m)
@@ -117,6 +115,24 @@ def kernel_distance(x: torch.Tensor, y: torch.Tensor, kernel: str = "polynomial"
     without_y = estimate(xx.sum(), yy.sum() - 2 * yy, xy.sum() - yx, n, m - 1)
     variance = sum((len(w) - 1) * w.var(correction=0) for w in (without_x, without_y))
     return Estimate(value.item(), variance.sqrt().item())
+
+
+def kernel_sums(x: torch.Tensor, kernel: str = "polynomial", sigma: float = 10.0) -> torch.Tensor:
+    """Sums of the kernel of `kernel_distance` between each row of (N, d) and all others, (N,) float64. They may be
+    computed once for several distances to x."""
+    x, rows = check_features(x), []
+    for start, block in zip(range(0, len(x), BLOCK), x.split(BLOCK)):
+        k = _kernel(block, x, kernel, sigma)
+        k.diagonal(start).zero_()
+        rows.append(k.sum(1))
+    return torch.cat(rows)
+
+
+def _kernel(a: torch.Tensor, b: torch.Tensor, kernel: str, sigma: float) -> torch.Tensor:
+    check_choice("kernel", kernel, ("polynomial", "rbf"))
+    if kernel == "polynomial":
+        return (a @ b.T / a.shape[1] + 1) ** 3
+    return torch.exp(_squared_distances(a, b) / (-2 * sigma**2))
 
 
 def squared_radii(real: torch.Tensor) -> torch.Tensor:
