@@ -46,7 +46,9 @@ class ClassifierArguments:
 
     def __post_init__(self):
         if (self.classifier is None) == (self.dataset is None) or (self.dataset is None and self.samples is None):
-            raise ValueError("give a dataset to train and test a classifier, or a classifier and samples to judge them.")
+            raise ValueError(
+                "give a dataset to train and test a classifier, or a classifier and samples to judge them."
+            )
 
 
 def read_split(args: ClassifierArguments, split: str, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:

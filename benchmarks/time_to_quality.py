@@ -41,7 +41,9 @@ class QualityArguments:
     options: str = HfArg(default="", help="further options of train.py")
     minutes: list[float] = field(default_factory=lambda: [10.0, 20.0, 40.0, 60.0])
     batch_size: int = HfArg(default=64, help="of stock")
-    seconds_to_time: float = HfArg(default=20.0, help="for the speed of stock, from which the length of its cosine follows")
+    seconds_to_time: float = HfArg(
+        default=20.0, help="for the speed of stock, from which the length of its cosine follows"
+    )
     output_dir: str = HfArg(default="outputs/time_to_quality", help="folder of the models and their figures")
     num_samples: int = HfArg(default=2000, help="samples for the distance")
     steps: int = HfArg(default=100, help="sampling steps")

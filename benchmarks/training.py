@@ -82,7 +82,13 @@ class Stock:
     falls along a cosine after 500 steps, which is the example's default."""
 
     def __init__(
-        self, config: TrainingConfig, unet, scheduler, args: BenchmarkArguments, backend: str | None, total_steps: int = 0
+        self,
+        config: TrainingConfig,
+        unet,
+        scheduler,
+        args: BenchmarkArguments,
+        backend: str | None,
+        total_steps: int = 0,
     ):
         self.config = config
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision)

@@ -59,7 +59,9 @@ def test_images_are_shifted_and_mirrored_as_a_whole():
     shifted = ((classifier.augmented(images, random, True) + 1) * 127.5).round().long()
     steps = shifted[:, 0, 14, 13:15].diff(dim=1)  # between neighbors in the middle, whatever the shift
     assert set(steps.flatten().tolist()) == {-1, 1}
-    assert len({tuple(row) for row in shifted[:, 0, 14].tolist()}) == 2 * 5 * 5  # directions, and shifts along each side
+    assert (
+        len({tuple(row) for row in shifted[:, 0, 14].tolist()}) == 2 * 5 * 5
+    )  # directions, and shifts along each side
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,9 @@ def test_wrong_options_of_the_classifier_are_one_sentence(options, message):
 
 @pytest.mark.parametrize("side", ["stock", "ddpm_hf"])
 def test_both_sides_are_trained_and_measured(trained, tmp_path, capsys, side):
-    options = flags(classifier=trained[0], output_dir=tmp_path, preset="digits-conditional", dataset="digits", side=side)
+    options = flags(
+        classifier=trained[0], output_dir=tmp_path, preset="digits-conditional", dataset="digits", side=side
+    )
     options += flags(minutes=0.02, num_samples=40, steps=2, seconds_to_time=0.5, batch_size=16, bound_images=4)
     network = "--block_out_channels 8 16 --norm_num_groups 4 --attention_head_dim 8 --sample_steps 2 --warmup_steps 1"
     time_to_quality.main([*options, "--options", network])

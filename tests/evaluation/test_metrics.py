@@ -17,6 +17,7 @@ from ddpm_hf.evaluation.metrics import (
     density_coverage,
     frechet_distance,
     kernel_distance,
+    kernel_sums,
     memorization,
     moments,
     nearest_neighbors,
@@ -107,6 +108,7 @@ def test_kernel_distance_and_error_agree_with_definition_and_jackknife(kernel):
         return (xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (n * m)).item()
 
     actual = kernel_distance(x, y, kernel, sigma=2.0)
+    assert actual == kernel_distance(x, y, kernel, sigma=2.0, sums_y=kernel_sums(y, kernel, 2.0))
     assert actual.value == pytest.approx(mmd(x, y), rel=1e-10)
     leave_x = np.array([mmd(torch.cat([x[:i], x[i + 1 :]]), y) for i in range(6)])
     leave_y = np.array([mmd(x, torch.cat([y[:i], y[i + 1 :]])) for i in range(8)])
