@@ -34,13 +34,13 @@ def real(tmp_path_factory):
 
 def test_a_classifier_recognizes_test_images_and_judges_samples(trained, real):
     folder, accuracy = trained
-    assert accuracy > 0.8
+    assert accuracy > 0.7
     share = classifier.main(["--classifier", str(folder), "--samples", str(real[0])])
     assert abs(share - accuracy) < 0.1
 
 
 def test_training_on_samples_gives_the_classification_accuracy_score(real):
-    assert classifier.main(["--dataset", "digits", "--samples", str(real[0]), *SHORT]) > 0.8
+    assert classifier.main(["--dataset", "digits", "--samples", str(real[0]), *SHORT]) > 0.7
 
 
 def test_its_features_are_those_of_its_last_layer(trained, real):
