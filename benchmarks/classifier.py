@@ -13,8 +13,8 @@ accuracy score (Ravuri and Vinyals 2019).
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,13 +55,9 @@ def read_split(args: ClassifierArguments, split: str, size: tuple[int, int] | No
     """Images (N, 3, H, W), uint8, and labels (N,) of a split, of the size of its first image."""
     data = open_dataset(args.dataset, None, split, label_column=args.label_column)
     if size is None:
-        import datasets
-
-        first = data[0][find_column(data, datasets.Image, None, "image_column")]
-        size = first.size[::-1]
+        size = data[0][find_column(data, datasets.Image, None, "image_column")].size[::-1]
     images = Images(data, ImageFormat(size, 3, bits=8), label_column=args.label_column)
-    images.keep_in_memory(torch.device("cpu"))
-    batch = images[list(range(len(images)))]
+    batch = images[range(len(images))]
     return batch["images"], batch["labels"]
 
 
@@ -142,7 +138,7 @@ def main(arguments: list[str] | None = None) -> float:
     trained = f"{len(images):,} {'real images' if samples is None else 'samples'}"
     print(f"{share:.2%} of {len(test_images):,} real test images are recognized, after training on {trained}")
     if args.output_dir is not None:
-        model.save_pretrained(Path(args.output_dir))
+        model.save_pretrained(args.output_dir)
         half = [0.5] * 3
         ConvNextImageProcessor(do_resize=False, image_mean=half, image_std=half).save_pretrained(args.output_dir)
     return share

@@ -145,8 +145,7 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
         check_output_folder("output_dir", output_dir, FILES, FOLDERS)
     uploads = config.push_to_hub and accelerator.is_main_process and not config.dry_run
     # The averages of a checkpoint are a model, unless they are adapters: then the finished model alone is uploaded.
-    every_steps = config.checkpoint_every_steps * config.push_every_checkpoints
-    every_steps = every_steps if config.lora_rank is None else 0
+    every_steps = 0 if config.lora_rank else config.checkpoint_every_steps * config.push_every_checkpoints
     uploader = Uploader(
         output_dir,
         config.hub_model_id if uploads else None,
@@ -165,9 +164,8 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
     unet = build_unet(config)
     if images.class_names is not None:
         mark_class_names(unet, images.class_names)
-    if config.init_from is not None:
+    if config.lora_rank is not None:  # adapters rename the weights, which are loaded before
         load_base_weights(unet, config.init_from)
-    if config.lora_rank is not None:
         add_lora(unet, config)
     if accelerator.is_main_process and not config.dry_run:
         stack.enter_context(lock_folder(output_dir))
@@ -175,6 +173,8 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
             prune_checkpoints(output_dir / "checkpoints", keep=0)
     accelerator.wait_for_everyone()
     restored = None if config.overwrite else last_checkpoint(config, output_dir / "checkpoints", unet)
+    if restored is None and config.init_from is not None and config.lora_rank is None:
+        load_base_weights(unet, config.init_from)
     # The name says what is in built-in data; the bytes of its images depend on the version of Pillow.
     fingerprint = None if config.dataset in BUILTIN else images.fingerprint
     check_same_data(images.num_examples, fingerprint, restored)
