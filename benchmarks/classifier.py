@@ -70,6 +70,10 @@ def read_npz(file: str) -> tuple[Tensor, Tensor]:
     return images.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous(), labels.long()
 
 
+def default_device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def build(num_labels: int, width: int) -> RegNetForImageClassification:
     sizes = {"embedding_size": width, "hidden_sizes": [width, 2 * width, 4 * width], "depths": [1, 2, 2]}
     config = RegNetConfig(**sizes, groups_width=width, layer_type="x", downsample_in_first_stage=False)
@@ -79,28 +83,29 @@ def build(num_labels: int, width: int) -> RegNetForImageClassification:
 
 def augmented(images: Tensor, random: torch.Generator, flip: bool) -> Tensor:
     """Images shifted by up to SHIFT, and mirrored with probability 1/2 if `flip`."""
-    n, (height, width) = len(images), images.shape[2:]
+    n, (height, width), device = len(images), images.shape[2:], images.device
     shift = int(SHIFT * min(height, width))
     padded = F.pad(to_signed(images), [shift] * 4, mode="replicate")
     top, left = torch.randint(2 * shift + 1, (2, n), generator=random)
     rows, columns = top[:, None] + torch.arange(height), left[:, None] + torch.arange(width)
     if flip:
         columns = torch.where(torch.rand(n, 1, generator=random) < 0.5, columns.flip(1), columns)
-    index = torch.arange(n)[:, None, None]
+    index, rows, columns = torch.arange(n, device=device)[:, None, None], rows.to(device), columns.to(device)
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def train(images: Tensor, labels: Tensor, args: ClassifierArguments) -> RegNetForImageClassification:
     """A classifier of images (N, 3, H, W), uint8, with labels (N,)."""
     torch.manual_seed(args.seed)
-    random = torch.Generator().manual_seed(args.seed)
-    model = build(int(labels.max()) + 1, args.width).to(memory_format=torch.channels_last).train()
+    random, device = torch.Generator().manual_seed(args.seed), default_device()
+    model = build(int(labels.max()) + 1, args.width).to(device, memory_format=torch.channels_last).train()
+    images, labels = images.to(device), labels.to(device)
     steps = args.images_seen // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, steps)
     with progress_bar("Classifier", steps * BATCH, "images") as bar:
         for _ in range(steps):
-            chosen = torch.randint(len(images), (BATCH,), generator=random)
+            chosen = torch.randint(len(images), (BATCH,), generator=random).to(device)
             x = augmented(images[chosen], random, args.random_flip).contiguous(memory_format=torch.channels_last)
             loss = F.cross_entropy(model(x).logits, labels[chosen])
             optimizer.zero_grad()
@@ -114,7 +119,7 @@ def train(images: Tensor, labels: Tensor, args: ClassifierArguments) -> RegNetFo
 @torch.no_grad()
 def accuracy(model: RegNetForImageClassification, images: Tensor, labels: Tensor) -> float:
     """The share of images that the classifier takes for their label."""
-    answers = [model(to_signed(part)).logits.argmax(1) for part in images.split(500)]
+    answers = [model(to_signed(part.to(model.device))).logits.argmax(1).cpu() for part in images.split(500)]
     return (torch.cat(answers) == labels).float().mean().item()
 
 
@@ -127,7 +132,7 @@ def main(arguments: list[str] | None = None) -> float:
     except (ValueError, OSError) as error:
         sys.exit(f"classifier.py: error: {error}")
     if args.classifier is not None:
-        model = RegNetForImageClassification.from_pretrained(args.classifier).eval()
+        model = RegNetForImageClassification.from_pretrained(args.classifier).eval().to(default_device())
         share = accuracy(model, *samples)
         print(f"{share:.2%} of {len(samples[0]):,} samples are taken for the class asked for")
         return share

@@ -53,18 +53,24 @@ def main(arguments: list[str] | None = None) -> None:
         pipes["ddpm_hf, compiled"] = DDPMPipelineCustom(ours.unet, ours.scheduler)
         pipes["ddpm_hf, compiled"].compile(mode=args.mode)
 
-    def images(name: str) -> torch.Tensor:
+    def images(name: str, half: bool = dtype != torch.float32) -> torch.Tensor:
         generator = torch.Generator(device).manual_seed(0)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=half):
             return pipes[name](args.batch_size, generator, args.steps, output_type="pt").images
 
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    expected, allowed = images("diffusers"), 0.01 if dtype == torch.float32 else 0.1
-    difference = max((images(name) - expected).abs().max().item() for name in pipes)
-    if not difference < allowed:
-        raise SystemExit(f"the images differ by {difference:g}, so timing them is pointless")
-    print(f"{describe_machine()}; {args.batch_size} images, {args.steps} steps, largest difference {difference:.1e}")
+    expected = images("diffusers", half=False)
+    # In half precision, diffusers draws its noise in that precision too: its images are other ones.
+    checked = [name for name in pipes if dtype == torch.float32 or name.startswith("ddpm_hf")]
+    errors = {name: (images(name) - expected).abs().mean().item() for name in checked}
+    if not max(errors.values()) < (1e-3 if dtype == torch.float32 else 0.05):
+        raise SystemExit(f"the images differ from float32 ones by {errors}, so timing them is pointless")
+    print(f"{describe_machine()}; {args.batch_size} images, {args.steps} steps")
+    print(
+        "mean difference from diffusers' images in float32: "
+        + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    )
     medians = interleaved_medians({name: lambda name=name: images(name) for name in pipes}, args.rounds, warmup=1)
     print_ratios("a batch", medians, "diffusers")
     peak, work = peak_rate(device, dtype), flops(lambda: images("diffusers"))

@@ -209,8 +209,8 @@ class Ours:
 def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
     """Median seconds of a round of each."""
     changes = {"learning_rate": ADAMW["lr"], "warmup_steps": 0, "learning_rate_schedule": "constant"}
-    # The two sides draw dropout masks differently.
-    changes |= {"mixed_precision": args.mixed_precision, "dropout": 0.0}
+    # The two sides draw dropout masks differently, and the example does not mirror images by default.
+    changes |= {"mixed_precision": args.mixed_precision, "dropout": 0.0, "random_flip": False}
     changes |= {name: getattr(args, name) for name in ("dataset", "batch_size") if getattr(args, name) is not None}
     config = TrainingConfig(**(load_preset(preset) | changes))
     torch.manual_seed(0)
