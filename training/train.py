@@ -223,6 +223,7 @@ def train(run: Run, signals: StopSignals) -> None:
     from accelerate.utils import gather_object
 
     from ddpm_hf.data.batches import MicroBatches
+    from ddpm_hf.training.build import build_loss_function
     from ddpm_hf.training.dry_run import time_training
     from ddpm_hf.training.nonfinite import SkippedSteps
     from ddpm_hf.training.resume import data_position, save, warn_of_changes
@@ -233,6 +234,7 @@ def train(run: Run, signals: StopSignals) -> None:
     config, accelerator, num_examples = run.config, run.accelerator, run.images.num_examples
     world, images_at_a_time = accelerator.num_processes, config.images_at_a_time(accelerator.num_processes)
     model, optimizer, state = build_training(run)
+    loss_function = build_loss_function(config, accelerator, run.scheduler)
     skipped = SkippedSteps(accelerator, run.images, config.batch_size, config.seed, config.max_nonfinite_steps)
     first_step, stream, logged = 0, None, None
     if run.restored is not None:
@@ -246,15 +248,16 @@ def train(run: Run, signals: StopSignals) -> None:
     order = (config.batch_size, config.seed, first_step, config.total_steps)
     batches = MicroBatches(run.images, *order, *share, state=stream)
     parts = (run.unet, run.scheduler, state.averages, run.validation_subset, first_step, logged, num_examples)
-    run_logger = RunLogger(config, accelerator, *parts, run.conditions, describe_data(run.images))
+    run_logger = RunLogger(config, accelerator, *parts, run.conditions, describe_data(run.images), loss_function)
     exit_code, last_step = 0, first_step if config.dry_run else config.total_steps
     if config.dry_run:
         parts = (model, optimizer, run.scheduler.diffusion, state.timestep_sampler)
-        time_training(config, accelerator, *parts, batches, first_step)
+        time_training(config, accelerator, *parts, batches, first_step, loss_function)
     with signals.deferred(world, timedelta(seconds=config.process_group_timeout)):
         for done in range(first_step + 1, last_step + 1):
             micro_batches, diffusion, sampler = batches.step(), run.scheduler.diffusion, state.timestep_sampler
-            report = training_step(accelerator, model, optimizer, diffusion, config, done - 1, micro_batches, sampler)
+            parts = (diffusion, config, done - 1, micro_batches, sampler, loss_function)
+            report = training_step(accelerator, model, optimizer, *parts)
             for average in state.averages.values():
                 average.update(run.unet, done * config.batch_size, config.batch_size, report.skipped)
             skipped.add(done - 1, report.t, report.objective, report.skipped)

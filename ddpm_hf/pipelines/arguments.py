@@ -19,7 +19,7 @@ from ddpm_hf.models.builders import image_size
 from ddpm_hf.pipelines.function_guidance import GRADIENTS, GuidanceFunction, GuidedDenoiser
 from ddpm_hf.pipelines.guidance import Denoiser
 from ddpm_hf.schedulers.compatibility import check_scheduler, output_channels, set_timesteps
-from ddpm_hf.schedulers.samplers import as_ddpm
+from ddpm_hf.schedulers.samplers import as_ddpm, default_steps
 from ddpm_hf.seeds import image_generators, seed_generators
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -224,7 +224,7 @@ def prepare_scheduler(
             raise ValueError(f"timesteps cannot be given to {name}: give num_inference_steps.")
     else:
         T = scheduler.config.num_train_timesteps
-        steps = T if num_inference_steps is None else num_inference_steps
+        steps = default_steps(scheduler) or T if num_inference_steps is None else num_inference_steps
         num_inference_steps = check_int("num_inference_steps", steps, 1, T, note="the model's own T")
     set_timesteps(scheduler, device, num_inference_steps, timesteps)
     return scheduler

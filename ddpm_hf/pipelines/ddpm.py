@@ -82,7 +82,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             batch_size: number of images. With `seeds` it may be left out.
             generator: of the noise, one for the batch or a list of one per image. With a list an image does not
                 depend on the others in its batch.
-            num_inference_steps: number of sampling steps; the model's own T for None.
+            num_inference_steps: number of sampling steps. None: those that the model was distilled to, or its T.
             output_type: "pil" (list of images), "np" (B, H, W, C) or "pt" (B, C, H, W), the last two in [0, 1].
             return_dict: whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: called as (pipe, i, t, {"latents": x}) after each step; may return new latents.

@@ -182,7 +182,7 @@ class ChainScheduler(SavesAsStock, SchedulerMixin, ConfigMixin):
         return mean.to(sample.dtype), x_0.to(sample.dtype)
 
     @property
-    def _clip(self):
+    def clip(self):
         """Maps the predicted x_0, possibly in place; None if it is taken as it is."""
         if self.config.thresholding:
             return self._threshold

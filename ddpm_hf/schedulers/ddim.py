@@ -101,6 +101,6 @@ class DDIMSchedulerCustom(ChainScheduler):
         if sample.ndim > 1 and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         t = to_index_device(timestep, sample)
-        step = self._chain.ddim_mean_std(model_output, sample, t, eta, self._clip, use_clipped_model_output)
+        step = self._chain.ddim_mean_std(model_output, sample, t, eta, self.clip, use_clipped_model_output)
         prev_sample, x_0 = self._draw(step, sample, generator, variance_noise)
         return DDIMSchedulerOutput(prev_sample, x_0) if return_dict else (prev_sample, x_0)

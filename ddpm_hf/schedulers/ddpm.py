@@ -87,6 +87,6 @@ class DDPMSchedulerCustom(ChainScheduler):
         Raises ValueError or TypeError that names the argument.
         """
         generator = check_noise_arguments(sample, generator, variance_noise)
-        step = self._chain.p_mean_std(model_output, sample, to_index_device(timestep, sample), self._clip)
+        step = self._chain.p_mean_std(model_output, sample, to_index_device(timestep, sample), self.clip)
         prev_sample, x_0 = self._draw(step, sample, generator, variance_noise)
         return DDPMSchedulerOutput(prev_sample, x_0) if return_dict else (prev_sample, x_0)

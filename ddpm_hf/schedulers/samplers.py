@@ -5,7 +5,7 @@ import inspect
 import diffusers
 from diffusers import SchedulerMixin
 
-from ddpm_hf.checks import check_choice
+from ddpm_hf.checks import check_choice, check_int
 from ddpm_hf.interop import stock_config
 from ddpm_hf.schedulers.base import TIMESTEP_SPACINGS
 from ddpm_hf.schedulers.compatibility import check_scheduler
@@ -53,6 +53,25 @@ def make_sampler(name: str, scheduler: SchedulerMixin, spacing: str | None = Non
         # The β are the same, and diffusers then replaces the infinite noise level at T−1 by 4096.
         options["rescale_betas_zero_snr"] = True
     return cls.from_config(config, **options)
+
+
+def distilled_sampler(scheduler: SchedulerMixin, steps: int) -> DDIMSchedulerCustom:
+    """DDIM on the chain of `scheduler` for a model that was distilled to `steps` steps, which its configuration records as
+    `_num_inference_steps`. diffusers keeps such an entry, and is told the number of steps by its user."""
+    config = make_sampler("ddim", scheduler, "trailing").config
+    ddim = DDIMSchedulerCustom(**{name: config[name] for name in inspect.signature(DDIMSchedulerCustom).parameters})
+    ddim.register_to_config(_num_inference_steps=steps)
+    return ddim
+
+
+def default_steps(scheduler: SchedulerMixin) -> int | None:
+    """The steps that a model was distilled to; None for one that was not.
+
+    Raises ValueError if the configuration records something else than a number of steps.
+    """
+    steps = scheduler.config.get("_num_inference_steps")
+    T = scheduler.config.num_train_timesteps
+    return None if steps is None else check_int("_num_inference_steps of the scheduler", steps, 1, T)
 
 
 def as_ddpm(scheduler: SchedulerMixin) -> DDPMSchedulerCustom:

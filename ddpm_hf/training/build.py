@@ -1,15 +1,22 @@
 """The U-Net and the scheduler of a training run."""
 
-import torch
+from collections.abc import Callable
 
-from ddpm_hf import DDPMSchedulerCustom, UNet2DModelCustom
+import torch
+from accelerate import Accelerator
+
+from ddpm_hf import DDIMSchedulerCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.diffusion.distillation import DistillationObjective
+from ddpm_hf.diffusion.losses import Loss
 from ddpm_hf.pipelines.guidance import mark_null_class
-from ddpm_hf.training.base_model import DIFFUSION, NETWORK, network_arguments, scheduler_arguments
+from ddpm_hf.pipelines.loading import load_unet
+from ddpm_hf.schedulers.samplers import distilled_sampler
+from ddpm_hf.training.base_model import DIFFUSION, NETWORK, base_folder, network_arguments, scheduler_arguments
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.run_data import with_num_classes
 
 
-def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom]:
+def build(config: TrainingConfig) -> tuple[UNet2DModelCustom, DDPMSchedulerCustom | DDIMSchedulerCustom]:
     """The U-Net and the scheduler that a configuration describes."""
     return build_unet(config), build_scheduler(config)
 
@@ -21,10 +28,30 @@ def check_builds(config: TrainingConfig) -> None:
         build_unet(with_num_classes(config, None))
 
 
-def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom:
-    """The scheduler with the chain of a run."""
+def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom | DDIMSchedulerCustom:
+    """The scheduler with the chain of a run: of a distilled model, DDIM with the number of its steps."""
     base = {} if config.init_from is None else scheduler_arguments(config.init_from)
-    return DDPMSchedulerCustom(**base | {name: getattr(config, name) for name in DIFFUSION})
+    scheduler = DDPMSchedulerCustom(**base | {name: getattr(config, name) for name in DIFFUSION})
+    return scheduler if config.distill_steps is None else distilled_sampler(scheduler, config.distill_steps)
+
+
+def build_loss_function(
+    config: TrainingConfig, accelerator: Accelerator, scheduler: DDPMSchedulerCustom | DDIMSchedulerCustom
+) -> Callable[..., Loss]:
+    """The loss to minimize. That of distillation holds the teacher, on the device and in the precision of the run.
+
+    Raises ValueError for a teacher that has other classes than the run.
+    """
+    if config.distill_steps is None:
+        return config.objective
+    teacher = load_unet(base_folder(config.init_from), config.init_from).eval().requires_grad_(False)
+    if (found := teacher.config.num_class_embeds) != config.num_class_embeds:
+        mine = f"{config.num_class_embeds} with num_classes = {config.num_classes} and label_dropout = {config.label_dropout}"
+        raise ValueError(
+            f"a teacher must know every label: init_from = {config.init_from!r} has {found}, this run {mine}."
+        )
+    teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
+    return DistillationObjective(teacher, scheduler.diffusion, config.distill_steps, scheduler.clip)
 
 
 def build_unet(config: TrainingConfig) -> UNet2DModelCustom:

@@ -48,6 +48,11 @@ class TrainingConfig:
     lora_rank: int | None = option(
         None, "train adapters of this rank (LoRA) instead of the weights, into which they are merged", "[1, 65536]"
     )
+    distill_steps: int | None = option(
+        None,
+        "train a student that samples in this many steps of DDIM; init_from is its teacher, which takes twice as many",
+        "[1, inf)",
+    )
 
     dataset: str = option(
         "", "'digits', 'photos', a folder of images or arrays, or a data set on the Hub", group="Data"
@@ -210,6 +215,8 @@ class TrainingConfig:
         if self.num_steps is not None:
             object.__setattr__(self, "total_images", self.num_steps * self.batch_size)
             object.__setattr__(self, "num_steps", None)
+        if self.distill_steps is not None:
+            object.__setattr__(self, "sample_steps", self.distill_steps)
         if self.ema_halflife_images in (None, 0):
             object.__setattr__(self, "ema_halflife_images", 1_000_000 if self.ema_decay is None else None)
 

@@ -14,6 +14,8 @@ from ddpm_hf.options import LARGEST
 
 LENGTHS = ("total_images", "num_steps", "num_epochs")
 
+# Options of a loss that distillation replaces; adapters would be those of the teacher's many steps.
+DISTILLED_AWAY = ["loss_weighting", "input_perturbation", "offset_noise", "lora_rank"]
 # Schedules that follow from T alone (`ddpm_hf.diffusion.schedules`).
 WITHOUT_RANGE = ("squaredcos_cap_v2", "laplace", "jsd")
 
@@ -146,7 +148,8 @@ def _check_uses(config) -> None:
     schedule = config.beta_schedule
     fine_tuning, whole = config.init_from is not None, config.lora_rank is None
     uses = [
-        ("init_from", fine_tuning, ["lora_rank"]),
+        ("init_from", fine_tuning, ["lora_rank", "distill_steps"]),
+        ("distill_steps=None", config.distill_steps is None, DISTILLED_AWAY),
         ("lora_rank=None", whole, ["ema_snapshot_every_images"]),
         ("loss_weighting='min_snr'", config.loss_weighting == "min_snr", ["min_snr_gamma"]),
         ("loss_weighting='p2'", config.loss_weighting == "p2", ["p2_k", "p2_gamma"]),
@@ -167,6 +170,10 @@ def _check_uses(config) -> None:
 
 def _check_chain(config) -> None:
     """The objective fits the chain."""
+    if config.distill_steps is not None:
+        from ddpm_hf.diffusion.distillation import check_distilled
+
+        check_distilled(config.distill_steps, config.num_train_timesteps, config.prediction_type, config.variance_type)
     learned, bound = config.variance_type == "learned_range", config.loss_weighting == "vlb"
     if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
         why = "ε of pure noise says nothing about the image; use 'v_prediction' or 'sample'"

@@ -1,5 +1,6 @@
 """The speed of a run, from a few steps that take seconds whatever the network is."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
@@ -9,6 +10,7 @@ from accelerate.utils import gather_object
 
 from ddpm_hf.data.batches import MicroBatches
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
+from ddpm_hf.diffusion.losses import Loss
 from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.run_summary import TIMED_STEPS, settled_time, speed_line
@@ -26,6 +28,7 @@ def time_training(
     sampler: UniformTimesteps,
     batches: MicroBatches,
     first_step: int,
+    loss_function: Callable[..., Loss],
     seconds: float = SECONDS,
 ) -> None:
     """Train with one image per process, then with as many as there is time for, up to the run's micro-batch; print
@@ -44,7 +47,7 @@ def time_training(
         small = replace(config, batch_size=size * world, micro_batch_size=None, stream_lanes=None)
         batch = {name: values[:size] for name, values in images.items()}
         started = settled_time(device)
-        training_step(accelerator, model, optimizer, diffusion, small, first_step, [batch], sampler)
+        training_step(accelerator, model, optimizer, diffusion, small, first_step, [batch], sampler, loss_function)
         ended = settled_time(device)
         times.append(ended - started)
         # The slowest of all processes, since they take the next step together. Its time grows with its images at most.

@@ -49,9 +49,14 @@ class OptionParser(argparse.ArgumentParser):
 
     def given(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """The options in a command line (None: that of the process), not checked. Raises ValueError for unknown ones."""
-        found, unknown = self.parse_known_args(sys.argv[1:] if arguments is None else arguments)
+        values, unknown = self.known(arguments)
         if unknown:
             raise ValueError(unknown_option(unknown[0], kinds(self.cls), self.other_names))
+        return values
+
+    def known(self, arguments: Sequence[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+        """The options in a command line, not checked, and the words that are none of them."""
+        found, unknown = self.parse_known_args(sys.argv[1:] if arguments is None else arguments)
         values = vars(found)
         for name in values.keys() & kinds(self.cls).keys():
             kind, is_list, is_optional = kinds(self.cls)[name]
@@ -60,11 +65,18 @@ class OptionParser(argparse.ArgumentParser):
                 values[name] = None
             else:
                 values[name] = [_from_text(t, kind) for t in texts] if is_list else _from_text(texts, kind)
-        return values
+        return values, unknown
 
     def parse(self, arguments: Sequence[str] | None = None) -> Any:
         """The options of a command line. Raises ValueError or TypeError that names the option."""
-        values = self.given(arguments)
+        return self._checked(self.given(arguments))
+
+    def parse_known(self, arguments: Sequence[str] | None = None) -> tuple[Any, list[str]]:
+        """The options of a command line, and the words that are none of them, for another script."""
+        values, unknown = self.known(arguments)
+        return self._checked(values), unknown
+
+    def _checked(self, values: dict[str, Any]) -> Any:
         missing = [s.name for s in fields(self.cls) if default_of(s) is MISSING and s.name not in values]
         if missing:
             raise ValueError(f"--{missing[0]} must be given; --help lists all options.")

@@ -7,7 +7,7 @@ cannot be written, for example because the disk is full, a warning is logged and
 
 import io
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.data.images import Images
+from ddpm_hf.diffusion.losses import Loss
 from ddpm_hf.evaluation.plots import figure_bytes, image_grid
 from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
@@ -33,7 +34,7 @@ from ddpm_hf.training.sharding import full_on_cpu
 from ddpm_hf.training.step import StepReport
 from ddpm_hf.training.step_statistics import StepStatistics
 from ddpm_hf.training.trackers import Trackers
-from ddpm_hf.training.validation import ValidationLoss
+from ddpm_hf.training.validation import L_SIMPLE, ValidationLoss
 
 LOG, SNAPSHOTS, SAMPLES = "log.jsonl", "ema_snapshots", "samples"
 GRID = 25  # sample images in a picture
@@ -51,6 +52,7 @@ class RunLogger:
         train_examples: for the summary; None for a stream, whose length is unknown.
         data: lines of the summary about the images (see `describe_data`).
         conditions: for the samples of a run with `class_embed_type`, those of the first training images.
+        loss_function: what `simple` of validation images is measured with.
     """
 
     config: TrainingConfig
@@ -64,12 +66,18 @@ class RunLogger:
     train_examples: int | None
     conditions: torch.Tensor | None = None
     data: str = ""
+    loss_function: Callable[..., Loss] = L_SIMPLE
 
     def __post_init__(self):
         config, accelerator, first_step = self.config, self.accelerator, self.first_step
         self.folder, self.images_at_a_time = Path(config.output_dir), config.images_at_a_time(accelerator.num_processes)
         self.validation_loss = self.validation and ValidationLoss(
-            self.validation, self.scheduler.diffusion, config.seed, accelerator, self.images_at_a_time
+            self.validation,
+            self.scheduler.diffusion,
+            config.seed,
+            accelerator,
+            self.images_at_a_time,
+            self.loss_function,
         )
         self.is_writer = accelerator.is_main_process and not config.dry_run
         self._statistics = StepStatistics(config.num_train_timesteps, accelerator, self.restored)

@@ -1,6 +1,6 @@
 """One optimizer step."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from ddpm_hf.data.batches import process_positions
 from ddpm_hf.data.decoding import to_signed
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
+from ddpm_hf.diffusion.losses import Loss
 from ddpm_hf.diffusion.timestep_samplers import UniformTimesteps
 from ddpm_hf.seeds import seed_dropout
 from ddpm_hf.training.config import TrainingConfig
@@ -49,6 +50,7 @@ def training_step(
     step: int,
     micro_batches: Iterable[dict[str, torch.Tensor]],
     sampler: UniformTimesteps,
+    loss_function: Callable[..., Loss] | None = None,
 ) -> StepReport:
     """One optimizer step (DDPM, algorithm 1) on this process's share of the global batch of `step`.
 
@@ -58,9 +60,11 @@ def training_step(
         micro_batches: `config.micro_batches(num_processes)` dicts, accumulated into one gradient, with "images", uint8
             or uint16 (B, C, H, W), and "labels" (B,) or (B, D) if the configuration has a `label_column`.
         sampler: timestep sampler of the run.
+        loss_function: called as `Objective` is; None: the configuration's objective.
     """
     positions = process_positions(config.batch_size, accelerator.process_index, accelerator.num_processes)
-    accumulation_steps, loss_function = config.micro_batches(accelerator.num_processes), config.objective
+    accumulation_steps = config.micro_batches(accelerator.num_processes)
+    loss_function = loss_function or config.objective
     device, size = accelerator.device, len(positions) // accumulation_steps
     randomness = draw_randomness(config, step, positions, device, sampler)
     losses = []

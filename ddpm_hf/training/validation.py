@@ -1,6 +1,7 @@
 """Validation: the images that a run is not trained on, and the loss on them."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from ddpm_hf import GaussianDiffusion
 from ddpm_hf.data.decoding import to_signed
 from ddpm_hf.data.finding import NoSuchSplit
 from ddpm_hf.data.images import Images, leave_out_broken
-from ddpm_hf.diffusion.losses import Objective
+from ddpm_hf.diffusion.losses import Loss, Objective
 from ddpm_hf.seeds import make_generator
 from ddpm_hf.training.config import TrainingConfig
 from ddpm_hf.training.run_data import check_labels, open_split
@@ -82,11 +83,19 @@ class ValidationLoss:
         seed: of the noise.
         accelerator: the processes and their device.
         images_at_a_time: images that a process computes together, at most.
+        loss_function: called as `Objective` is; its `simple` is the loss.
     """
 
     def __init__(
-        self, images: Images, diffusion: GaussianDiffusion, seed: int, accelerator: Accelerator, images_at_a_time: int
+        self,
+        images: Images,
+        diffusion: GaussianDiffusion,
+        seed: int,
+        accelerator: Accelerator,
+        images_at_a_time: int,
+        loss_function: Callable[..., Loss] = L_SIMPLE,
     ):
+        self.loss_function = loss_function
         self.images, self.diffusion, self.seed, self.accelerator = images, diffusion, seed, accelerator
         self.images_at_a_time = images_at_a_time
         self.timesteps = ((torch.arange(len(images), dtype=torch.float64) + 0.5) / len(images) * len(diffusion)).long()
@@ -111,7 +120,7 @@ class ValidationLoss:
                 batch = {name: values.to(device) for name, values in self.images[list(mine)].items()}
                 x_0, t = to_signed(batch["images"]), self.timesteps[list(mine)].to(device)
                 own_noise = noise[[i - start for i in mine]]
-                losses = L_SIMPLE(unet, self.diffusion, x_0, t, own_noise, batch.get("labels")).simple
+                losses = self.loss_function(unet, self.diffusion, x_0, t, own_noise, batch.get("labels")).simple
                 sums += counts * torch.stack([losses.sum(), torch.full_like(losses[0], len(mine))])
         unet.train(was_training)
         reshard(unet)
