@@ -184,10 +184,12 @@ def prepare(config: TrainingConfig, stack: ExitStack) -> Run:
 
 
 def build_training(run: Run):
-    """The model and optimizer to train with, and the `TrainingState` that checkpoints save, restored from the last one."""
+    """The model and optimizer to train with, the `TrainingState` that checkpoints save, restored from the last one, and the
+    loss."""
     import torch
 
     from ddpm_hf.diffusion.timestep_samplers import make_timestep_sampler
+    from ddpm_hf.training.build import build_loss_function
     from ddpm_hf.training.ema import EMA, trained_parameters
     from ddpm_hf.training.posthoc_ema import PowerEMA
     from ddpm_hf.training.resume import TrainingState, is_sharded
@@ -215,7 +217,7 @@ def build_training(run: Run):
         state.load(run.restored[0])
         if accelerator.scaler is not None and "scaler" in run.restored[1]:
             accelerator.scaler.load_state_dict(run.restored[1]["scaler"])
-    return model, optimizer, state
+    return model, optimizer, state, build_loss_function(config, accelerator, run.scheduler)
 
 
 def train(run: Run, signals: StopSignals) -> None:
@@ -223,7 +225,6 @@ def train(run: Run, signals: StopSignals) -> None:
     from accelerate.utils import gather_object
 
     from ddpm_hf.data.batches import MicroBatches
-    from ddpm_hf.training.build import build_loss_function
     from ddpm_hf.training.dry_run import time_training
     from ddpm_hf.training.nonfinite import SkippedSteps
     from ddpm_hf.training.resume import data_position, save, warn_of_changes
@@ -233,8 +234,7 @@ def train(run: Run, signals: StopSignals) -> None:
 
     config, accelerator, num_examples = run.config, run.accelerator, run.images.num_examples
     world, images_at_a_time = accelerator.num_processes, config.images_at_a_time(accelerator.num_processes)
-    model, optimizer, state = build_training(run)
-    loss_function = build_loss_function(config, accelerator, run.scheduler)
+    model, optimizer, state, loss_function = build_training(run)
     skipped = SkippedSteps(accelerator, run.images, config.batch_size, config.seed, config.max_nonfinite_steps)
     first_step, stream, logged = 0, None, None
     if run.restored is not None:
@@ -252,11 +252,10 @@ def train(run: Run, signals: StopSignals) -> None:
     exit_code, last_step = 0, first_step if config.dry_run else config.total_steps
     if config.dry_run:
         parts = (model, optimizer, run.scheduler.diffusion, state.timestep_sampler)
-        time_training(config, accelerator, *parts, batches, first_step, loss_function)
+        time_training(config, accelerator, *parts, batches, first_step, loss_function=loss_function)
     with signals.deferred(world, timedelta(seconds=config.process_group_timeout)):
         for done in range(first_step + 1, last_step + 1):
-            micro_batches, diffusion, sampler = batches.step(), run.scheduler.diffusion, state.timestep_sampler
-            parts = (diffusion, config, done - 1, micro_batches, sampler, loss_function)
+            parts = (run.scheduler.diffusion, config, done - 1, batches.step(), state.timestep_sampler, loss_function)
             report = training_step(accelerator, model, optimizer, *parts)
             for average in state.averages.values():
                 average.update(run.unet, done * config.batch_size, config.batch_size, report.skipped)

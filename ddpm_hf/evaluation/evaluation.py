@@ -12,13 +12,13 @@ from ddpm_hf.data.images import Images
 from ddpm_hf.diffusion.likelihood import VariationalBound
 from ddpm_hf.evaluation import bounds, features, measures, plots
 from ddpm_hf.evaluation.distances import Distances, closest_to_training
-from ddpm_hf.evaluation.options import EvaluationOptions, Sampler, samplers_of
+from ddpm_hf.evaluation.options import DEFAULT_STEPS, EvaluationOptions, Sampler, samplers_of
 from ddpm_hf.evaluation.references import read_reference, write_reference
 from ddpm_hf.evaluation.sample_files import read_samples
 from ddpm_hf.models.builders import image_size
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
 from ddpm_hf.pipelines.guidance import cycled_labels
-from ddpm_hf.schedulers.samplers import as_ddpm, make_sampler
+from ddpm_hf.schedulers.samplers import as_ddpm, default_steps, make_sampler
 
 PIXELS_ALONE = "the bound and distances in pixels can be measured without them"
 
@@ -41,7 +41,9 @@ class Evaluation:
     def __init__(self, options: EvaluationOptions, pipe: DDPMPipelineCustom, run: dict, weights: str | None):
         self.options, self.pipe, self.run, self.weights = options, pipe, run, weights
         self.state, self.problem, self.pictures = PartialState(), None, {}
-        self.samplers, self._schedulers = samplers_of(options), {(None, None): pipe.scheduler}
+        self._distilled_steps = default_steps(pipe.scheduler)
+        self.samplers = samplers_of(options, self._distilled_steps or DEFAULT_STEPS)
+        self._schedulers = {(None, None): pipe.scheduler}
         for sampler in self.samplers:
             self._check(sampler)
         self.backbone = self._load_backbone()
@@ -126,6 +128,9 @@ class Evaluation:
         ddpm = self._use(first)
         self.result["protocol"] = self._protocol(first.steps) | {"num_samples": 0}
         if self.training is None:
+            return
+        if self._distilled_steps is not None:
+            self.state.print("A distilled model has no bound: its network knows the timesteps of its own steps alone.")
             return
         steps = [s.steps for s in self.samplers if s.variance_type == first.variance_type and s.is_ancestral]
         steps = list(dict.fromkeys([first.steps, *steps]))

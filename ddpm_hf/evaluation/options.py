@@ -9,6 +9,7 @@ from ddpm_hf.options import check_options, option
 # A test compares them with what there is.
 SamplerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++sde", "unipc", "heun", "euler", "lms", "pndm", "deis"]
 Variance = Literal["fixed_small", "fixed_large", "analytic"]
+DEFAULT_STEPS = 100
 
 
 @dataclass
@@ -42,8 +43,11 @@ class EvaluationOptions:
     num_samples: int | None = option(None, "number of samples; None: 500, or 5,000 for over 400 features", "[1, inf)")
     samples: str | None = option(None, "folder, .npz or .parquet of images to measure; None: sample from the model")
     schedulers: list[SamplerName] | None = option(None, "one or more samplers; None: the saved one")
-    steps: list[int] = option(
-        [100], "one or more numbers of sampling steps, which are also the lengths of respaced chains", "[1, inf)"
+    steps: list[int] | None = option(
+        None,
+        "one or more numbers of sampling steps, which are also the lengths of respaced chains; None: those that the model was "
+        "distilled to, or 100",
+        "[1, inf)",
     )
     variance_type: list[Variance] | None = option(
         None, "variances of the reverse process of ddpm; None: as saved with the model"
@@ -76,12 +80,12 @@ class Sampler(NamedTuple):
         return self.scheduler in (None, "ddpm")
 
 
-def samplers_of(options: EvaluationOptions) -> list[Sampler]:
+def samplers_of(options: EvaluationOptions, default_steps: int = DEFAULT_STEPS) -> list[Sampler]:
     """All combinations. Variances are of ancestral sampling alone."""
-    samplers = []
+    samplers, numbers = [], options.steps or [default_steps]
     for scheduler in options.schedulers or [None]:
         variances = options.variance_type if scheduler in (None, "ddpm") else None
-        samplers += [Sampler(scheduler, variance, steps) for variance in variances or [None] for steps in options.steps]
+        samplers += [Sampler(scheduler, variance, steps) for variance in variances or [None] for steps in numbers]
     return samplers
 
 

@@ -27,7 +27,9 @@ class SampleArguments:
     model: str = option(MISSING, "folder, or repository on the Hub")
     num_images: int = option(64, "total number of images, including existing ones", "[1, inf)")
     scheduler: SamplerName | None = option(None, "None: the saved one")
-    steps: int | None = option(None, "sampling steps; None: the model's T", "[1, inf)")
+    steps: int | None = option(
+        None, "sampling steps; None: those that the model was distilled to, or its T", "[1, inf)"
+    )
     spacing: Literal["trailing", "leading", "linspace"] | None = option(
         None, "of the timesteps; None: that of the saved scheduler, and 'trailing' for another --scheduler"
     )

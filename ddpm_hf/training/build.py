@@ -25,7 +25,15 @@ def check_builds(config: TrainingConfig) -> None:
     """Build the network without memory, and the scheduler. Raises ValueError, naming the option, if that is not possible."""
     build_scheduler(config)
     with torch.device("meta"):
-        build_unet(with_num_classes(config, None))
+        unet = build_unet(with_num_classes(config, None))
+    if config.distill_steps is not None:
+        teacher = network_arguments(config.init_from)
+        for name in ("class_embed_type", "num_class_embeds"):
+            if (mine := unet.config[name]) != teacher[name]:
+                labels = f"label_column = {config.label_column!r}, label_dropout = {config.label_dropout} and {name} = {mine}"
+                raise ValueError(
+                    f"a teacher must know the labels of the run: it has {name} = {teacher[name]}, got {labels}."
+                )
 
 
 def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom | DDIMSchedulerCustom:
@@ -38,18 +46,10 @@ def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom | DDIMSchedul
 def build_loss_function(
     config: TrainingConfig, accelerator: Accelerator, scheduler: DDPMSchedulerCustom | DDIMSchedulerCustom
 ) -> Callable[..., Loss]:
-    """The loss to minimize. That of distillation holds the teacher, on the device and in the precision of the run.
-
-    Raises ValueError for a teacher that has other classes than the run.
-    """
+    """The loss to minimize. That of distillation holds the teacher, on the device and in the precision of the run."""
     if config.distill_steps is None:
         return config.objective
     teacher = load_unet(base_folder(config.init_from), config.init_from).eval().requires_grad_(False)
-    if (found := teacher.config.num_class_embeds) != config.num_class_embeds:
-        mine = f"{config.num_class_embeds} with num_classes = {config.num_classes} and label_dropout = {config.label_dropout}"
-        raise ValueError(
-            f"a teacher must know every label: init_from = {config.init_from!r} has {found}, this run {mine}."
-        )
     teacher = accelerator.prepare_model(teacher, evaluation_mode=True)
     return DistillationObjective(teacher, scheduler.diffusion, config.distill_steps, scheduler.clip)
 

@@ -192,7 +192,9 @@ class TrainingConfig:
     validation_images: MayChange[int] = option(256, "maximum number of validation images, drawn once", "[1, inf)")
     sample_every_steps: MayChange[int] = option(0, "save sample images at this interval; 0: never", "[0, inf)")
     report_to: MayChange[list[Tracker]] = option(["tensorboard"], "trackers to log to, one or several")
-    sample_steps: MayChange[int] = option(250, "sampling steps for figures and the quality check", "[1, inf)")
+    sample_steps: MayChange[int] = option(
+        250, "sampling steps for figures and the quality check; a student's own", "[1, inf)"
+    )
     quality_samples: MayChange[int] = option(
         0, "samples to judge at the end, if the data set has a judge; 0: none", "[0, inf)"
     )
@@ -211,12 +213,12 @@ class TrainingConfig:
         check_options(self)
         if len(self.resolution) == 1:
             object.__setattr__(self, "resolution", self.resolution * 2)
+        if self.distill_steps is not None:
+            object.__setattr__(self, "sample_steps", self.distill_steps)
         check_rules(self)
         if self.num_steps is not None:
             object.__setattr__(self, "total_images", self.num_steps * self.batch_size)
             object.__setattr__(self, "num_steps", None)
-        if self.distill_steps is not None:
-            object.__setattr__(self, "sample_steps", self.distill_steps)
         if self.ema_halflife_images in (None, 0):
             object.__setattr__(self, "ema_halflife_images", 1_000_000 if self.ema_decay is None else None)
 

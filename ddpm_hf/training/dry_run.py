@@ -28,8 +28,8 @@ def time_training(
     sampler: UniformTimesteps,
     batches: MicroBatches,
     first_step: int,
-    loss_function: Callable[..., Loss],
     seconds: float = SECONDS,
+    loss_function: Callable[..., Loss] | None = None,
 ) -> None:
     """Train with one image per process, then with as many as there is time for, up to the run's micro-batch; print
     the speed, unless the run is at its end.

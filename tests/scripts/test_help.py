@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from ddpm_hf.scripts import choose_ema, convert, evaluate, publish, sample
+from ddpm_hf.scripts import choose_ema, convert, distill, evaluate, publish, sample
 
 OPTIONS = {
     "choose_ema": choose_ema.EMAArguments,
@@ -13,6 +13,7 @@ OPTIONS = {
     "evaluate": evaluate.EvaluationOptions,
     "sample": sample.SampleArguments,
     "convert": convert.ConvertOptions,
+    "distill": distill.DistillOptions,
 }
 CODE = """
 import sys

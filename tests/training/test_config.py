@@ -230,7 +230,7 @@ def test_a_published_checkpoint_resumes_on_a_folder_of_the_same_name(tmp_path):
         config.check_same_run(dataclasses.asdict(config) | {"dataset": "fish"}, Path("there"))
 
 
-OPTIONS = """output_dir overwrite init_from lora_rank dataset dataset_config dataset_revision dataset_name split validation_split image_column
+OPTIONS = """output_dir overwrite init_from lora_rank distill_steps dataset dataset_config dataset_revision dataset_name split validation_split image_column
 label_column num_classes class_embed_type resolution channels crop background white_level random_flip skip_broken_images
 validation_fraction memory_limit_bytes num_workers streaming shuffle_buffer stream_lanes block_out_channels down_block_types up_block_types
 layers_per_block attention_head_dim norm_num_groups dropout resnet_time_scale_shift norm_eps downsample_padding
