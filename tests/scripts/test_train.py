@@ -69,7 +69,7 @@ def weights_after_a_step(output_dir, *options):
     """Weights before a step on gradients of 1, after one of the run's optimizer, and after one of torch's Adam."""
     with ExitStack() as stack:
         run = train.prepare(parse_config([*TINY, "--output_dir", str(output_dir), *options]), stack)
-        model, optimizer, _ = train.build_training(run)
+        model, optimizer, *_ = train.build_training(run)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.ones_like(p)
