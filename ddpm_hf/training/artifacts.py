@@ -1,6 +1,7 @@
 """Files of a finished run: pipeline, figures, metrics.json and model card, each complete or absent."""
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ FILES = (
     ".lock",
 )
 FOLDERS = ("checkpoints", "unet", "scheduler", "samples", "ema_snapshots", "unpublished", "logs", "lora")
+NUMBERS = re.compile(r"\[\s*(-?\d[^\[\]{}\"]*?)\s*\]")
 GRID, STRIP = 100, 4  # images in samples.png and in denoising.png
 
 
@@ -131,8 +133,19 @@ def read_metrics(folder: Path) -> dict:
 
 
 def write_metrics(folder: Path, metrics: dict) -> None:
-    """Write metrics.json."""
-    atomic_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    """Write metrics.json: numbers to six digits, which is more than any of them is known to, and a list of numbers in one
+    line."""
+    text = json.dumps(_rounded(metrics), indent=2)
+    text = NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
+    atomic_file(folder / "metrics.json", text + "\n")
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def write_metrics_and_card(folder: Path, config_yaml: str, metrics: dict) -> None:

@@ -33,6 +33,25 @@ def test_metrics_are_read_as_written_and_empty_without_a_file(tmp_path):
     assert read_metrics(tmp_path) == {"training": {"steps": 3}}
 
 
+def test_metrics_have_six_digits_and_lists_of_numbers_in_one_line(tmp_path):
+    values = {
+        "a": [1.23456789e-7, 2, -1234567.8],
+        "b": {"c": [], "d": ["x", 1 / 3], "e": [[1, 2], [3, 4]]},
+        "f": True,
+        "g": 2**53,
+    }
+    write_metrics(tmp_path, values)
+    found = {
+        "a": [1.23457e-7, 2, -1234570.0],
+        "b": {"c": [], "d": ["x", 0.333333], "e": [[1, 2], [3, 4]]},
+        "f": True,
+        "g": 2**53,
+    }
+    assert read_metrics(tmp_path) == found
+    text = (tmp_path / "metrics.json").read_text()
+    assert "[1.23457e-07, 2, -1234570.0]" in text and "[1, 2]" in text
+
+
 def test_evaluation_is_suggested_only_with_images_to_evaluate_on(make_pipeline, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(artifacts, "show", lambda *_: ({}, {}))
     pipe = make_pipeline(in_channels=1, out_channels=1)
