@@ -105,7 +105,7 @@ class DigitsBackbone:
     The classifier is the solution of a convex problem on fixed data, so it is the same wherever it is fitted.
     """
 
-    label, channels, dim = "digits classifier", 1, 55
+    label, channels, dim, num_labels = "digits classifier", 1, 55, None
 
     def __init__(self, splits: datasets.DatasetDict):
         classifier = DigitsJudge(splits).classifier.calibrated_classifiers_[0].estimator

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
@@ -17,7 +19,7 @@ from ddpm_hf.evaluation.references import read_reference, write_reference
 from ddpm_hf.evaluation.sample_files import read_samples
 from ddpm_hf.models.builders import image_size
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
-from ddpm_hf.pipelines.guidance import cycled_labels
+from ddpm_hf.pipelines.guidance import count_classes, cycled_labels
 from ddpm_hf.schedulers.samplers import as_ddpm, default_steps, make_sampler
 
 PIXELS_ALONE = "the bound and distances in pixels can be measured without them"
@@ -202,7 +204,7 @@ class Evaluation:
 
     def _measure(self, sampler: Sampler, distances: Distances | None, is_first: bool) -> list[dict]:
         """The figures of a sampler. Those of the first one are the model's, and how close samples are to training images."""
-        options, samples = self.options, self.samples
+        options, samples, conditions = self.options, self.samples, None
         if samples is None:
             count = options.num_samples or measures.default_num_samples(self.backbone and self.backbone.dim)
             values = (count, sampler.steps, options.seed, options.batch_size)
@@ -215,7 +217,7 @@ class Evaluation:
                 protocol["channels"] = "gray repeated to RGB"
             batch = (len(samples), options.batch_size)
             of_samples = measures.features_of(self.backbone, lambda i: samples[i], *batch)
-            figures = distances.figures(of_samples, protocol)
+            figures = distances.figures(of_samples, protocol) + self._recognized(samples, conditions, protocol)
         if is_first:
             for sentence in [] if distances is None else distances.left_out(len(samples)):
                 self.state.print(sentence)
@@ -225,6 +227,29 @@ class Evaluation:
                 near, pictures = closest_to_training(samples, self.training, self.validation, sets)
                 self.result["memorization"], self.pictures = near, self.pictures | pictures
         return figures
+
+    def _recognized(self, samples: torch.Tensor, labels: torch.Tensor | None, protocol: dict) -> list[dict]:
+        """The share of samples that the backbone takes for the class asked for, if it is a classifier of the model's classes."""
+        config, batch = self.pipe.unet.config, self.options.batch_size
+        if labels is None or config.class_embed_type is not None or self.backbone.num_labels != count_classes(config):
+            return []
+        share, name = measures.recognized_share(self.backbone, lambda i: samples[i], labels, batch), self.backbone.label
+        return [
+            {
+                "name": features.metric_name("recognized", name, len(samples)),
+                "value": share,
+                "validation": self._recognized_validation,
+                "protocol": protocol | {"reference": "the class asked for"} | self.backbone.protocol,
+            }
+        ]
+
+    @cached_property
+    def _recognized_validation(self) -> float | None:
+        images = self.validation
+        if images is None:
+            return None
+        labels = images.first_labels(len(images))
+        return measures.recognized_share(self.backbone, lambda i: images[i]["images"], labels, self.options.batch_size)
 
     def _protocol(self, steps: int) -> dict:
         """How samples are made and measured, as far as it does not depend on the backbone."""

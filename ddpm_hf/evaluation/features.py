@@ -14,7 +14,13 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    CLIPVisionModelWithProjection,
+)
 
 from ddpm_hf.data.columns import fingerprint
 from ddpm_hf.evaluation.judges import judge_of
@@ -29,7 +35,7 @@ class TransformersBackbone:
 
     Weights are safetensors, and images are prepared as the model's `preprocessor_config.json` says. The features are
     CLIP's normalized projected embedding, or another model's pooled output, or its first token if the saved weights
-    have no pooler.
+    have no pooler. A classifier also tells the class of an image (`classify`), one of `num_labels`; None for no classifier.
 
     Raises ValueError if weights are missing: random features would give plausible metrics.
     """
@@ -38,7 +44,9 @@ class TransformersBackbone:
         self.device = torch.device(device)
         config = AutoConfig.from_pretrained(name, revision=revision)
         self.is_clip = config.model_type in ("clip", "clip_vision_model")
+        is_classifier = any(kind.endswith("ForImageClassification") for kind in config.architectures or ())
         loader = CLIPVisionModelWithProjection if self.is_clip else AutoModel
+        loader = AutoModelForImageClassification if is_classifier else loader
         model, info = loader.from_pretrained(
             name, revision=revision, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
@@ -46,7 +54,9 @@ class TransformersBackbone:
         self.use_pooler = not missing
         if absent := [key for key in missing if self.is_clip or not key.startswith("pooler.")]:
             raise ValueError(f"backbone {name!r} lacks {len(absent)} weights, {absent[0]!r} first: it is not trained.")
-        self.model = model.eval().to(self.device)
+        model = model.eval().to(self.device)
+        self.classifier, self.num_labels = (model, config.num_labels) if is_classifier else (None, None)
+        self.model = model.base_model if is_classifier else model
         # The backend is named because the default depends on whether torchvision is installed.
         self.processor = AutoImageProcessor.from_pretrained(name, revision=revision, backend="pil")
         self.label = SHORT_NAMES.get(config.model_type, config.model_type)
@@ -61,11 +71,19 @@ class TransformersBackbone:
             "resize": json.loads(json.dumps({key: settings.get(key) for key in kept}, default=dict)),
         }
 
-    @torch.no_grad()
-    def __call__(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    def _pixels(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
         images = as_rgb(np.asarray(images))
         pixels = self.processor(list(images), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
-        output = self.model(pixels.to(self.device, torch.float32))
+        return pixels.to(self.device, torch.float32)
+
+    @torch.no_grad()
+    def classify(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """The class (N,) of each image, of a classifier."""
+        return self.classifier(self._pixels(images)).logits.argmax(1).cpu()
+
+    @torch.no_grad()
+    def __call__(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        output = self.model(self._pixels(images))
         if self.is_clip:
             features = torch.nn.functional.normalize(output.image_embeds, dim=-1)
         elif self.use_pooler and getattr(output, "pooler_output", None) is not None:
@@ -91,7 +109,7 @@ class InceptionBackbone:
     """The InceptionV3 of the original FID in torch-fidelity's port: 2,048 features, and TensorFlow 1's bilinear resizing
     without antialiasing. Raises ValueError if torch-fidelity is not installed."""
 
-    label, channels, dim = "Inception", 3, 2048
+    label, channels, dim, num_labels = "Inception", 3, 2048, None
     protocol = {
         "backbone": "torch-fidelity inception-v3-compat",
         "backbone_revision": "pt_inception-2015-12-05-6726825d",

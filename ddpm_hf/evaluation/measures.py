@@ -28,6 +28,7 @@ from ddpm_hf.evaluation.sampling import sample_images
 from ddpm_hf.files import atomic_file
 from ddpm_hf.models.builders import image_size, temb_channels
 from ddpm_hf.pipelines.denoising import NonFiniteSamples
+from ddpm_hf.pipelines.guidance import count_classes
 from ddpm_hf.seeds import make_generator
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def model_images(
     if embed_type is not None:
         images.check_conditions(temb_channels(unet_config) if embed_type == "identity" else None)
     elif labels is not None:
-        images.check_labels(run.get("num_classes") or unet_config["num_class_embeds"])
+        images.check_labels(run.get("num_classes") or count_classes(unet_config))
     return images
 
 
@@ -179,6 +180,17 @@ def features_of(
     share = process_share(total)
     batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
     return gather_rows(torch.cat([backbone(images_at(indices)) for indices in batches]))
+
+
+def recognized_share(
+    backbone: Backbone, images_at: Callable[[range], torch.Tensor], labels: torch.Tensor, batch_size: int
+) -> float:
+    """The share of images that a classifier takes for their class, of `labels` (N,). `images_at` returns uint8 images for a
+    range of indices."""
+    share = process_share(len(labels))
+    batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
+    answers = gather_rows(torch.cat([backbone.classify(images_at(indices)) for indices in batches]))
+    return (answers == labels.cpu()).double().mean().item()
 
 
 def real_features(

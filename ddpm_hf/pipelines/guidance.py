@@ -1,7 +1,7 @@
 """Labels (classes, or conditions of `class_embed_type`), the null class, and classifier-free guidance with one call of the
 network per step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -25,6 +25,11 @@ def mark_null_class(unet, null_class: int | None = None) -> None:
 def null_class_of(unet) -> int | None:
     """The null class recorded in the network's configuration, if any."""
     return unet.config.get("_null_class")
+
+
+def count_classes(unet_config: Mapping) -> int:
+    """The classes of a network, without the null class; 0 of an unconditional one."""
+    return (unet_config["num_class_embeds"] or 0) - (unet_config.get("_null_class") is not None)
 
 
 def mark_class_names(unet, names: Sequence[str]) -> None:

@@ -1,15 +1,19 @@
 """Evaluations of several samplers, against references, and of what cannot be measured."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import ConvNextImageProcessorPil, RegNetConfig, RegNetForImageClassification
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.builtin import digits
+from ddpm_hf.evaluation import measures
 from ddpm_hf.evaluation.evaluation import Evaluation
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.references import read_reference
+from ddpm_hf.pipelines.guidance import mark_null_class
 from tests.evaluation.helpers import DIM, small_evaluation
 
 
@@ -146,3 +150,36 @@ def test_features_of_other_channels_are_refused_or_left_out(make_pipeline, model
     pipe = make_pipeline(in_channels=channels, out_channels=channels)
     with pytest.raises(ValueError, match=f"images of {channels} channels have no features"):
         Evaluation(EvaluationOptions(**given), pipe, {}, None)
+
+
+def test_samples_that_a_classifier_takes_for_their_class_are_counted(make_pipeline, tmp_path):
+    pipe = make_pipeline(in_channels=1, out_channels=1, num_class_embeds=11)
+    mark_null_class(pipe.unet)
+    pipe.save_pretrained(tmp_path / "model")
+    options = small_evaluation(tmp_path / "model", tmp_path)
+    sizes = {"embedding_size": 4, "hidden_sizes": [8], "depths": [1], "groups_width": 4}
+    torch.manual_seed(0)
+    classifier = RegNetForImageClassification(RegNetConfig(**sizes, num_labels=10)).eval()
+    classifier.save_pretrained(tmp_path / "classifier")
+    ConvNextImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        tmp_path / "classifier"
+    )
+    options |= {"features": str(tmp_path / "classifier"), "label_column": "label", "num_samples": 40}
+    evaluation = Evaluation(EvaluationOptions(**options, steps=[5]), pipe, {}, None)
+    assert len(list(evaluation.measure_samples())) == 1
+    (figure,) = [f for f in evaluation.result["figures"] if "recognized" in f["name"]]
+
+    def share(images, labels):
+        with torch.no_grad():
+            logits = classifier(images.expand(-1, 3, -1, -1) / 127.5 - 1).logits
+        return (logits.argmax(1) == labels).double().mean().item()
+
+    data = datasets.load_from_disk(options["dataset"])
+    real = [torch.from_numpy(np.array(image)).float()[None] for image in data["test"]["image"]]
+    assert figure["validation"] == pytest.approx(
+        share(torch.stack(real), torch.tensor(data["test"]["label"])), abs=1e-6
+    )
+    images = measures.model_images(data["train"], pipe.unet.config, {}, None, "label")
+    labels = measures.draw_conditions(pipe, images, 40, 0)
+    samples = measures.make_samples(pipe, 40, 5, 0, 256, labels)
+    assert figure["value"] == pytest.approx(share(samples.float(), labels), abs=1e-6)
