@@ -37,8 +37,14 @@ def check_builds(config: TrainingConfig) -> None:
 
 
 def build_scheduler(config: TrainingConfig) -> DDPMSchedulerCustom | DDIMSchedulerCustom:
-    """The scheduler with the chain of a run: of a distilled model, DDIM with the number of its steps."""
+    """The scheduler with the chain of a run: of a distilled model, DDIM with the number of its steps.
+
+    The bound is trained without clipping the predicted x_0, which would have no gradient, so its chain does not clip either:
+    the lowest and highest level of the decoder L_0 extend to infinity, and a prediction beyond them is the better one.
+    """
     base = {} if config.init_from is None else scheduler_arguments(config.init_from)
+    if config.loss_weighting == "vlb":
+        base = base | {"clip_sample": False}
     scheduler = DDPMSchedulerCustom(**base | {name: getattr(config, name) for name in DIFFUSION})
     return scheduler if config.distill_steps is None else distilled_sampler(scheduler, config.distill_steps)
 

@@ -14,6 +14,11 @@ def make_config(*options):
     return parse_config([*flags(**TINY_TRAINING, total_images=192), *options])
 
 
+@pytest.mark.parametrize(("weighting", "clips"), [("simple", True), ("vlb", False)])
+def test_the_chain_of_the_bound_does_not_clip(weighting, clips):
+    assert build(make_config("--loss_weighting", weighting))[1].config.clip_sample is clips
+
+
 @pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
 def test_the_output_has_the_shape_of_the_images_and_starts_at_zero(variance_type):
     options = ["--resolution", "16", "8", "--channels", "3", "--variance_type", variance_type]
