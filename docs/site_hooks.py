@@ -22,6 +22,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
     "model_cards/digits/README.md": "digits.md",
+    "model_cards/mnist/README.md": "mnist.md",
     "docs/notebooks/ddpm.ipynb": "notebook.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}

@@ -306,8 +306,9 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
     """Write and upload the model with the averaged weights, unless the run stopped early. Every process must call this."""
     import torch
 
+    from ddpm_hf.hub.model_card import versions
     from ddpm_hf.pipelines.guidance import mark_class_names
-    from ddpm_hf.training.artifacts import write_artifacts
+    from ddpm_hf.training.artifacts import device_name, write_artifacts
     from ddpm_hf.training.build import build_unet
     from ddpm_hf.training.lora import save_and_merge_lora
     from ddpm_hf.training.resume import is_sharded
@@ -326,7 +327,8 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
         "seconds": round(seconds, 1),
         "images_per_second": round(config.total_steps * config.batch_size / seconds, 1),
         "processes": accelerator.num_processes,
-        "hardware": f"{accelerator.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "hardware": f"{device_name(accelerator.device)}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": versions(),
         "parameters": sum(p.numel() for p in unet.parameters()),
         "train_examples": run.images.num_examples,
         "validation_examples": count_validation_images(config, run.validation),

@@ -65,10 +65,22 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
         config_yaml=config_yaml,
         quality_section=judge.card_section(quality).strip() if judge else None,
         average=average_of_weights(config, metrics),
+        class_names=_class_names(metrics),
         sampler_name=sampler_name,
         bits_per_dim=bits_per_dim,
-        versions={"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        versions=(metrics.get("training") or {}).get("versions") or versions(),
     )
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that a model is trained with."""
+    return {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def _class_names(metrics: dict) -> list[str] | None:
+    """The names of the classes, if they say more than their numbers."""
+    names = (metrics.get("training") or {}).get("class_names")
+    return None if names == [str(i) for i in range(len(names or ()))] else names
 
 
 def average_of_weights(config: dict, metrics: dict) -> str:

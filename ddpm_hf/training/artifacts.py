@@ -82,6 +82,11 @@ def write_artifacts(
     print(f"  publish:   python training/publish.py {folder} --repo_id <user>/<name>")
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or the type of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def show(
     pipe: DDPMPipelineCustom, config: TrainingConfig, batch_size: int, conditions: torch.Tensor | None = None
 ) -> tuple[dict[str, bytes], dict]:
