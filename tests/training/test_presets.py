@@ -20,6 +20,7 @@ PARAMETERS = {
     "cifar10": 35.7,
     "cifar10-conditional": 35.8,
     "cifar10-improved": 52.5,
+    "cifar10-small": 5.6,
     "custom": 26.6,
     "digits": 0.7,
     "digits-conditional": 1.0,
@@ -63,6 +64,7 @@ HUB_NAMES = {
     "butterflies-128": "huggan/smithsonian_butterflies_subset",
     "flowers-64": "huggan/flowers-102-categories",
     "pokemon-64": "huggan/pokemon",
+    "cifar10-small": "uoft-cs/cifar10",
     "folder-64": None,
 }
 
