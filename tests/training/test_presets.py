@@ -73,8 +73,9 @@ def forward_operations(config):
     """Floating-point operations of the network for one image."""
     with torch.device("meta"):
         unet, image = build_unet(config), torch.empty(1, config.channels, *config.resolution)
+        zero = torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            assert unet(image, torch.zeros(1, dtype=torch.long)).sample.shape[2:] == image.shape[2:]
+            assert unet(image, zero, None if config.label_column is None else zero).sample.shape[2:] == image.shape[2:]
     return counter.get_total_flops()
 
 
