@@ -27,8 +27,7 @@ from ddpm_hf.training.processes import fail, prepare_process
 from ddpm_hf.training.progress import progress_bar
 
 # Modules that import torch are imported in functions, after the options are parsed, so that --help answers at once.
-GRID_IMAGES, ANIMATED_IMAGES, MAX_FRAMES = 100, 16, 60
-PADDING = 2  # pixels between the images of a picture
+GRID_IMAGES, ANIMATED_IMAGES, MAX_FRAMES, PADDING = 100, 16, 60, 2  # the last: pixels between images
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,6 +89,7 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
     if args.device is not None:
         check_device("device", args.device, computes=True)
     pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
+    args.recommend(pipe.scheduler)
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler, args.spacing)
     elif args.spacing is not None:

@@ -2,12 +2,16 @@
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ddpm_hf.evaluation.options import SamplerName
 from ddpm_hf.options import check_options, option
 
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
 DEFAULT_STRENGTH = 0.8  # that of diffusers' image to image
+RECOMMENDED, RECOMMENDED_STEPS = "dpmsolver++", 20  # docs/fewer-steps.md
 OWN_STEPS = "editing runs the steps of DDPM, evenly spaced"
 # Options that exclude each other, and why.
 CONFLICTS = (
@@ -26,9 +30,13 @@ FILES = {"gif": (".gif", ".webp", ".mp4"), "grid": (".png", ".jpg", ".jpeg", ".w
 class SampleArguments:
     model: str = option(MISSING, "folder, or repository on the Hub")
     num_images: int = option(64, "total number of images, including existing ones", "[1, inf)")
-    scheduler: SamplerName | None = option(None, "None: the saved one")
+    scheduler: SamplerName | None = option(
+        None, f"None: the saved one, but {RECOMMENDED} for ddpm without --steps and other options of the steps"
+    )
     steps: int | None = option(
-        None, "sampling steps; None: those that the model was distilled to, or its T", "[1, inf)"
+        None,
+        f"sampling steps; None: those that the model was distilled to, {RECOMMENDED_STEPS} of the recommended scheduler, or T",
+        "[1, inf)",
     )
     spacing: Literal["trailing", "leading", "linspace"] | None = option(
         None, "of the timesteps; None: that of the saved scheduler, and 'trailing' for another --scheduler"
@@ -94,6 +102,14 @@ class SampleArguments:
 
     def is_given(self, name: str) -> bool:
         return getattr(self, name) is not None
+
+    def recommend(self, scheduler: "SchedulerMixin") -> None:
+        """Sample from a model with the scheduler of DDPM as recommended, unless an option says how."""
+        from ddpm_hf import DDPMSchedulerCustom
+
+        options = ("scheduler", "steps", "spacing", "timesteps", "eta")
+        if isinstance(scheduler, DDPMSchedulerCustom) and not self.is_editing and not any(map(self.is_given, options)):
+            self.scheduler, self.steps = RECOMMENDED, min(RECOMMENDED_STEPS, scheduler.config.num_train_timesteps)
 
     @property
     def is_editing(self) -> bool:

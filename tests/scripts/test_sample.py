@@ -436,3 +436,18 @@ def test_digits_quality_prints_metrics_and_updates_the_card(model, capsys):
 def test_digits_quality_needs_the_folder_of_a_run(tmp_path):
     with pytest.raises(SystemExit, match="holds no metrics.json"):
         digits_quality.main(["--model", str(tmp_path)])
+
+
+def test_a_model_of_ddpm_is_sampled_as_recommended_unless_an_option_says_how(model, tmp_path):
+    options = ["--model", str(model), "--num_images", "2", "--format", "npz", "--output_dir"]
+
+    def images(folder, *more):
+        sample_script.main([*options, str(tmp_path / folder), *more])
+        with np.load(tmp_path / folder / "seed0-2.npz") as arrays:
+            return arrays["arr_0"]
+
+    recommended = images("a")
+    assert (recommended == images("b", "--scheduler", "dpmsolver++", "--steps", "20")).all()
+    assert (recommended != images("c", "--scheduler", "ddpm")).any()  # all T steps, as `pipe()` takes
+    record = json.loads((tmp_path / "a" / "seed0.json").read_text())
+    assert (record["scheduler"], record["steps"]) == ("dpmsolver++", 20)
