@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from ddpm_hf.scripts.choose_ema import EMAArguments
+from ddpm_hf.scripts.distill import DistillOptions
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
 
@@ -19,6 +20,7 @@ TABLES = {
     "choose_ema": EMAArguments,
     "publish": PublishArguments,
     "convert": ConvertOptions,
+    "distill": DistillOptions,
 }
 INTRODUCTION = """# Options
 
