@@ -16,12 +16,13 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
+from ddpm_hf.pipelines.guidance import mark_null_class
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for folder in ("", "docs", "benchmarks") for path in sorted((ROOT / folder).glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 del TEXTS["CHANGELOG.md"]  # names what earlier versions had
-SCRIPTS = ("train", "sample", "evaluate", "choose_ema", "publish", "convert")
+SCRIPTS = ("train", "sample", "evaluate", "choose_ema", "publish", "convert", "distill")
 MAX_SENTENCE_WORDS = 35
 # Files that a run writes, and placeholders.
 WRITTEN = ("outputs/", "path/to", "<name>")
@@ -43,8 +44,8 @@ def code(text: str) -> list[str]:
 
 
 @pytest.fixture
-def pipes(make_unet, monkeypatch) -> dict[bool, DDPMPipelineCustom]:
-    """Untrained pipelines of T = 1000, by whether they are class-conditional; `from_pretrained` gives the other one."""
+def pipes(make_unet) -> dict[bool, DDPMPipelineCustom]:
+    """Untrained pipelines of T = 1000, by whether they are class-conditional."""
     torch.set_num_threads(1)
     sizes = {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 8), "layers_per_block": 1}
     made = {
@@ -55,17 +56,19 @@ def pipes(make_unet, monkeypatch) -> dict[bool, DDPMPipelineCustom]:
     }
     for pipe in made.values():
         pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(DDPMPipelineCustom, "from_pretrained", lambda *_, **__: made[False])
+    mark_null_class(made[True].unet)
     return made
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/pipeline.md"])
-def test_python_blocks_run(name, pipes):
+@pytest.mark.parametrize("name", ["README.md", "docs/pipeline.md", "docs/fewer-steps.md"])
+def test_python_blocks_run(name, pipes, monkeypatch):
     x, others, noisy = torch.rand(3, 2, 1, 8, 8) * 2 - 1
     namespace = {"x": x, "others": others, "noisy": noisy, "mask": torch.ones(1, 1, 8, 8)}
     for block in blocks(TEXTS[name], "python"):
+        fitting = pipes["class_labels" in block]
+        monkeypatch.setattr(DDPMPipelineCustom, "from_pretrained", lambda *_, pipe=fitting, **__: pipe)
         if "pipe" in namespace:
-            namespace["pipe"] = pipes["class_labels" in block]
+            namespace["pipe"] = fitting
         exec(compile(block, name, "exec"), namespace)
 
 
@@ -156,7 +159,8 @@ def test_commands_have_the_options_that_they_are_given(name, options):
         for script in SCRIPTS:
             names = (f"training/{script}.py", f"ddpm_hf.scripts.{script}", f"ddpm-{script.replace('_', '-')}")
             if set(names) & set(command):
-                assert given <= options[script] | launcher_options(), " ".join(command)
+                known = options[script] | (options["train"] if script == "distill" else set())
+                assert given <= known | launcher_options(), " ".join(command)
 
 
 @pytest.mark.parametrize("name", TEXTS)
