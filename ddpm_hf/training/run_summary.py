@@ -39,6 +39,7 @@ def describe_run(
     averages = 1 + len(SIGMAS) * (config.ema_snapshot_every_images > 0)
     whole, trained = parameters
     numbers = {"parameters": whole, "gradients": trained, "Adam": 2 * trained, "averages": averages * trained}
+    numbers |= {} if config.distill_steps is None else {"teacher": whole}
     memory = [f"{name} {tqdm.format_sizeof(4 * n, 'B')}" for name, n in numbers.items()]
     adapters = "" if config.lora_rank is None else f", {trained:,} of them trained as adapters,"
     shape = "×".join(str(n) for n in (*config.resolution, config.channels))
