@@ -18,7 +18,8 @@ class Distances:
     Args:
         backbone: of all features.
         training: features (N, d) of training images; None if there are none, for the Fréchet distance alone.
-        validation: features (M, d) of validation images, whose distances are given for comparison; None for no comparison.
+        validation: features (M, d) of validation images. The distances of as many as there are samples, or of all if they
+            are fewer, are given for comparison; None for no comparison.
         reference: moments that the Fréchet distance is to; None: those of `training`, if there are more images than d.
     """
 
@@ -34,6 +35,7 @@ class Distances:
         if reference is None and training is not None and len(training) > backbone.dim:
             reference = metrics.moments(training, "training features")
         self.reference = reference
+        self._by_count: dict[int, dict[str, Estimate]] = {}
         self._kernel = "rbf" if backbone.label == "CLIP" else "polynomial"
         # Names, the number of images that they need of either kind, and their computation from features.
         self._measures = [
@@ -92,15 +94,19 @@ class Distances:
             return float("inf")
         return 0 if self.training is None else len(self.training)
 
-    @cached_property
-    def _of_validation(self) -> dict[str, Estimate]:
-        return {} if self.validation is None else self.measure(self.validation)
+    def _of_validation(self, count: int) -> dict[str, Estimate]:
+        """The distances of `count` random validation images, or of all if they are fewer: distances depend on the number."""
+        count = 0 if self.validation is None else min(count, len(self.validation))
+        if count and count not in self._by_count:
+            order = torch.randperm(len(self.validation), generator=torch.Generator().manual_seed(0))
+            self._by_count[count] = self.measure(self.validation[order[:count].sort().values])
+        return self._by_count.get(count, {})
 
     def figures(self, features: torch.Tensor, protocol: dict) -> list[dict]:
-        """The distances of samples, and those of validation images to compare with, as rows of metrics.json."""
-        rows = []
+        """The distances of samples, and those of as many validation images to compare with, as rows of metrics.json."""
+        rows, of_validation = [], self._of_validation(len(features))
         for kind, (value, error) in self.measure(features).items():
-            validation = self._of_validation[kind].value if kind in self._of_validation else None
+            validation = of_validation[kind].value if kind in of_validation else None
             name = metric_name(kind, self.backbone.label, len(features))
             row = {"name": name, "value": value, "validation": validation, "protocol": self._protocol(kind, protocol)}
             rows.append(row if error is None else row | {"standard_error": error})

@@ -36,6 +36,19 @@ def test_rows_hold_the_distances_of_samples_and_of_validation_images():
     }
 
 
+def test_as_many_validation_images_are_compared_as_there_are_samples():
+    """Their distances, which depend on the number of images, are those that samples without a fault would have."""
+    training, validation = features(400, 1), features(400, 2)
+    distances = Distances(BACKBONE, training, validation)
+    found = {n: distances.figures(features(n, 3), PROTOCOL)[0] for n in (20, 100, 400)}
+    of_all = metrics.frechet_distance(metrics.moments(validation), metrics.moments(training))
+    assert found[400]["validation"] == pytest.approx(of_all, rel=1e-12)
+    # Samples of the same distribution are as far away as validation images, whatever their number.
+    assert found[20]["validation"] > found[100]["validation"] > found[400]["validation"]
+    assert all(1 / 3 < found[n]["value"] / found[n]["validation"] < 3 for n in (20, 100))
+
+
+
 def test_frechet_distance_alone_is_to_the_moments_of_a_file():
     reference = metrics.moments(features(50, 3) + 2)
     rows = Distances(BACKBONE, features(40, 1), None, reference).figures(
