@@ -438,7 +438,7 @@ def test_digits_quality_needs_the_folder_of_a_run(tmp_path):
         digits_quality.main(["--model", str(tmp_path)])
 
 
-def test_a_model_of_ddpm_is_sampled_as_recommended_unless_an_option_says_how(model, tmp_path):
+def test_a_model_of_ddpm_is_sampled_as_recommended_by_default(model, tmp_path):
     options = ["--model", str(model), "--num_images", "2", "--format", "npz", "--output_dir"]
 
     def images(folder, *more):
