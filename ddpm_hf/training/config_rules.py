@@ -37,7 +37,8 @@ def check_rules(config) -> None:
 
 def _check_choices(config) -> None:
     """Choices that are known only once torch is imported, and names on the Hub."""
-    check_int("sample_steps", config.sample_steps, 1, config.num_train_timesteps, "num_train_timesteps")
+    if config.distill_steps is None:  # otherwise they are those of the student
+        check_int("sample_steps", config.sample_steps, 1, config.num_train_timesteps, "num_train_timesteps")
     if config.compile is not None:
         from torch.compiler import list_backends
 
