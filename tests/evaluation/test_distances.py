@@ -48,7 +48,6 @@ def test_as_many_validation_images_are_compared_as_there_are_samples():
     assert all(1 / 3 < found[n]["value"] / found[n]["validation"] < 3 for n in (20, 100))
 
 
-
 def test_frechet_distance_alone_is_to_the_moments_of_a_file():
     reference = metrics.moments(features(50, 3) + 2)
     rows = Distances(BACKBONE, features(40, 1), None, reference).figures(

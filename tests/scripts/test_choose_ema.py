@@ -64,7 +64,7 @@ def test_best_length_is_written_and_stays_in_a_second_sweep(folder, capsys):
     assert all(f"{value:.6g}" in printed for value in [*values.values(), found["value_before"]])
     # The run measured the same average with the same noise.
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert found["value_before"] == pytest.approx(log[-1]["validation_loss_ema"], rel=1e-6)
+    assert found["value_before"] == pytest.approx(log[-1]["validation_loss_ema"], rel=1e-5)
 
     weights = DDPMPipelineCustom.from_pretrained(folder).unet.state_dict()
     expected = rebuild(plan_rebuild(list_snapshots(folder / "ema_snapshots"), found["length"]))
