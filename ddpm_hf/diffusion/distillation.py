@@ -13,16 +13,16 @@ TARGETS = ("sample", "v_prediction")
 
 
 class DistillationObjective:
-    """The loss of a student of N steps, whose teacher takes 2N (algorithm 2). It is called as `Objective` is.
+    """The loss of a student of N steps, whose teacher takes 2N. It is called as `Objective` is.
 
     Student and teacher sample by DDIM on evenly spaced timesteps ("trailing"), of which the student has every second
     one. From x_t, two steps of the teacher lead through t' to t'', with its predictions x̂ of x_0 at t and x̂' at t'. The
-    target is the x_0 for which one step leads from x_t to the same x_t'' (eq. 43). With κ = √SNR it is a mean of the two,
+    target is the x_0 for which one step leads from x_t to the same x_t'' (algorithm 2). With κ = √SNR it is a mean of the two,
 
         x̃ = x̂ + w·(x̂' − x̂),   w = (κ_t'' − κ_t')/(κ_t'' − κ_t),
 
     and w = 1 for the last step, whose κ_t'' is infinite. Written so, no digits cancel. The loss of an example is
-    max(SNR_t, 1)·‖x̃ − x̂_θ‖² as a mean over pixels, the truncated SNR of eq. 9.
+    max(SNR_t, 1)·‖x̃ − x̂_θ‖² as a mean over pixels, the truncated SNR of section 4.
 
     Args:
         teacher: called as teacher(x_t, t, class_labels); without gradients, in eval mode.
