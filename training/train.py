@@ -306,10 +306,10 @@ def finish(run: Run, averaged: dict, run_logger: RunLogger, first_step: int, exi
     """Write and upload the model with the averaged weights, unless the run stopped early. Every process must call this."""
     import torch
 
-    from ddpm_hf.hub.model_card import versions
     from ddpm_hf.pipelines.guidance import mark_class_names
     from ddpm_hf.training.artifacts import device_name, write_artifacts
     from ddpm_hf.training.build import build_unet
+    from ddpm_hf.training.checkpoints import versions
     from ddpm_hf.training.lora import save_and_merge_lora
     from ddpm_hf.training.resume import is_sharded
     from ddpm_hf.training.sharding import full_on_cpu

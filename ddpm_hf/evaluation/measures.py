@@ -174,9 +174,13 @@ def make_samples(
 
 
 def features_of(
-    backbone: Backbone, images_at: Callable[[range], torch.Tensor], total: int, batch_size: int
+    backbone: Backbone | Callable[[torch.Tensor], torch.Tensor],
+    images_at: Callable[[range], torch.Tensor],
+    total: int,
+    batch_size: int,
 ) -> torch.Tensor:
-    """Features (total, d) of the uint8 images that `images_at` returns for a range of indices."""
+    """Features (total, d), or whatever `backbone` returns for each image, of the uint8 images that `images_at` returns for a
+    range of indices."""
     share = process_share(total)
     batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
     return gather_rows(torch.cat([backbone(images_at(indices)) for indices in batches]))
@@ -187,9 +191,7 @@ def recognized_share(
 ) -> float:
     """The share of images that a classifier takes for their class, of `labels` (N,). `images_at` returns uint8 images for a
     range of indices."""
-    share = process_share(len(labels))
-    batches = (share[i : i + batch_size] for i in range(0, len(share), batch_size))
-    answers = gather_rows(torch.cat([backbone.classify(images_at(indices)) for indices in batches]))
+    answers = features_of(backbone.classify, images_at, len(labels), batch_size)
     return (answers == labels.cpu()).double().mean().item()
 
 

@@ -18,6 +18,7 @@ from ddpm_hf.hub.local_paths import is_local, public_config, public_name
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PLAIN_TEMPLATE = Path(__file__).with_name("plain_card_template.md")
+VERSIONS = ("ddpm_hf", "torch", "diffusers")
 METADATA = {
     "library_name": "diffusers",
     "pipeline_tag": "unconditional-image-generation",
@@ -50,6 +51,8 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
     data = ModelCardData(license="apache-2.0", **METADATA)
     if is_on_hub:
         data.datasets = [given["dataset"]]
+    here = {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    trained_with = (metrics.get("training") or {}).get("versions") or here  # not recorded by earlier versions
     base = given.get("init_from")
     if base is not None and not is_local(base):
         data.base_model = base
@@ -68,13 +71,8 @@ def make_card(config_yaml: str, metrics: dict) -> ModelCard:
         class_names=_class_names(metrics),
         sampler_name=sampler_name,
         bits_per_dim=bits_per_dim,
-        versions=(metrics.get("training") or {}).get("versions") or versions(),
+        versions={name: trained_with[name] for name in VERSIONS if name in trained_with},
     )
-
-
-def versions() -> dict[str, str]:
-    """The versions of the libraries that a model is trained with."""
-    return {"ddpm_hf": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 
 def _class_names(metrics: dict) -> list[str] | None:
