@@ -127,9 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
         evaluation = measure(args, folder)
         values = {figure["name"].split("-")[0]: figure["value"] for figure in evaluation["figures"]}
         bound = next(b for name, b in evaluation["bits_per_dim"].items() if name.startswith("validation"))
-        loss = sum(bound["epsilon_mse"]) / len(
-            bound["epsilon_mse"]
-        )  # L_simple of ε over uniform t, whatever is predicted
+        by_t = bound["epsilon_mse"]
+        loss = sum(by_t) / len(by_t)  # L_simple of ε over uniform t, whatever is predicted
         cells = (f"{minutes:.1f}", f"{images:,}", f"{values['FD']:.3f}", f"{values['recognized']:.1%}", f"{loss:.5f}")
         print(f"| | {' | '.join(cells)} | {bound['bits_per_dim']:.3f} |", flush=True)
 

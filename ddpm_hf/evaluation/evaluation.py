@@ -14,7 +14,7 @@ from ddpm_hf.data.images import Images
 from ddpm_hf.diffusion.likelihood import VariationalBound
 from ddpm_hf.evaluation import bounds, features, measures, plots
 from ddpm_hf.evaluation.distances import Distances, closest_to_training
-from ddpm_hf.evaluation.options import DEFAULT_STEPS, EvaluationOptions, Sampler, samplers_of
+from ddpm_hf.evaluation.options import EvaluationOptions, Sampler, samplers_of
 from ddpm_hf.evaluation.references import read_reference, write_reference
 from ddpm_hf.evaluation.sample_files import read_samples
 from ddpm_hf.models.builders import image_size
@@ -44,7 +44,7 @@ class Evaluation:
         self.options, self.pipe, self.run, self.weights = options, pipe, run, weights
         self.state, self.problem, self.pictures = PartialState(), None, {}
         self._distilled_steps = default_steps(pipe.scheduler)
-        self.samplers = samplers_of(options, self._distilled_steps or DEFAULT_STEPS)
+        self.samplers = samplers_of(options, self._distilled_steps)
         self._schedulers = {(None, None): pipe.scheduler}
         for sampler in self.samplers:
             self._check(sampler)

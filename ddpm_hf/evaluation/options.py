@@ -80,9 +80,9 @@ class Sampler(NamedTuple):
         return self.scheduler in (None, "ddpm")
 
 
-def samplers_of(options: EvaluationOptions, default_steps: int = DEFAULT_STEPS) -> list[Sampler]:
-    """All combinations. Variances are of ancestral sampling alone."""
-    samplers, numbers = [], options.steps or [default_steps]
+def samplers_of(options: EvaluationOptions, distilled_steps: int | None = None) -> list[Sampler]:
+    """All combinations. Variances are of ancestral sampling alone. `distilled_steps`: those of a distilled model."""
+    samplers, numbers = [], options.steps or [distilled_steps or DEFAULT_STEPS]
     for scheduler in options.schedulers or [None]:
         variances = options.variance_type if scheduler in (None, "ddpm") else None
         samplers += [Sampler(scheduler, variance, steps) for variance in variances or [None] for steps in numbers]

@@ -52,7 +52,8 @@ class RunLogger:
         train_examples: for the summary; None for a stream, whose length is unknown.
         data: lines of the summary about the images (see `describe_data`).
         conditions: for the samples of a run with `class_embed_type`, those of the first training images.
-        loss_function: what `simple` of validation images is measured with.
+        loss_function: that of the run. Validation measures its `simple` if the run distills a teacher, and else L_simple
+            alone: an objective of the bound would compute the bound too.
     """
 
     config: TrainingConfig
@@ -77,7 +78,7 @@ class RunLogger:
             config.seed,
             accelerator,
             self.images_at_a_time,
-            self.loss_function,
+            L_SIMPLE if config.distill_steps is None else self.loss_function,
         )
         self.is_writer = accelerator.is_main_process and not config.dry_run
         self._statistics = StepStatistics(config.num_train_timesteps, accelerator, self.restored)
