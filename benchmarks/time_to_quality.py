@@ -5,7 +5,8 @@ Both sides train a class-conditional network of the same number of parameters on
 train_unconditional.py: `UNet2DModel` with its initialization, ε, uniform timesteps, AdamW with a rate of 1e-4 that falls
 along a cosine, and its EMA. The other side is training/train.py with a preset, for each number of minutes a run of its own.
 `--options` changes the preset, to see what helps. After each number of minutes, training/evaluate.py measures the same
-figures of both on the features of a classifier (benchmarks/classifier.py). Measuring does not count as training.
+figures of both on the features of a classifier (benchmarks/classifier.py). Measuring does not count as training, and comes
+last.
 """
 
 import contextlib
@@ -47,7 +48,7 @@ class QualityArguments:
     output_dir: str = HfArg(default="outputs/time_to_quality", help="folder of the models and their figures")
     num_samples: int = HfArg(default=2000, help="samples for the distance")
     steps: int = HfArg(default=100, help="sampling steps")
-    bound_images: int = HfArg(default=360, help="test images for bits/dim")
+    bound_images: int = HfArg(default=100, help="test images for bits/dim")
 
 
 def label_of(args: QualityArguments) -> str:
@@ -132,14 +133,18 @@ def main(arguments: list[str] | None = None) -> None:
         cells = (f"{minutes:.1f}", f"{images:,}", f"{values['FD']:.3f}", f"{values['recognized']:.1%}", f"{loss:.5f}")
         print(f"| | {' | '.join(cells)} | {bound['bits_per_dim']:.3f} |", flush=True)
 
-    if args.side == "stock":
-        for minutes, took, images, pipe in train_stock(args):
-            pipe.save_pretrained(folder_of(args, minutes))
-            report(folder_of(args, minutes), took, images)
-    else:
-        for minutes in sorted(args.minutes):
-            folder = folder_of(args, minutes)
-            report(folder, *train_ddpm_hf(args, minutes, folder))
+    def trained():
+        if args.side == "stock":
+            for minutes, took, images, pipe in train_stock(args):
+                pipe.save_pretrained(folder_of(args, minutes))
+                yield folder_of(args, minutes), took, images
+        else:
+            for minutes in sorted(args.minutes):
+                folder = folder_of(args, minutes)
+                yield folder, *train_ddpm_hf(args, minutes, folder)
+
+    for folder, took, images in list(trained()):  # all training first: only that needs an idle machine
+        report(folder, took, images)
 
 
 if __name__ == "__main__":
