@@ -17,8 +17,8 @@ CONFIGURATIONS = {"unet": "config.json", "scheduler": "scheduler_config.json"}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def published_files(folder: Path) -> dict[str, Path]:
-    """The files of a saved pipeline that are published, by their names in the repository.
+def published_files(folder: Path, with_onnx: bool = False) -> dict[str, Path]:
+    """The files of a saved pipeline that are published, by their names in the repository. `with_onnx`: those of an export too.
 
     Raises ValueError if the folder holds no pipeline that loads: without a network or a scheduler, with weights that are
     missing, truncated, of another network or in a pickle, or with links to files outside.
@@ -31,7 +31,11 @@ def published_files(folder: Path) -> dict[str, Path]:
         pickles = list((folder / part).glob("*.bin"))
         if pickles and not any((folder / part).glob("*.safetensors")):
             raise ValueError(f"{pickles[0]} is a pickle: save the weights as safetensors to publish them.")
-    patterns = PUBLISHED + [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors")]
+    patterns = (
+        PUBLISHED
+        + ["onnx/*.onnx"] * with_onnx
+        + [f"{part}/*.{kind}" for part in parts for kind in ("json", "safetensors")]
+    )
     found = {file for pattern in patterns for file in folder.glob(pattern) if not file.name.startswith(".")}
     files = {file.relative_to(folder).as_posix(): file for file in sorted(found)}
     check_files(folder, files.values())

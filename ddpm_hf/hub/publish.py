@@ -2,61 +2,19 @@
 
 import hashlib
 import re
-import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token
-from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import HfApi, ModelInfo
 
+from ddpm_hf.hub.commits import Published, ensure_repository, make_commit
 from ddpm_hf.hub.contents import check_files, pipeline_parts, published_files
 from ddpm_hf.hub.local_paths import without_local_paths
 from ddpm_hf.hub.model_card import card_for_repository, merge_cards, plain_card
 from ddpm_hf.transfer.client import hub_api
-from ddpm_hf.transfer.downloads import DEFAULT_RETRIES, Retries, download_file, git_digest, with_retries
-from ddpm_hf.transfer.errors import LOG_IN, BranchMoved, NotStored, explained
+from ddpm_hf.transfer.downloads import DEFAULT_RETRIES, Retries, download_file, with_retries
+from ddpm_hf.transfer.errors import NotStored, explained
 
 TRAINING_STATE = "training-state"  # the branch
-
-# Given the present state of the branch: the files to commit, by name.
-Contents = Callable[[ModelInfo], Mapping[str, Path | bytes]]
-
-
-@dataclass(frozen=True)
-class Published:
-    """The result of an upload: `commit` is its hash, `url` the address of the commit or pull request."""
-
-    repo_id: str
-    commit: str
-    url: str
-
-
-def ensure_repository(
-    repo_id: str, private: bool, token: str | None = None, retries: Retries = DEFAULT_RETRIES, create_pr: bool = False
-) -> str:
-    """Create the repository if it does not exist, and return its full name.
-
-    Raises ValueError if the token has no write access (not needed with `create_pr`), so that this is known before a
-    training starts, and the OSError of `explain_error` if the Hub refuses or cannot be reached.
-    """
-    if (token or get_token()) is None:
-        raise ValueError(f"not logged in: {LOG_IN} to a token with write access.")
-    api = hub_api(token)
-    with explained(repo_id):
-        # exist_ok also covers a retry after a lost response.
-        created = with_retries(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True), retries)
-        repo_id = repo_id if "/" in repo_id else created.repo_id
-        # create_repo leaves an existing repository as it is.
-        if private and not with_retries(lambda: api.model_info(repo_id), retries).private:
-            raise ValueError(
-                f"{repo_id} exists and is public: make it private in its settings, or choose another name."
-            )
-        user, owner = with_retries(api.whoami, retries), repo_id.split("/")[0]
-    if not create_pr and owner not in [user["name"], *(org["name"] for org in user.get("orgs") or [])]:
-        raise ValueError(f"the token of {user['name']} has no write access to {repo_id}: use a repository of your own.")
-    return repo_id
 
 
 def publish(
@@ -68,6 +26,7 @@ def publish(
     create_pr: bool = False,
     tag: str | None = None,
     with_training_state: bool = False,
+    with_onnx: bool = False,
     commit_message: str = "Publish a model trained with ddpm_hf",
     token: str | None = None,
     retries: Retries = DEFAULT_RETRIES,
@@ -82,6 +41,7 @@ def publish(
         create_pr: open a pull request against main instead of committing to it.
         tag: tag for the commit.
         with_training_state: also upload the newest checkpoint, to the branch "training-state".
+        with_onnx: also upload the files that `ddpm_hf.export` wrote from these weights (onnx/*.onnx).
         commit_message: title of the commit.
         token: access token; None for the one that is logged in.
         retries: how often and after which wait a failed request is made again.
@@ -97,7 +57,7 @@ def publish(
             reached. The message is one sentence that says what to do.
     """
     folder = Path(folder)
-    files = published_files(folder)
+    files = published_files(folder, with_onnx)
     public = without_local_paths(files)
     if create_pr and (revision is not None or tag is not None):
         raise ValueError("create_pr cannot be combined with revision or tag: a pull request is against main.")
@@ -129,13 +89,13 @@ def publish(
         if tag is not None:
             _check_tag(api, repo_id, tag, None, revision, retries)
         target = {"revision": revision, "create_pr": create_pr}
-        done = _commit(api, repo_id, contents, replaced, commit_message, retries, **target)
+        done = make_commit(api, repo_id, contents, replaced, commit_message, retries, **target)
         if tag is not None:
             tag_commit(repo_id, tag, done.commit, token, retries)
         if with_training_state:
             _ensure_branch(api, repo_id, TRAINING_STATE, retries)
             message, target = f"Training state: {checkpoints[-1].name}", {"revision": TRAINING_STATE}
-            _commit(api, repo_id, lambda existing: state, {"checkpoints"}, message, retries, **target)
+            make_commit(api, repo_id, lambda existing: state, {"checkpoints"}, message, retries, **target)
     return done
 
 
@@ -187,79 +147,3 @@ def _ensure_branch(api: HfApi, repo_id: str, branch: str, retries: Retries) -> N
             raise NotStored(f"branch {branch!r}")
 
     with_retries(call, retries)
-
-
-def _commit(
-    api: HfApi, repo_id: str, contents: Contents, replaced: set[str], message: str, retries: Retries, **target
-) -> Published:
-    """Make one commit, from a new state of the branch at each retry, and read it back.
-
-    Args:
-        replaced: folders of the repository whose other files are deleted.
-        target: `revision` and `create_pr`, as for `HfApi.create_commit`.
-    """
-    push_id, first_head = f"ddpm_hf push {uuid.uuid4().hex}", None
-
-    def call() -> Published:
-        nonlocal push_id, first_head
-        existing = api.model_info(repo_id, revision=target["revision"])
-        files, names = contents(existing), [file.rfilename for file in existing.siblings]
-        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
-        done = _find(api, repo_id, push_id, first_head, **target) if first_head is not None else None
-        if done is None:
-            first_head = first_head or existing.sha
-            stale = [name for name in names if "/" in name and name.split("/")[0] in replaced and name not in files]
-            operations = [CommitOperationDelete(name) for name in stale] + additions
-            options = {"commit_description": push_id, "parent_commit": existing.sha, **target}
-            try:
-                # Not upload_folder, which may split the upload into several commits.
-                made = api.create_commit(repo_id, operations, commit_message=message, **options)
-            except HfHubHTTPError as error:
-                if error.response.status_code == 412:
-                    raise BranchMoved from error
-                raise
-            done = Published(repo_id, made.oid, made.pr_url or made.commit_url)
-        if missing := _not_stored(api, repo_id, done.commit, additions):
-            push_id, first_head = f"ddpm_hf push {uuid.uuid4().hex}", None  # another commit, with what is missing
-            raise NotStored(missing)
-        return done
-
-    return with_retries(call, retries)
-
-
-def _not_stored(api: HfApi, repo_id: str, commit: str, additions: list[CommitOperationAdd]) -> str | None:
-    """What a commit lacks of the files that were sent; None if the Hub has all of them with their checksums."""
-    try:
-        infos = api.get_paths_info(repo_id, [addition.path_in_repo for addition in additions], revision=commit)
-    except RevisionNotFoundError:
-        return f"commit {commit}"
-    stored = {info.path: info for info in infos if isinstance(info, RepoFile)}
-    for addition in additions:
-        info = stored.get(addition.path_in_repo)
-        if info is None or not _is_same(addition, info):
-            return f"intact copy of {addition.path_in_repo}"
-    return None
-
-
-def _is_same(addition: CommitOperationAdd, info: RepoFile) -> bool:
-    if info.lfs is not None:
-        return info.lfs.sha256 == addition.upload_info.sha256.hex()
-    digest = git_digest(addition.upload_info.size)
-    with addition.as_file() as stream:
-        return info.blob_id == hashlib.file_digest(stream, lambda: digest).hexdigest()
-
-
-def _find(api: HfApi, repo_id: str, push_id: str, since: str, revision: str | None, create_pr: bool = False):
-    """The commit with `push_id` made after commit `since`, if there is one: its response was lost."""
-    revisions = [revision]
-    if create_pr:
-        refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
-        revisions = [ref.ref for ref in reversed(refs)]
-    for name in revisions:
-        for commit in api.list_repo_commits(repo_id, revision=name):
-            if push_id in commit.message:
-                page = f"discussions/{name.rsplit('/', 1)[-1]}" if create_pr else f"commit/{commit.commit_id}"
-                return Published(repo_id, commit.commit_id, f"{api.endpoint}/{repo_id}/{page}")
-            if commit.commit_id == since:
-                break
-    return None

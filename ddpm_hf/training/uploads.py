@@ -19,7 +19,8 @@ from huggingface_hub.utils import disable_progress_bars
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
 from ddpm_hf.files import atomic_folder
-from ddpm_hf.hub.publish import Published, ensure_repository, publish, tag_commit
+from ddpm_hf.hub.commits import Published, ensure_repository
+from ddpm_hf.hub.publish import publish, tag_commit
 from ddpm_hf.transfer.client import abandon_requests
 from ddpm_hf.transfer.downloads import DEFAULT_RETRIES, Retries
 from ddpm_hf.transfer.errors import explain_error

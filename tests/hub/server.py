@@ -312,8 +312,8 @@ class _Handler(BaseHTTPRequestHandler):
 # ------------------------------------------------------------------ the Hub
 
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
-REPO = r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)"
-PAGE = r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)"
+REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)"
+PAGE = r"/(?:(?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str) -> Callable:

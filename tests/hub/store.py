@@ -75,7 +75,7 @@ class Commit:
 
 
 class Repo:
-    """A repository: `kind` is "models" or "datasets", `id` "user/name"."""
+    """A repository: `kind` is "models", "datasets" or "spaces", `id` "user/name"."""
 
     def __init__(self, kind: str, id: str, private: bool = False):
         self.kind, self.id, self.private = kind, id, private
