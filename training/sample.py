@@ -6,11 +6,7 @@ Image i of a seed is the same on any number of processes. The same command resum
 `--num_images` adds images.
 """
 
-import hashlib
 import io
-import json
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +14,9 @@ from PIL import Image
 
 import ddpm_hf
 from ddpm_hf.checks import check_device, check_int
-from ddpm_hf.data.arrays import array_file
-from ddpm_hf.evaluation.encoding import PNG_CHANNELS, png_bytes, quantize
+from ddpm_hf.evaluation.encoding import PNG_CHANNELS
 from ddpm_hf.evaluation.sample_options import FILES, SampleArguments
+from ddpm_hf.evaluation.sample_output import SampleFolder, folder_path, read_labels
 from ddpm_hf.files import atomic_file, check_output_folder
 from ddpm_hf.training.option_parser import OptionParser
 from ddpm_hf.training.processes import fail, prepare_process
@@ -36,27 +32,32 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args = parser.parse(arguments)
         pipe = prepare(args)
-        folder = output_folder(args)
-        check_record(folder, args)
+        folder = SampleFolder(args)
     except (ValueError, TypeError, OSError) as error:
         fail("sample.py", error)
 
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
+    from ddpm_hf.evaluation.backends import faster_pipeline
     from ddpm_hf.pipelines.denoising import NonFiniteSamples
 
     state = PartialState(cpu=args.device == "cpu")
     pipe.to(args.device or state.device)
+    if args.backend == "auto":
+        batch = range(min(args.batch_size, args.num_images))
+        options = {"num_inference_steps": args.steps} | sampling_options(pipe, args, batch)
+        pipe, reason = faster_pipeline(pipe, args.model, len(batch), **options)
+        state.print(reason)
     pipe.set_progress_bar_config(disable=True)
 
     # Batches do not depend on the number of processes, because the rounding of an image depends on its batch.
     batches = [range(k, min(k + args.batch_size, args.num_images)) for k in range(0, args.num_images, args.batch_size)]
-    unfinished = [batch for batch in batches if not all(is_done(folder, args, batch))]
-    existing = sum(sum(is_done(folder, args, batch)) for batch in batches)
+    unfinished = [batch for batch in batches if not all(folder.is_done(batch))]
+    existing = sum(sum(folder.is_done(batch)) for batch in batches)
     state.wait_for_everyone()  # before the first file is written, so that all processes find the same ones missing
     if state.is_main_process:
-        atomic_file(folder / record_name(args), record(args))
+        folder.write_record()
     share, problem = unfinished[state.process_index :: state.num_processes], None
     title = "Sampling" if state.num_processes == 1 else f"Sampling, process 1 of {state.num_processes}"
     with progress_bar(title, sum(map(len, share)), "images", shown=state.is_main_process) as bar:
@@ -66,13 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
             except NonFiniteSamples as error:
                 problem = f"in the batch of images {batch.start} to {batch.stop - 1}, {error}"
                 break
-            write_batch(folder, args, batch, images)
+            folder.write(batch, images)
             bar.update(len(batch))
     # Also waits for all parts to be written. A process that ended alone would leave the others waiting, unexplained.
     if problems := [p for p in gather_object([problem]) if p is not None]:
         fail("sample.py", problems[0])
     if state.is_main_process:
-        written = gather(folder, args, batches, labels_of(pipe, args, range(args.num_images)))
+        written = folder.join(batches, labels_of(pipe, args, range(args.num_images)))
         print(f"{args.num_images - existing} images written to {written} ({existing} existed).")
         write_grid(pipe, args, folder)
         write_animation(pipe, args)
@@ -88,7 +89,9 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
 
     if args.device is not None:
         check_device("device", args.device, computes=True)
-    pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model)
+    variant = {} if args.variant is None else {"variant": args.variant}
+    backend = "torch" if args.backend == "auto" else args.backend
+    pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model, backend=backend, **variant)
     args.recommend(pipe.scheduler)
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler, args.spacing)
@@ -155,25 +158,6 @@ def labels_of(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, indices
     return [labels[i % len(labels)] for i in indices]
 
 
-def read_labels(class_label: str) -> list:
-    """The number, or the rows of the .npy file, that `--class_label` gives. Raises ValueError if it is neither."""
-    if not class_label.endswith(".npy"):
-        try:
-            return [float(class_label) if set(class_label) & set(".einEIN") else int(class_label)]
-        except ValueError as error:
-            raise ValueError(
-                f"class_label must be a class of the model, a number or a .npy file, got {class_label!r}."
-            ) from error
-    try:
-        labels = np.load(class_label, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"class_label {class_label!r} cannot be read as an array of numbers: {error}") from error
-    if labels.ndim == 0 or not len(labels) or labels.dtype.kind not in "iuf":
-        given = f"shape {labels.shape} of {labels.dtype}"
-        raise ValueError(f"class_label {class_label!r} must hold at least one row of numbers, got {given}.")
-    return labels.tolist()
-
-
 def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch: range, **options) -> np.ndarray:
     """The images with these indices, (B, H, W, C) in [0, 1]. `options` are further ones of the pipeline's call."""
     from ddpm_hf.evaluation.edited_samples import edited_images
@@ -186,117 +170,6 @@ def make_batch(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, batch:
     return sample_images(pipe, batch, args.steps, args.seed, len(batch), **options)
 
 
-# ---------------------------------------------------------------------- files
-
-
-def folder_path(args: SampleArguments) -> Path:
-    # Not samples/, where a run writes its previews.
-    default = Path(args.model) / "generated" if Path(args.model).is_dir() else Path("generated")
-    return Path(args.output_dir) if args.output_dir is not None else default
-
-
-def output_folder(args: SampleArguments) -> Path:
-    folder = folder_path(args)
-    try:
-        (parts_folder(folder, args) if args.format != "png" else folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"{error.filename!r}: {error.strerror}"
-        raise ValueError(f"output_dir must be a folder that can be written to, or a new one, got {problem}.") from error
-    return folder
-
-
-def record_name(args: SampleArguments) -> str:
-    """The file with the options that a seed's images depend on."""
-    return f"seed{args.seed}.json"
-
-
-def record(args: SampleArguments) -> str:
-    names = ("model", "scheduler", "steps", "spacing", "timesteps", "eta", "seed", "class_label", "guidance_scale")
-    options = {name: asdict(args)[name] for name in (*names, "strength", "bits")}
-    pictures = {"init_image": args.init_image, "mask": args.mask, "interpolate": args.interpolate}
-    for name, files in pictures.items():
-        files = [files] if isinstance(files, str) else files
-        options[name] = None if files is None else [file_digest(file) for file in files]
-    # The place of an image between two others depends on how many there are.
-    options["num_images"] = args.num_images if args.interpolate is not None else None
-    if args.class_label is not None:
-        is_file = args.class_label.endswith(".npy")
-        options["class_label"] = file_digest(args.class_label) if is_file else read_labels(args.class_label)[0]
-    return json.dumps(options, indent=2) + "\n"
-
-
-def file_digest(path: str) -> str:
-    return "sha256 " + hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-
-
-def check_record(folder: Path, args: SampleArguments) -> None:
-    """Raise ValueError if the folder has images of this seed that were made with other options."""
-    file, now = folder / record_name(args), json.loads(record(args))
-    try:
-        before = dict(json.loads(file.read_text())) if file.exists() else now
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"output_dir {str(folder)!r} holds {file.name}, which is no record of samples: {error}"
-        ) from error
-    # A record of an earlier version lacks an option that was not there yet, and whose default is None.
-    changed = ", ".join(
-        f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]
-    )
-    if changed:
-        raise ValueError(
-            f"output_dir {str(folder)!r} has images of seed {args.seed} made with other options ({changed}): "
-            "give another output_dir."
-        )
-
-
-def png_file(folder: Path, args: SampleArguments, index: int) -> Path:
-    return folder / f"seed{args.seed}-{index:06d}.png"
-
-
-def parts_folder(folder: Path, args: SampleArguments) -> Path:
-    return folder / f".seed{args.seed}-{args.format}.parts"
-
-
-def part_file(folder: Path, args: SampleArguments, batch: range) -> Path:
-    return parts_folder(folder, args) / f"{batch.start:06d}-{batch.stop:06d}.npy"
-
-
-def output_file(folder: Path, args: SampleArguments) -> Path:
-    return folder / f"seed{args.seed}-{args.num_images}.{args.format}"
-
-
-def is_done(folder: Path, args: SampleArguments, batch: range) -> list[bool]:
-    """For each image of a batch, whether it is written."""
-    if args.format == "png":
-        return [png_file(folder, args, i).exists() for i in batch]
-    return [output_file(folder, args).exists() or part_file(folder, args, batch).exists()] * len(batch)
-
-
-def write_batch(folder: Path, args: SampleArguments, batch: range, images: np.ndarray) -> None:
-    """Write PNG files, or a part of the output file. `images` are (B, H, W, C) in [0, 1]."""
-    images = quantize(images, args.bits)
-    if args.format == "png":
-        for file, image in zip((png_file(folder, args, i) for i in batch), images):
-            if not file.exists():
-                atomic_file(file, png_bytes(image))
-    else:
-        atomic_file(part_file(folder, args, batch), array_file(images))
-
-
-def gather(folder: Path, args: SampleArguments, batches: list[range], labels: list | None) -> Path:
-    """Join the parts into the output file, unless the format is PNG. Returns where the images are."""
-    from ddpm_hf.evaluation.sample_files import npz_file, parquet_file
-
-    if args.format == "png":
-        return folder
-    target = output_file(folder, args)
-    if not target.exists():
-        images = np.concatenate([np.load(part_file(folder, args, batch)) for batch in batches])
-        atomic_file(target, npz_file(images, labels) if args.format == "npz" else parquet_file(images, labels))
-    shutil.rmtree(parts_folder(folder, args), ignore_errors=True)
-    return target
-
-
 def magnification(pipe: "ddpm_hf.DDPMPipelineCustom") -> int:
     """By how much small images are enlarged in a picture of several."""
     from ddpm_hf.pipelines.arguments import check_shape
@@ -304,7 +177,7 @@ def magnification(pipe: "ddpm_hf.DDPMPipelineCustom") -> int:
     return max(1, 64 // max(check_shape(pipe.unet, 1, None)[2:]))
 
 
-def write_grid(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, folder: Path) -> None:
+def write_grid(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, folder: SampleFolder) -> None:
     """Write the file that `--grid` names, from the images that are written."""
     if args.grid is None:
         return
@@ -313,10 +186,10 @@ def write_grid(pipe: "ddpm_hf.DDPMPipelineCustom", args: SampleArguments, folder
 
     count = min(args.num_images, GRID_IMAGES)
     if args.format == "png":
-        images = [Image.open(png_file(folder, args, i)) for i in range(count)]
+        images = [Image.open(folder.png_file(i)) for i in range(count)]
     else:
         _, channels, *size = check_shape(pipe.unet, 1, None)
-        images = read_samples(str(output_file(folder, args)), count, tuple(size), channels)
+        images = read_samples(str(folder.output_file), count, tuple(size), channels)
     stream = io.BytesIO()
     format = Image.registered_extensions()[Path(args.grid).suffix.lower()]
     ddpm_hf.image_grid(images, scale=magnification(pipe), padding=PADDING).save(stream, format)

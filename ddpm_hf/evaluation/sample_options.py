@@ -21,6 +21,7 @@ CONFLICTS = (
     ("mask", ("strength", "gif"), "inpainting goes back and forth on the whole chain"),
     ("spacing", ("timesteps",), "both choose the timesteps"),
 )
+BACKENDS_WITHOUT = {"auto": "variant", "onnxruntime": "device"}  # an option that cannot be given with a backend
 # Options, and those of which they need one.
 NEEDS = {"mask": ("init_image",), "strength": ("init_image", "interpolate")}
 FILES = {"gif": (".gif", ".webp", ".mp4"), "grid": (".png", ".jpg", ".jpeg", ".webp")}
@@ -29,6 +30,12 @@ FILES = {"gif": (".gif", ".webp", ".mp4"), "grid": (".png", ".jpg", ".jpeg", ".w
 @dataclass
 class SampleArguments:
     model: str = option(MISSING, "folder, or repository on the Hub")
+    backend: Literal["torch", "onnxruntime", "auto"] = option(
+        "torch",
+        "what computes the network; 'onnxruntime': on the CPU, from the file of ddpm-export; 'auto': the faster of them, by "
+        "measuring a step of each",
+    )
+    variant: str | None = option(None, "of the weights, such as fp16; of onnxruntime fp16 or int8")
     num_images: int = option(64, "total number of images, including existing ones", "[1, inf)")
     scheduler: SamplerName | None = option(
         None, f"None: the saved one, but {RECOMMENDED} for ddpm without --steps and other options of the steps"
@@ -94,6 +101,8 @@ class SampleArguments:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs {' or '.join(f'--{other}' for other in others)}."
                 )
+        if (name := BACKENDS_WITHOUT.get(self.backend)) is not None and self.is_given(name):
+            raise ValueError(f"{name}={getattr(self, name)!r} cannot be given with backend={self.backend!r}.")
         if self.interpolate is not None and len(self.interpolate) != 2:
             raise ValueError(f"interpolate must be the files of two pictures, got {self.interpolate!r}.")
         for name, suffixes in FILES.items():
