@@ -4,15 +4,11 @@ import contextlib
 import importlib
 import io
 import re
-import threading
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
@@ -22,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for folder in ("", "docs", "benchmarks") for path in sorted((ROOT / folder).glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 del TEXTS["CHANGELOG.md"]  # names what earlier versions had
-SCRIPTS = ("train", "sample", "evaluate", "choose_ema", "publish", "convert", "distill")
+SCRIPTS = ("train", "sample", "evaluate", "choose_ema", "publish", "convert", "distill", "export")
 MAX_SENTENCE_WORDS = 35
 # Files that a run writes, and placeholders.
 WRITTEN = ("outputs/", "path/to", "<name>")
@@ -70,30 +66,6 @@ def test_python_blocks_run(name, pipes, monkeypatch):
         if "pipe" in namespace:
             namespace["pipe"] = fitting
         exec(compile(block, name, "exec"), namespace)
-
-
-def test_the_http_service_answers_with_pictures_and_with_errors():
-    service = {}
-    exec(compile(blocks(TEXTS["docs/deployment.md"], "python")[0], "deployment.md", "exec"), service)
-    server = service["ThreadingHTTPServer"](("127.0.0.1", 0), service["Images"])
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}/"
-    try:
-        pictures = [urlopen(f"{address}?seed=3&number=4&steps=2", timeout=60).read() for _ in range(2)]
-        assert pictures[0] == pictures[1] and Image.open(io.BytesIO(pictures[0])).size == (128, 128)
-        for query, error in (
-            ("steps=0", "num_inference_steps must be"),
-            ("number=17", "1 to 16"),
-            ("size=8", "give seed"),
-        ):
-            with pytest.raises(HTTPError) as refused:
-                urlopen(f"{address}?{query}", timeout=60)
-            assert refused.value.code == 400 and error in refused.value.read().decode()
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(60)
 
 
 @pytest.mark.parametrize("name", TEXTS)
