@@ -15,6 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+# Threads of one library wait for work by spinning, for milliseconds after a call. Before a candidate is timed, it runs
+# until those of the candidate before it sleep, unless it takes long itself.
+SETTLING_SECONDS = 0.03
+
+
 def interleaved_medians(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, float]:
     """Median seconds of each candidate over `rounds` rounds."""
 
@@ -25,15 +30,18 @@ def interleaved_medians(candidates: dict[str, Callable[[], object]], rounds: int
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    for _ in range(warmup):
-        for function in candidates.values():
-            call(function)
+    def settle(name: str) -> None:
+        for _ in range(int(SETTLING_SECONDS / warm[name])):
+            call(candidates[name])
+
+    warm = {name: min(call(function) for _ in range(max(warmup, 1))) for name, function in candidates.items()}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     order = random.Random(0)
     names = list(candidates)
     for _ in range(rounds):
         order.shuffle(names)
         for name in names:
+            settle(name)
             seconds[name].append(call(candidates[name]))
     return {name: statistics.median(values) for name, values in seconds.items()}
 

@@ -2,11 +2,12 @@
 
 Images per second of both pipelines at the same number of steps, with the same network and weights (a network of
 `unet.py`, or `--model`). First checks that their images agree. `--compile` adds diffusers' compiled network and this
-package's compiled step; `--mode reduce-overhead` replays both as CUDA graphs. On a GPU:
+package's compiled step, `--onnx` this package's pipeline in ONNX Runtime; `--mode reduce-overhead` replays both as CUDA graphs. On a GPU:
 `python -m benchmarks.pipeline --network cifar10 --batch_size 512 --mixed_precision bf16 --compile --mode reduce-overhead`
 """
 
 import copy
+import tempfile
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from benchmarks.harness import PRECISIONS, describe_machine, flops, interleaved_medians, peak_rate, print_ratios
 from benchmarks.unet import NETWORKS
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.export.onnx_files import export_onnx
 
 
 @dataclass
@@ -27,6 +29,7 @@ class BenchmarkArguments:
     batch_size: int = HfArg(default=16, help="images per batch")
     steps: int = HfArg(default=10, help="sampling steps")
     rounds: int = HfArg(default=5, help="number of timed batches of each candidate")
+    onnx: bool = HfArg(default=False, help="time the network in ONNX Runtime too")
     compile: bool = HfArg(default=False, help="time compiled pipelines too")
     mode: str | None = HfArg(default=None, help="mode of torch.compile")
 
@@ -52,6 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
         pipes["diffusers, compiled"] = DDPMPipeline(compiled, copy.deepcopy(stock.scheduler))
         pipes["ddpm_hf, compiled"] = DDPMPipelineCustom(ours.unet, ours.scheduler)
         pipes["ddpm_hf, compiled"].compile(mode=args.mode)
+
+    if args.onnx:
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(ours, folder)
+            pipes["ddpm_hf, ONNX Runtime"] = DDPMPipelineCustom.from_pretrained(folder, backend="onnxruntime")
 
     def images(name: str, half: bool = dtype != torch.float32) -> torch.Tensor:
         generator = torch.Generator(device).manual_seed(0)

@@ -1,6 +1,7 @@
 """`UNet2DModelCustom` against `diffusers.UNet2DModel` with the same weights: `python -m benchmarks.unet [network ...]`
 
-First checks that the outputs agree, then times the forward pass, eager and (`--compile`) compiled, and a training step
+First checks that the outputs agree, then times the forward pass, eager, in ONNX Runtime (`--onnx`) and compiled (`--compile`),
+and a training step
 (forward, backward, AdamW; fused for this package, as in its training script). Each time comes with the FLOP/s of the
 diffusers network as a share of the machine's fastest convolution: near 100 %, only less arithmetic makes it faster.
 `--compile` also compares compiled gradients of both networks with eager ones.
@@ -8,13 +9,16 @@ diffusers network as a share of the machine's fastest convolution: near 100 %, o
 
 import argparse
 import copy
+import tempfile
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
 
 from benchmarks.harness import describe_machine, flops, interleaved_medians, peak_rate
-from ddpm_hf import UNet2DModelCustom
+from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf.export.onnx_files import export_onnx
+from ddpm_hf.models.onnx_unet import OnnxUNet
 
 TINY = {
     "sample_size": 16,
@@ -87,7 +91,13 @@ def table(title: str, candidates: dict, work: int, peak: float, rounds: int) -> 
         print(f"  compiled against compiled: {ratio:.2f}×")
 
 
-def forward(name: str, size: int, peak: float, rounds: int, compile: bool) -> None:
+def in_onnx(unet: UNet2DModelCustom) -> OnnxUNet:
+    with tempfile.TemporaryDirectory() as folder:
+        (file,) = export_onnx(DDPMPipelineCustom(unet, DDPMSchedulerCustom()), folder)
+        return OnnxUNet(file.path)
+
+
+def forward(name: str, size: int, peak: float, rounds: int, compile: bool, onnx: bool) -> None:
     stock, ours = networks(name)
     x, t = batch(name, size)[0], 500
     channels_last = copy.deepcopy(stock).to(memory_format=torch.channels_last)
@@ -100,6 +110,10 @@ def forward(name: str, size: int, peak: float, rounds: int, compile: bool) -> No
     with torch.no_grad():
         expected = stock(x, t).sample
         check(f"{name}, batch {size}", (ours(x, t).sample - expected).abs().max().item(), 2e-5)
+        if onnx:
+            runtime = in_onnx(ours)
+            check("ONNX Runtime", (runtime(x, t).sample - expected).abs().max().item(), 2e-5)
+            candidates["ddpm_hf, ONNX Runtime"] = lambda: runtime(x, t)
         if compile:
             torch._dynamo.reset()  # torch stops compiling after eight networks
             fast_stock, fast_ours = torch.compile(stock), torch.compile(ours)
@@ -146,6 +160,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="time compiled networks too, which takes minutes for each network"
     )
+    parser.add_argument("--onnx", action="store_true", help="time the network in ONNX Runtime too")
     parser.add_argument("--rounds", type=int, default=20, help="number of timed calls of each candidate")
     args = parser.parse_args()
     if unknown := set(args.networks) - set(NETWORKS):
@@ -154,7 +169,7 @@ def main() -> None:
     print(f"{describe_machine()}; best convolution {peak / 1e9:.0f} GFLOP/s")
     for name in args.networks or NETWORKS:
         for size in FORWARD[name]:
-            forward(name, size, peak, args.rounds, args.compile)
+            forward(name, size, peak, args.rounds, args.compile, args.onnx)
         training(name, peak, max(args.rounds // 2, 3), args.compile)
 
 
