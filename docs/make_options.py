@@ -10,6 +10,7 @@ from ddpm_hf.scripts.sample import SampleArguments
 
 from ddpm_hf.convert.options import ConvertOptions
 from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.export.options import ExportOptions
 from ddpm_hf.options import accepted, default_of
 from ddpm_hf.training.config import TrainingConfig
 
@@ -21,6 +22,7 @@ TABLES = {
     "publish": PublishArguments,
     "convert": ConvertOptions,
     "distill": DistillOptions,
+    "export": ExportOptions,
 }
 INTRODUCTION = """# Options
 

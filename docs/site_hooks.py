@@ -26,7 +26,19 @@ PAGES = {
     "docs/notebooks/ddpm.ipynb": "notebook.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
-API = ("pipelines", "schedulers", "models", "diffusion", "data", "training", "evaluation", "hub", "convert")
+API = [
+    "pipelines",
+    "schedulers",
+    "models",
+    "diffusion",
+    "data",
+    "training",
+    "evaluation",
+    "hub",
+    "convert",
+    "export",
+    "demo",
+]
 LINK = re.compile(r"(\]\()([^)\s]+)")
 BADGE = re.compile(r"\[!\[([^]]+)\]\(https?://[^)]+\)\]")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)

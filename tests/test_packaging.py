@@ -22,7 +22,7 @@ import ddpm_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = (".git", ".venv*", "venv", "outputs", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-COMMANDS = ("train", "sample", "evaluate", "choose-ema", "publish", "convert", "distill")
+COMMANDS = ("train", "sample", "evaluate", "choose-ema", "publish", "convert", "distill", "export")
 TINY_RUN = (
     *("--block_out_channels", "8", "16", "--layers_per_block", "1", "--attention_head_dim", "8"),
     *("--total_images", "64", "--batch_size", "16", "--sample_steps", "2", "--quality_samples", "0"),
@@ -91,7 +91,7 @@ def test_the_wheel_has_library_scripts_presets_and_templates(distributions):
 
 def test_the_sdist_has_tests_benchmarks_docs_and_model_cards(distributions):
     names = {name.partition("/")[2] for name in distributions[1].getnames()}
-    folders = files_below("ddpm_hf", "training", "tests", "benchmarks", "docs", "model_cards")
+    folders = files_below("ddpm_hf", "training", "tests", "benchmarks", "docs", "examples", "model_cards")
     root = {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "setup.cfg"}
     assert names >= folders | root | {"pyproject.toml", "ruff.toml", "constraints.txt", ".ci/run", "tests/conftest.py"}
 
@@ -113,10 +113,15 @@ def distribution_of(package: str) -> str:
 
 
 def imported_distributions(tree: ast.AST, at_module_level: bool = False) -> set[str]:
-    """The distributions whose packages a file imports; `at_module_level` leaves imports inside functions out."""
+    """The distributions whose packages a file imports; `at_module_level` leaves out imports inside functions, and for types."""
+
+    def is_run(node: ast.AST) -> bool:
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        return not (for_types or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
     nodes = [tree]
     for node in nodes:
-        if not (at_module_level and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        if not at_module_level or is_run(node):
             nodes.extend(ast.iter_child_nodes(node))
     names = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -137,7 +142,7 @@ def test_imports_at_module_level_are_core_dependencies(distributions, trees):
 
 
 def test_imports_inside_functions_are_dependencies_or_extras(distributions, trees):
-    declared = requirements(distributions[0], "train", "eval", "fid", "lora", "video")
+    declared = requirements(distributions[0], "train", "eval", "fid", "lora", "video", "export")
     undeclared = {name: imported_distributions(tree) - declared for name, tree in trees.items()}
     assert not {name: missing for name, missing in undeclared.items() if missing}
 

@@ -269,6 +269,7 @@ class Evaluation:
             "labels": images and images.label_column,
             "conditions": measures.describe_conditions(self.pipe, images and options.split) if sampled else None,
             "weights": self.weights and f"averaged {self.weights}",
+            "backend": None if options.backend == "torch" else f"{options.backend} {options.variant or 'float32'}",
             "resolution": list(image_size(self.pipe.unet.config)),
             "dataset_resize": images and measures.resizing(images),
         }

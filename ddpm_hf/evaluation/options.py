@@ -17,6 +17,10 @@ class EvaluationOptions:
     """Every option of `training/evaluate.py`."""
 
     model: str = option(MISSING, "folder, or repository on the Hub")
+    backend: Literal["torch", "onnxruntime"] = option(
+        "torch", "what computes the network; 'onnxruntime': on the CPU, from the file of ddpm-export"
+    )
+    variant: str | None = option(None, "of the weights, such as fp16; of onnxruntime fp16 or int8")
     dataset: str | None = option(
         None,
         "'digits', 'photos', a folder of images, or a data set on the Hub; None: no data, for FD to reference alone",
@@ -105,6 +109,9 @@ def check_rules(options: EvaluationOptions) -> None:
         raise ValueError(
             f"output_dir must be given for a model that is not a local folder, got model {options.model!r}."
         )
+    if options.backend != "torch" and options.output_dir is None:
+        problem = "the model's card has the figures of its weights in PyTorch"
+        raise ValueError(f"output_dir must be given with backend={options.backend!r}: {problem}.")
     if options.dataset is None and options.reference is None:
         raise ValueError("dataset must be given, or a reference to which FD alone is measured.")
     if options.dataset is None:

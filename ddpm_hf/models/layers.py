@@ -57,14 +57,17 @@ class UpsampleConv2d(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        if x.device.type != "cpu" or self.weight.dtype.itemsize < 4 or pixels < _MIN_PIXELS_FOR_SUMMING:
+        if torch.compiler.is_exporting() or not self._summing_pays(x):  # the number of pixels of an export is not known
             return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         C = self.out_channels
         weight = _KERNEL_SUMS.to(self.weight.dtype) @ self.weight.permute(2, 3, 1, 0).reshape(9, C * C)
         # The convolution would convert the memory format itself, but several times more slowly.
         weight = weight.view(4, 4, C, C).permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
         return F.conv_transpose2d(x, weight, self.bias, stride=2, padding=1)
+
+    def _summing_pays(self, x: torch.Tensor) -> bool:
+        pixels = x.shape[0] * x.shape[2] * x.shape[3]
+        return x.device.type == "cpu" and self.weight.dtype.itemsize >= 4 and pixels >= _MIN_PIXELS_FOR_SUMMING
 
 
 class Upsample(nn.Module):

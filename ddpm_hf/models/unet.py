@@ -170,14 +170,15 @@ class UNet2DModelCustom(SavesAsStock, ModelMixin, AttentionMixin, PeftAdapterMix
         B, _, H, W = sample.shape
         if H % multiple or W % multiple:
             raise ValueError(f"height and width of sample must be multiples of {multiple}, got {H}×{W}.")
-        if len(t) not in (1, B):
-            raise ValueError(f"timestep must be one number, or {B} (one per image), got {len(t)}.")
+        # Not len(), which would fix the number of images in a program of torch.export.
+        if t.shape[0] not in (1, B):
+            raise ValueError(f"timestep must be one number, or {B} (one per image), got {t.shape[0]}.")
         if (labels is None) != (self.class_embedding is None):
             expected = (
                 "given: this model is class-conditional" if labels is None else "None: this model is unconditional"
             )
             raise ValueError(f"class_labels must be {expected}.")
-        if labels is not None and (labels.ndim == 0 or len(labels) not in (1, B)):
+        if labels is not None and (labels.ndim == 0 or labels.shape[0] not in (1, B)):
             raise ValueError(f"class_labels must hold {B} labels, one per image, got shape {tuple(labels.shape)}.")
         for name, index, table in (("timestep", t, self.time_proj), ("class_labels", labels, self.class_embedding)):
             if not isinstance(table, nn.Embedding):

@@ -8,8 +8,10 @@ import torch
 from diffusers import DDPMPipeline, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
 
+from ddpm_hf.checks import check_choice
 from ddpm_hf.files import check_output_folder, staging_folder
 from ddpm_hf.interop import SavesAsStock, refuse_pickle
+from ddpm_hf.models.onnx_unet import onnx_name
 from ddpm_hf.models.unet import UNet2DModelCustom
 from ddpm_hf.pipelines import loading
 from ddpm_hf.pipelines.arguments import (
@@ -163,6 +165,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         With a scheduler of diffusers, network and guidance are compiled. Images stay the same up to rounding.
         `options` are those of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
+        loading.check_has_weights(self.unet, "compile()")
         self._step_functions = StepFunctions.compiled(**{"fullgraph": True, "dynamic": False, **options})
 
     # ------------------------------------------------------------------ conversion from and to diffusers
@@ -201,6 +204,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         Raises ValueError if `save_directory` cannot be a folder with these files.
         """
         refuse_pickle(safe_serialization)
+        loading.check_has_weights(self.unet, "save_pretrained()")
         folder = Path(save_directory)
         check_output_folder("save_directory", folder.resolve(), ["model_index.json"], self.components)
         if kwargs.get("push_to_hub"):
@@ -216,6 +220,7 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         *,
         unet: UNet2DModelCustom | UNet2DModel | None = None,
         scheduler: SchedulerMixin | None = None,
+        backend: str = "torch",
         **kwargs,
     ) -> "DDPMPipelineCustom":
         """Load a DDPM pipeline saved by this package or diffusers, from a folder or the Hub, as this package's classes.
@@ -224,6 +229,8 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
             pretrained_model_name_or_path: a folder, or a repository on the Hub (`google/ddpm-cifar10-32`, say). The
                 components are in `unet/` and `scheduler/`, or all in the root.
             unet, scheduler: used instead of the saved ones.
+            backend: what computes the network: "torch", or "onnxruntime" for the file onnx/model.onnx that `ddpm-export`
+                writes (`variant="fp16"`: onnx/model_fp16.onnx), on the CPU. No network of PyTorch is loaded then.
             revision, token, cache_dir, force_download, local_files_only: as for
                 `huggingface_hub.snapshot_download`.
             kwargs: other options of `UNet2DModelCustom.from_pretrained`: `torch_dtype`, `variant`, `use_safetensors`,
@@ -237,6 +244,9 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         folder = Path(name)
         download_options = {option: kwargs.pop(option) for option in loading.DOWNLOAD_OPTIONS if option in kwargs}
         loading.check_options(kwargs)
+        check_choice("backend", backend, ("torch", "onnxruntime"))
+        if backend == "onnxruntime":
+            return cls._from_onnx(name, unet, scheduler, kwargs, download_options)
         if unet is not None and kwargs:
             raise TypeError(f"{sorted(kwargs)} are options for loading the U-Net, but unet was given.")
         if not folder.is_dir():
@@ -248,5 +258,19 @@ class DDPMPipelineCustom(SavesAsStock, DiffusionPipeline):
         )
         if unet is None:
             pipe._trained_T = loading.saved_num_train_timesteps(folder) or pipe._trained_T
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    @classmethod
+    def _from_onnx(cls, name: str, unet, scheduler, options: dict, download_options: dict) -> "DDPMPipelineCustom":
+        variant = options.pop("variant", None)
+        if given := ["unet"] * (unet is not None) + sorted(options):
+            raise TypeError(f"{given[0]} is for a network of PyTorch, and cannot be given with backend='onnxruntime'.")
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = loading.download_pipeline(name, False, onnx_name(variant), **download_options)
+        unet, saved = loading.load_onnx(folder, variant)
+        pipe = cls(unet, saved if scheduler is None else scheduler)
+        pipe._trained_T = saved.config.num_train_timesteps
         pipe.register_to_config(_name_or_path=name)
         return pipe

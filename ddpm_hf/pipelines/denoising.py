@@ -1,6 +1,6 @@
 """The denoising loop: one call of the network and one of the scheduler per step, eager or compiled."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -79,9 +79,9 @@ class RecordedSteps:
 
 
 @contextmanager
-def eval_mode(module: torch.nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, then give each of its submodules the mode that it had."""
-    in_training = [m for m in module.modules() if m.training]
+def eval_mode(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Put the modules of a network in eval mode, then give each of them the mode that it had."""
+    in_training = [m for m in modules if m.training]
     for m in in_training:
         m.training = False
     try:
@@ -125,8 +125,9 @@ def denoising_loop(inputs: SamplingInputs, x: torch.Tensor, functions: StepFunct
     options = {name: value for name, value in inputs.step_options.items() if name != "generator"}
     # An int saves this package's scheduler a table lookup on the device; others expect their own tensors.
     timesteps = scheduler.timesteps.tolist() if is_own else scheduler.timesteps
+    modules = list(denoiser.unet.modules())  # once: to walk through a network takes as long as several of its layers
     for i, (t, t_model) in enumerate(zip(timesteps, scheduler.timesteps)):
-        with torch.no_grad(), eval_mode(denoiser.unet):
+        with torch.no_grad(), eval_mode(modules):
             if is_own and functions.reverse_step is not None:
                 # Noise is drawn where eager mode draws it, so that a generator ends in the same state.
                 is_drawn = i < len(timesteps) - 1 and scheduler.adds_noise(**options)

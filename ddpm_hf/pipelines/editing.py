@@ -132,7 +132,7 @@ def inpaint(
     ascending = timesteps[::-1]
     levels = list(repaint_levels(len(timesteps), jump_length, jump_n_sample))
     recorded = RecordedSteps()
-    with eval_mode(pipe.unet), pipe.progress_bar(total=len(levels) - 1) as bar:
+    with eval_mode(pipe.unet.modules()), pipe.progress_bar(total=len(levels) - 1) as bar:
         for level, next_level in zip(levels, levels[1:]):
             t = ascending[level]
             if next_level > level:

@@ -12,6 +12,7 @@ import torch
 
 from ddpm_hf.checks import ArgumentTypeError, check_choice, shown
 from ddpm_hf.diffusion.gaussian import GaussianDiffusion
+from ddpm_hf.models.onnx_unet import OnnxUNet
 from ddpm_hf.pipelines.guidance import Denoiser
 
 GuidanceFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -51,6 +52,8 @@ class GuidedDenoiser:
         if gradient != "estimate" and diffusion.alphas_cumprod[-1] == 0:
             problem = "needs ᾱ_T above 0, got 0 (zero terminal SNR): use 'estimate'"
             raise ValueError(f"guidance_gradient={gradient!r} {problem}.")
+        if gradient == "network" and isinstance(denoiser.unet, OnnxUNet):
+            raise ValueError("guidance_gradient='network' needs a network in PyTorch: use 'estimate' or 'x_t'.")
         self.unet, self.denoiser, self.guidance, self.gradient = denoiser.unet, denoiser, guidance, gradient
         self.prediction_type = diffusion.prediction_type
         with torch.inference_mode(False):  # tensors of inference mode cannot take part in gradients

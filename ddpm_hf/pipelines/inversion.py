@@ -43,7 +43,7 @@ def encode(
     diffusion, x = as_ddpm(pipe.scheduler).diffusion, images.to(pipe._execution_device, torch.float32)
     timesteps = arguments.timesteps_from(pipe, len(diffusion) - 1, num_inference_steps)
     bar_t, rest_t = 1.0, 0.0  # √ᾱ and √(1−ᾱ) of the image itself
-    with eval_mode(pipe.unet):
+    with eval_mode(pipe.unet.modules()):
         for s in timesteps[::-1]:
             bar_s, rest_s = diffusion.sqrt_alphas_cumprod[s].item(), diffusion.sqrt_one_minus_alphas_cumprod[s].item()
             x_s = x

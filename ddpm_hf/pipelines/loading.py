@@ -18,6 +18,7 @@ from ddpm_hf.checks import ArgumentTypeError, shown
 from ddpm_hf.files import move_file, staging_folder
 from ddpm_hf.interop import stock_config
 from ddpm_hf.model_files import class_name, read_json_object
+from ddpm_hf.models.onnx_unet import OnnxUNet, onnx_name
 from ddpm_hf.models.unet import UNet2DModelCustom
 from ddpm_hf.pipelines.guidance import check_marks
 from ddpm_hf.schedulers.samplers import OWN
@@ -35,9 +36,10 @@ UNET_OPTIONS = (
 DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
-def download_pipeline(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
+def download_pipeline(repo_id: str, allow_pickle: bool, onnx_file: str | None = None, **kwargs) -> Path:
     """Download a pipeline's configurations and safetensors from the Hub and return the folder. If it has no
-    safetensors and `allow_pickle`, its `.bin` weights. Errors are those of `download_snapshot`."""
+    safetensors and `allow_pickle`, its `.bin` weights. With `onnx_file`, this file alone. Errors are those of
+    `download_snapshot`."""
     for name, kinds in {"revision": str, "cache_dir": (str, Path), "token": (str, bool)}.items():
         if kwargs.get(name) is not None and not isinstance(kwargs[name], kinds):
             raise ArgumentTypeError(f"{name} must be a string or None, got {type(kwargs[name]).__name__}.")
@@ -48,6 +50,8 @@ def download_pipeline(repo_id: str, allow_pickle: bool, **kwargs) -> Path:
     safe = [pattern + ".safetensors" for pattern in weights]
     kwargs.setdefault("retries", Retries(tries=3))  # few, since a person is waiting
     try:
+        if onnx_file is not None:
+            return download_snapshot(repo_id, allow_patterns=[onnx_file], **kwargs)
         patterns = [*configs, "*.safetensors.index.json", *safe]
         folder = download_snapshot(repo_id, needed=_has_configurations, allow_patterns=patterns, **kwargs)
         if allow_pickle and not any(folder.rglob("*.safetensors")):
@@ -150,6 +154,21 @@ def load_unet(folder: Path, source: str, **kwargs) -> UNet2DModelCustom:
     return unet
 
 
+def load_onnx(folder: Path, variant: str | None) -> tuple[OnnxUNet, SchedulerMixin]:
+    """The network of a folder's ONNX file, and the scheduler that the file records."""
+    file = folder / onnx_name(variant)
+    unet = OnnxUNet(file)
+    check_marks(unet, str(file))
+    config = unet.facts["scheduler_config"]
+    return unet, scheduler_class(config["_class_name"]).from_config(config)
+
+
+def check_has_weights(unet, what: str) -> None:
+    """Raise ValueError, naming what was asked for, if the network is not one of PyTorch."""
+    if isinstance(unet, OnnxUNet):
+        raise ValueError(f"{what} needs the network in PyTorch, and backend='onnxruntime' has none: load it without.")
+
+
 def saved_num_train_timesteps(folder: Path) -> int | None:
     """The T that a saved model was trained with, according to its scheduler's file; None without one."""
     files = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
@@ -160,6 +179,7 @@ def convert_unet(unet, cls: type[UNet2DModel] | type[UNet2DModelCustom]) -> UNet
     """`unet` as an instance of `cls` with the same parameter objects: training or moving one trains or moves both. Of a
     compiled network it is the network itself."""
     unet = unwrap_module(unet)
+    check_has_weights(unet, "conversion to and from diffusers")
     if type(unet) is cls:
         return unet
     with torch.device("meta"):  # no weights are allocated or initialized

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from ddpm_hf.scripts import choose_ema, convert, distill, evaluate, publish, sample
+from ddpm_hf.scripts import choose_ema, convert, distill, evaluate, export, publish, sample
 
 OPTIONS = {
     "choose_ema": choose_ema.EMAArguments,
@@ -14,6 +14,7 @@ OPTIONS = {
     "sample": sample.SampleArguments,
     "convert": convert.ConvertOptions,
     "distill": distill.DistillOptions,
+    "export": export.ExportOptions,
 }
 CODE = """
 import sys

@@ -1,0 +1,57 @@
+"""Smaller files: half the bytes with weights in float16, and 8-bit arithmetic that stays near the network."""
+
+import re
+
+import onnx
+import pytest
+import torch
+
+from ddpm_hf.export.graph import to_onnx
+from ddpm_hf.export.inputs import noised_images
+from ddpm_hf.export.onnx_files import compare
+from ddpm_hf.export.variants import MIN_NUMBERS, quantized, with_half_weights
+from ddpm_hf.models.onnx_unet import open_session
+
+
+@pytest.fixture
+def pipe(make_pipeline):
+    return make_pipeline(block_out_channels=(32, 64))
+
+
+def test_half_weights_are_those_of_a_network_rounded_to_float16(pipe, tmp_path):
+    model = to_onnx(pipe)
+    half = with_half_weights(model)
+    onnx.save(half, tmp_path / "half.onnx")
+    assert half.ByteSize() < 0.6 * model.ByteSize()
+    assert list(half.metadata_props) == list(model.metadata_props)
+    images = noised_images(pipe, torch.rand(16, 3, 8, 8) * 2 - 1, None)
+    rounding = compare(tmp_path / "half.onnx", pipe, images)[1]
+    for parameter in pipe.unet.parameters():
+        if parameter.numel() >= MIN_NUMBERS:
+            parameter.data = parameter.half().float()
+    assert compare(tmp_path / "half.onnx", pipe, images)[0] < 2e-6 < 1e-5 < rounding < 1e-2
+
+
+def test_weights_that_float16_cannot_hold_are_refused(pipe):
+    with torch.no_grad():
+        pipe.unet.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = 1e5
+    with pytest.raises(ValueError, match="float16 cannot hold .*mid_block.resnets.0.conv1.weight.*100000"):
+        with_half_weights(to_onnx(pipe))
+
+
+def test_8_bits_are_smaller_and_stay_near_the_network(pipe, tmp_path):
+    model = to_onnx(pipe)
+    images = noised_images(pipe, torch.rand(32, 3, 8, 8) * 2 - 1, None)
+    small = quantized(model, images)
+    onnx.save(small, tmp_path / "int8.onnx")
+    assert small.ByteSize() < 0.6 * model.ByteSize()
+    assert {p.key: p.value for p in small.metadata_props} == {p.key: p.value for p in model.metadata_props}
+    types = {node.op_type for node in small.graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= types
+    floats = {t.name for t in small.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4}
+    assert floats and all(
+        re.search(r"conv_in|conv_out|down_blocks\.0|up_blocks\.1|up_blocks\.0\.upsamplers", name) for name in floats
+    )
+    others = noised_images(pipe, torch.rand(16, 3, 8, 8) * 2 - 1, None)
+    assert 1e-4 < compare(tmp_path / "int8.onnx", pipe, others)[1] < 0.1
+    assert open_session(tmp_path / "int8.onnx").get_modelmeta().custom_metadata_map["prediction_type"]
