@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from ddpm_hf import DDPMPipelineCustom
-from ddpm_hf.hub import publish
+from ddpm_hf.hub import commits
 from ddpm_hf.hub.publish import published_files
 from ddpm_hf.training import uploads
 from ddpm_hf.training.uploads import Uploader, stage_step, staged_steps
@@ -66,7 +66,7 @@ def test_staging_that_fails_is_logged_and_leaves_no_folder(tiny_pipeline, tmp_pa
 
 
 def test_constructing_an_uploader_makes_no_request_and_no_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "get_token", lambda: None)
+    monkeypatch.setattr(commits, "get_token", lambda: None)
     uploader = Uploader(tmp_path, "user/name")
     with pytest.raises(ValueError, match="not logged in"):
         uploader.create_repository()
