@@ -2,7 +2,8 @@
 
 Images per second of both pipelines at the same number of steps, with the same network and weights (a network of
 `unet.py`, or `--model`). First checks that their images agree. `--compile` adds diffusers' compiled network and this
-package's compiled step, `--onnx` this package's pipeline in ONNX Runtime; `--mode reduce-overhead` replays both as CUDA graphs. On a GPU:
+package's compiled step, `--onnx` this package's pipeline in ONNX Runtime. `--mode reduce-overhead` replays compiled ones as
+CUDA graphs. On a GPU:
 `python -m benchmarks.pipeline --network cifar10 --batch_size 512 --mixed_precision bf16 --compile --mode reduce-overhead`
 """
 

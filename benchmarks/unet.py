@@ -1,9 +1,8 @@
 """`UNet2DModelCustom` against `diffusers.UNet2DModel` with the same weights: `python -m benchmarks.unet [network ...]`
 
-First checks that the outputs agree, then times the forward pass, eager, in ONNX Runtime (`--onnx`) and compiled (`--compile`),
-and a training step
-(forward, backward, AdamW; fused for this package, as in its training script). Each time comes with the FLOP/s of the
-diffusers network as a share of the machine's fastest convolution: near 100 %, only less arithmetic makes it faster.
+First checks that the outputs agree, then times the forward pass, eager, in ONNX Runtime (`--onnx`) and compiled
+(`--compile`), and a training step (forward, backward, AdamW; fused for this package, as in its training script). Each time
+comes with the FLOP/s of the diffusers network as a share of the machine's fastest convolution: near 100 %, only less arithmetic makes it faster.
 `--compile` also compares compiled gradients of both networks with eager ones.
 """
 

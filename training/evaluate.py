@@ -32,8 +32,7 @@ def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
 
     state, folder = PartialState(), Path(options.output_dir or options.model)
     check_output_folder("output_dir", folder, FILES)
-    variant = {} if options.variant is None else {"variant": options.variant}
-    pipe = DDPMPipelineCustom.from_pretrained(options.model, backend=options.backend, **variant)
+    pipe = DDPMPipelineCustom.from_pretrained(options.model, backend=options.backend, variant=options.variant)
     pipe.to(state.device)
     pipe.unet.eval()
     pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Sampling")

@@ -17,18 +17,14 @@ def calibration(options: ExportOptions, pipe) -> dict:
     """The images that calibrate int8, with their labels, as arguments of `export_onnx`; samples of the model are its own matter."""
     if options.dataset is None:
         return {"num_images": options.calibration_images}
-    from ddpm_hf.data.finding import open_dataset
     from ddpm_hf.evaluation.bounds import load_batch
-    from ddpm_hf.evaluation.measures import model_images, random_indices
+    from ddpm_hf.evaluation.measures import open_images, random_indices
     from ddpm_hf.training.artifacts import run_folder
     from ddpm_hf.training.config_file import read_options
 
     file = run_folder(options.model) / "config.yaml"
     run = read_options(file) if file.is_file() else {}
-    labels = options.label_column or run.get("label_column")
-    source = (options.dataset, options.dataset_config, options.split, options.dataset_revision)
-    dataset = open_dataset(*source, label_column=labels, has_classes=pipe.unet.config.class_embed_type is None)
-    images = model_images(dataset, pipe.unet.config, run, options.image_column, options.label_column)
+    images = open_images(options, pipe.unet.config, run, options.split)
     chosen = random_indices(images, 0, "calibration")[: options.calibration_images]
     x_0, labels = load_batch(images, chosen, "cpu")
     return {"images": x_0, "labels": labels}

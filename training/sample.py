@@ -89,9 +89,8 @@ def prepare(args: SampleArguments) -> "ddpm_hf.DDPMPipelineCustom":
 
     if args.device is not None:
         check_device("device", args.device, computes=True)
-    variant = {} if args.variant is None else {"variant": args.variant}
     backend = "torch" if args.backend == "auto" else args.backend
-    pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model, backend=backend, **variant)
+    pipe = ddpm_hf.DDPMPipelineCustom.from_pretrained(args.model, backend=backend, variant=args.variant)
     args.recommend(pipe.scheduler)
     if args.scheduler is not None:
         pipe.scheduler = make_sampler(args.scheduler, pipe.scheduler, args.spacing)

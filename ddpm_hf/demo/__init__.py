@@ -1,1 +1,1 @@
-"""Demos of a trained model: a Gradio app, and a page that runs in the browser."""
+"""A page that runs a trained model in a browser."""

@@ -25,8 +25,8 @@ NPM_SECONDS = 300
 def site_files(model: str | Path) -> dict[str, Path | bytes]:
     """The files of the page for a saved model, by their names on the site: those of `web`, model.json and model.onnx.
 
-    The network is the model's onnx/model.onnx if it has one of its weights, and is exported if not. onnxruntime-web is not among the files:
-    a page without `vendor/` loads it from a CDN.
+    The network is the model's onnx/model.onnx if it has one of its weights, and is exported if not. onnxruntime-web is not
+    among the files: a page without `vendor/` loads it from a CDN.
 
     Raises ValueError for a model that the page cannot sample from.
     """

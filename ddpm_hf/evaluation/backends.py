@@ -18,7 +18,7 @@ def faster_pipeline(pipe: DDPMPipelineCustom, model: str, batch_size: int, **opt
         return pipe, "Backend: torch, because onnxruntime is for the CPU."
     try:
         other = DDPMPipelineCustom.from_pretrained(model, backend="onnxruntime", scheduler=pipe.scheduler)
-    except (OSError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         return pipe, f"Backend: torch, because there is no other: {error}"
     pipes = {"torch": pipe, "onnxruntime": other}
     seconds = {name: seconds_per_step(each, batch_size, **options) for name, each in pipes.items()}

@@ -9,7 +9,6 @@ import torch
 from accelerate import PartialState
 
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, GaussianDiffusion
-from ddpm_hf.data.finding import open_dataset
 from ddpm_hf.data.images import Images
 from ddpm_hf.diffusion.likelihood import VariationalBound
 from ddpm_hf.evaluation import bounds, features, measures, plots
@@ -74,13 +73,7 @@ class Evaluation:
         }
 
     def _open(self, split: str) -> Images:
-        options = self.options
-        labels = options.label_column or self.run.get("label_column")
-        has_classes = self.pipe.unet.config.get("class_embed_type") is None
-        source = (options.dataset, options.dataset_config, split, options.dataset_revision)
-        dataset = open_dataset(*source, label_column=labels, has_classes=has_classes)
-        columns = (options.image_column, options.label_column)
-        return measures.model_images(dataset, self.pipe.unet.config, self.run, *columns)
+        return measures.open_images(self.options, self.pipe.unet.config, self.run, split)
 
     def _load_backbone(self) -> features.Backbone | None:
         """None if no features are asked for, there are none for these images, or they cannot be loaded (`problem`)."""

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from ddpm_hf import DDPMPipelineCustom
 from ddpm_hf.data.decoding import ImageFormat
-from ddpm_hf.data.finding import NoSuchSplit
+from ddpm_hf.data.finding import NoSuchSplit, open_dataset
 from ddpm_hf.data.images import Images, leave_out_broken
 from ddpm_hf.evaluation.encoding import quantize
 from ddpm_hf.evaluation.features import Backbone, dataset_revision
@@ -78,6 +79,15 @@ def model_images(
     elif labels is not None:
         images.check_labels(run.get("num_classes") or count_classes(unet_config))
     return images
+
+
+def open_images(options: Any, unet_config: Mapping, run: dict, split: str) -> Images:
+    """`model_images` of a split of the data set that the options of a script name: `dataset`, `dataset_config`,
+    `dataset_revision`, `image_column` and `label_column`."""
+    labels, has_classes = options.label_column or run.get("label_column"), unet_config.get("class_embed_type") is None
+    source = (options.dataset, options.dataset_config, split, options.dataset_revision)
+    dataset = open_dataset(*source, label_column=labels, has_classes=has_classes)
+    return model_images(dataset, unet_config, run, options.image_column, options.label_column)
 
 
 def split_as_trained(images: Images, run: dict) -> Images | None:

@@ -41,6 +41,9 @@ def test_pytorch_stays_where_it_is_faster(exported, monkeypatch):
 def test_without_a_file_or_the_package_pytorch_is_taken(exported, tmp_path, monkeypatch):
     pipe, model = exported
     assert "torch, because there is no other: " in faster_pipeline(pipe, str(tmp_path / "onnx"), 1, class_labels=0)[1]
+    (tmp_path / "other" / "onnx").mkdir(parents=True)
+    (tmp_path / "other" / "onnx" / "model.onnx").write_bytes(b"no graph")
+    assert "cannot be read" in faster_pipeline(pipe, str(tmp_path / "other"), 1, class_labels=0)[1]
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     chosen, reason = faster_pipeline(pipe, model, 1, class_labels=0)
     assert chosen is pipe and "not installed" in reason
