@@ -4,9 +4,9 @@
 Both sides train a class-conditional network of the same number of parameters on this machine. The stock side is diffusers'
 train_unconditional.py: `UNet2DModel` with its initialization, ε, uniform timesteps, AdamW with a rate of 1e-4 that falls
 along a cosine, and its EMA. The other side is training/train.py with a preset, for each number of minutes a run of its own.
-`--options` changes the preset, to see what helps. After each number of minutes, training/evaluate.py measures the same
-figures of both on the features of a classifier (benchmarks/classifier.py). Measuring does not count as training, and comes
-last.
+`--options` changes the preset, to see what helps; with `--images`, a run is as long as so many images, and the machine need
+not be idle. After each length, training/evaluate.py measures the same figures of both on the features of a classifier
+(benchmarks/classifier.py). Measuring does not count as training, and comes last.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ class QualityArguments:
     preset: str = HfArg(default="mnist", help="of the network, and of the training of ddpm_hf")
     options: str = HfArg(default="", help="further options of train.py")
     minutes: list[float] = field(default_factory=lambda: [10.0, 20.0, 40.0, 60.0])
+    images: list[int] | None = HfArg(default=None, help="ddpm_hf: train on so many images, in place of minutes")
     batch_size: int = HfArg(default=64, help="of stock")
     seconds_to_time: float = HfArg(
         default=20.0, help="for the speed of stock, from which the length of its cosine follows"
@@ -48,6 +49,7 @@ class QualityArguments:
     output_dir: str = HfArg(default="outputs/time_to_quality", help="folder of the models and their figures")
     num_samples: int = HfArg(default=2000, help="samples for the distance")
     steps: int = HfArg(default=100, help="sampling steps")
+    scheduler: str | None = HfArg(default=None, help="sampler of evaluate.py; the model's own by default")
     bound_images: int = HfArg(default=100, help="test images for bits/dim")
 
 
@@ -56,8 +58,8 @@ def label_of(args: QualityArguments) -> str:
     return args.side + (f"-{words}" if words else "")
 
 
-def folder_of(args: QualityArguments, minutes: float) -> Path:
-    return Path(args.output_dir) / label_of(args) / f"{minutes:g}_minutes"
+def folder_of(args: QualityArguments, length: float) -> Path:
+    return Path(args.output_dir) / label_of(args) / f"{length:g}_{'images' if args.images else 'minutes'}"
 
 
 def run_script(script: ModuleType, *options: object) -> str:
@@ -67,14 +69,17 @@ def run_script(script: ModuleType, *options: object) -> str:
     return printed.getvalue()
 
 
-def train_ddpm_hf(args: QualityArguments, minutes: float, folder: Path) -> tuple[float, int]:
-    """Train a model for so many minutes. Returns the minutes that it took and the images seen."""
+def train_ddpm_hf(args: QualityArguments, length: float) -> tuple[float, int]:
+    """Train a model for so many minutes, or images. Returns the minutes that it took and the images seen."""
+    folder = folder_of(args, length)
     options = ["--config", args.preset, "--dataset", args.dataset, *args.options.split(), "--output_dir", folder]
     options += ["--report_to", "none", "--quality_samples", 0, "--sample_steps", 50, "--sample_every_steps", 0]
     options += ["--validate_every_steps", 0, "--checkpoint_every_steps", 10**9]
-    printed = run_script(train, *options, "--total_images", 10**9, "--dry_run")
-    rate = float(re.search(r"^Speed\s+([\d.,]+) images/s", printed, re.MULTILINE)[1].replace(",", ""))
-    run_script(train, *options, "--total_images", int(rate * 60 * minutes), "--overwrite")
+    if args.images is None:
+        printed = run_script(train, *options, "--total_images", 10**9, "--dry_run")
+        rate = float(re.search(r"^Speed\s+([\d.,]+) images/s", printed, re.MULTILINE)[1].replace(",", ""))
+        length *= 60 * rate
+    run_script(train, *options, "--total_images", int(length), "--overwrite")
     training = read_metrics(folder)["training"]
     return training["seconds"] / 60, training["images_seen"]
 
@@ -114,13 +119,15 @@ def measure(args: QualityArguments, folder: Path) -> dict:
     """The figures of a model, from training/evaluate.py."""
     options = ["--model", folder, "--dataset", args.dataset, "--label_column", "label", "--features", args.classifier]
     options += ["--num_samples", args.num_samples, "--steps", args.steps, "--bound_images", args.bound_images]
-    run_script(evaluate, *options)
+    run_script(evaluate, *options, *(["--schedulers", args.scheduler] if args.scheduler else []))
     return read_metrics(folder)["evaluation"]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(QualityArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
     (args,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if args.images and args.side == "stock":
+        parser.error("--images is for --side ddpm_hf: the length of stock's cosine follows from its minutes")
     heads = ("minutes", "images seen", "FD", "recognized", "held-out loss of ε", "bits/dim")
     print(f"| {label_of(args)} | {' | '.join(heads)} |\n|{'---|' * (1 + len(heads))}", flush=True)
 
@@ -139,9 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
                 pipe.save_pretrained(folder_of(args, minutes))
                 yield folder_of(args, minutes), took, images
         else:
-            for minutes in sorted(args.minutes):
-                folder = folder_of(args, minutes)
-                yield folder, *train_ddpm_hf(args, minutes, folder)
+            for length in sorted(args.images or args.minutes):
+                yield folder_of(args, length), *train_ddpm_hf(args, length)
 
     for folder, took, images in list(trained()):  # all training first: only that needs an idle machine
         report(folder, took, images)
