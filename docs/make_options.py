@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from ddpm_hf.scripts.choose_ema import EMAArguments
+from ddpm_hf.scripts.demo import DemoArguments
 from ddpm_hf.scripts.distill import DistillOptions
 from ddpm_hf.scripts.publish import PublishArguments
 from ddpm_hf.scripts.sample import SampleArguments
@@ -23,6 +24,7 @@ TABLES = {
     "convert": ConvertOptions,
     "distill": DistillOptions,
     "export": ExportOptions,
+    "demo": DemoArguments,
 }
 INTRODUCTION = """# Options
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [path for folder in ("", "docs", "benchmarks") for path in sorted((ROOT / folder).glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in DOCUMENTS}
 del TEXTS["CHANGELOG.md"]  # names what earlier versions had
-SCRIPTS = ("train", "sample", "evaluate", "choose_ema", "publish", "convert", "distill", "export")
+SCRIPTS = ("train", "sample", "evaluate", "choose_ema", "publish", "convert", "distill", "export", "demo")
 MAX_SENTENCE_WORDS = 35
 # Files that a run writes, and placeholders.
 WRITTEN = ("outputs/", "path/to", "<name>")

@@ -22,7 +22,7 @@ import ddpm_hf
 
 ROOT = Path(__file__).resolve().parent.parent
 GENERATED = (".git", ".venv*", "venv", "outputs", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-COMMANDS = ("train", "sample", "evaluate", "choose-ema", "publish", "convert", "distill", "export")
+COMMANDS = ("train", "sample", "evaluate", "choose-ema", "publish", "convert", "distill", "export", "demo")
 TINY_RUN = (
     *("--block_out_channels", "8", "16", "--layers_per_block", "1", "--attention_head_dim", "8"),
     *("--total_images", "64", "--batch_size", "16", "--sample_steps", "2", "--quality_samples", "0"),

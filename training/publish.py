@@ -2,17 +2,22 @@
 
 One commit holds the pipeline, its card, figures, metrics and configuration. Checkpoints, logs and single samples are not
 uploaded. Checkpoints that a training with `--push_to_hub` could not upload are published first. `--space user/name` publishes a
-page that runs the model in the visitor's browser. Log in before (`hf auth login`), or set HF_TOKEN. In a clone,
-`python training/publish.py` is the same command.
+page that runs the model in the visitor's browser, `--gradio_space user/name` the app of ddpm-demo. Log in before
+(`hf auth login`), or set HF_TOKEN. In a clone, `python training/publish.py` is the same command.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddpm_hf.options import check_options, option
 from ddpm_hf.training.config_file import read_options
 from ddpm_hf.training.option_parser import OptionParser
+
+if TYPE_CHECKING:
+    from ddpm_hf.transfer.downloads import Retries
 
 
 @dataclass
@@ -24,6 +29,10 @@ class PublishArguments:
     space: str | None = option(
         None,
         "user/name of a static Space: a page that runs the model in a browser. Without --repo_id, that alone is published",
+    )
+    gradio_space: str | None = option(
+        None,
+        "user/name of a Gradio Space: the app of ddpm-demo for the model repo_id; without --model, that alone is published",
     )
     private: bool = option(False, "create a private repository")
     revision: str | None = option(None, "branch to commit to, created if it does not exist; None: main")
@@ -44,13 +53,51 @@ def parse(arguments: list[str]) -> PublishArguments:
         arguments = ["--model", *arguments]
     args = OptionParser(PublishArguments, __doc__.splitlines()[0]).parse(arguments)
     if args.model is None:
+        if args.gradio_space is not None and args.repo_id is not None and args.space is None:
+            return args
         raise ValueError("model must be the folder of a trained model, as in publish.py outputs/digits, got None.")
     config = Path(args.model) / "config.yaml"
-    if args.repo_id is None and args.space is None and config.is_file():
-        args = replace(args, repo_id=read_options(config).get("hub_model_id"))
-    if args.repo_id is None and args.space is None:
-        raise ValueError(f"repo_id must be user/name, got None, and {config} has no hub_model_id.")
+    if args.repo_id is None and (args.space is None or args.gradio_space is not None):
+        args = replace(args, repo_id=read_options(config).get("hub_model_id") if config.is_file() else None)
+        if args.repo_id is None:
+            raise ValueError(f"repo_id must be user/name, got None, and {config} has no hub_model_id.")
     return args
+
+
+def demos(args: PublishArguments) -> Iterator[tuple[str, str, dict[str, Path | bytes]]]:
+    """The Spaces that are asked for: name, kind and files."""
+    if args.space is not None:
+        from ddpm_hf.demo.static_space import space_files
+
+        yield args.space, "static", space_files(args.model, args.space.split("/")[-1], args.repo_id)
+    if args.gradio_space is not None:
+        from ddpm_hf.demo.gradio_space import gradio_files
+
+        yield args.gradio_space, "gradio", gradio_files(args.repo_id)
+
+
+def publish_model(args: PublishArguments, retries: "Retries") -> bool:
+    """Publish the checkpoints that wait, and the model if it has a name on the Hub. Returns whether its training is finished."""
+    from ddpm_hf.hub.publish import publish
+    from ddpm_hf.training.uploads import publish_step, staged_steps
+
+    folder = Path(args.model)
+    steps = [] if args.create_pr or args.revision or args.repo_id is None else staged_steps(folder)
+    for step_folder in steps:
+        done = publish_step(step_folder, args.repo_id, private=args.private, retries=retries)
+        print(f"Published: {step_folder.name}, {done.url}")
+    if steps and not (folder / "model_index.json").is_file():
+        return False
+    if args.with_onnx:
+        from ddpm_hf import DDPMPipelineCustom
+        from ddpm_hf.export.onnx_files import export_onnx
+
+        export_onnx(DDPMPipelineCustom.from_pretrained(folder), folder)
+    if args.repo_id is not None:
+        others = {"model", "repo_id", "space", "gradio_space", "first_wait_seconds"}
+        options = {name: value for name, value in vars(args).items() if name not in others}
+        print(f"Published: {publish(folder, args.repo_id, **options, retries=retries).url}")
+    return True
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,37 +106,19 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError) as error:
         sys.exit(f"publish.py: error: {error}")
     # Imported after parsing, so that --help and wrong options are answered without waiting for torch.
-    from ddpm_hf.hub.publish import publish
-    from ddpm_hf.training.uploads import publish_step, staged_steps
+    from ddpm_hf.hub.spaces import publish_space
+    from ddpm_hf.transfer.client import hub_api
     from ddpm_hf.transfer.downloads import Retries
     from ddpm_hf.transfer.errors import explain_error
 
-    folder = Path(args.model)
     try:
         retries = Retries(first_wait_seconds=args.first_wait_seconds)
-        is_final = args.create_pr or args.revision or args.repo_id is None
-        steps = [] if is_final else staged_steps(folder)
-        for step_folder in steps:
-            done = publish_step(step_folder, args.repo_id, private=args.private, retries=retries)
-            print(f"Published: {step_folder.name}, {done.url}")
-        if steps and not (folder / "model_index.json").is_file():
-            return  # the training is not finished
-        if args.with_onnx:
-            from ddpm_hf import DDPMPipelineCustom
-            from ddpm_hf.export.onnx_files import export_onnx
-
-            export_onnx(DDPMPipelineCustom.from_pretrained(folder), folder)
-        if args.repo_id is not None:
-            others = {"model", "repo_id", "space", "first_wait_seconds"}
-            options = {name: value for name, value in vars(args).items() if name not in others}
-            done = publish(folder, args.repo_id, **options, retries=retries)
-            print(f"Published: {done.url}")
-        if args.space is not None:
-            from ddpm_hf.demo.static_space import space_files
-            from ddpm_hf.hub.spaces import publish_space
-
-            files = space_files(folder, args.space.split("/")[-1], args.repo_id)
-            done = publish_space(args.space, files, "static", private=args.private, retries=retries)
+        if args.model is None:
+            hub_api(None).model_info(args.repo_id)  # a Space for a model that is not there would not start
+        elif not publish_model(args, retries):
+            return
+        for name, kind, files in demos(args):
+            done = publish_space(name, files, kind, private=args.private, retries=retries)
             print(f"Published: {done.url}")
     except ImportError as error:
         sys.exit(f"publish.py: error: {error}")

@@ -1,1 +1,1 @@
-"""A page that runs a trained model in a browser."""
+"""Demos of a trained model: a page that runs it in a browser, and a Gradio app."""

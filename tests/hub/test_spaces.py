@@ -112,3 +112,25 @@ def test_the_script_publishes_a_model_with_its_onnx_file_and_a_page(hub, make_pi
         request.split("/resolve/")[1].split("/", 1)[1] for request in map(str, hub.requests) if "/resolve/" in request
     }
     assert read and all(name.startswith("onnx/model.onnx") for name in read)
+
+
+def test_the_script_publishes_a_gradio_space_for_a_model(hub, make_pipeline, tmp_path):
+    pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+    make_pipeline().save_pretrained(tmp_path / "model")
+    env = hub_environment(hub, tmp_path / "home", HF_TOKEN=hub.add_user("guide"), HF_HUB_DISABLE_XET="1")
+    script = [sys.executable, str(ROOT / "training" / "publish.py")]
+
+    def publish(*arguments: str) -> subprocess.CompletedProcess:
+        command = [*script, "--repo_id", "guide/model", "--gradio_space", *arguments]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    missing = publish("guide/early")
+    assert missing.returncode == 1 and "guide/model" in missing.stderr and "Traceback" not in missing.stderr
+    assert ("spaces", "guide/early") not in hub.repos
+    for arguments in (("guide/first", "--model", str(tmp_path / "model")), ("guide/second",)):
+        done = publish(*arguments)
+        assert done.returncode == 0, done.stderr
+        space = hub.repo(arguments[0], "spaces").contents()
+        assert {"app.py", "requirements.txt", "README.md", "ddpm_hf/demo/app.py"} <= space.keys()
+        assert 'from_pretrained("guide/model")' in space["app.py"].decode()
+    assert "unet/config.json" in hub.repo("guide/model").contents()

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from ddpm_hf.scripts import choose_ema, convert, distill, evaluate, export, publish, sample
+from ddpm_hf.scripts import choose_ema, convert, demo, distill, evaluate, export, publish, sample
 
 OPTIONS = {
     "choose_ema": choose_ema.EMAArguments,
@@ -15,6 +15,7 @@ OPTIONS = {
     "convert": convert.ConvertOptions,
     "distill": distill.DistillOptions,
     "export": export.ExportOptions,
+    "demo": demo.DemoArguments,
 }
 CODE = """
 import sys

@@ -46,6 +46,8 @@ def test_the_repository_defaults_to_that_of_the_configuration(tmp_path):
     [
         ([], "publish.py: error: model must be the folder of a trained model"),
         (["{folder}"], "publish.py: error: repo_id must be user/name, got None, and .*config.yaml has no hub_model_id"),
+        (["--gradio_space=a/b"], "publish.py: error: model must be the folder of a trained model"),
+        (["{folder}", "--gradio_space=a/b"], "publish.py: error: repo_id must be user/name, got None"),
         (
             ["{folder}", "--repo_id=a/b", "--first_wait_seconds=-1"],
             "publish.py: error: first_wait_seconds must be .*-1",
