@@ -9,6 +9,7 @@ comes with the FLOP/s of the diffusers network as a share of the machine's faste
 import argparse
 import copy
 import tempfile
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,18 @@ def forward(name: str, size: int, peak: float, rounds: int, compile: bool, onnx:
         table(f"{name}, forward, batch {size}", candidates, flops(candidates["diffusers"]), peak, rounds)
 
 
+def training_step(model: torch.nn.Module, predict: Callable[[], torch.Tensor], target: torch.Tensor, **options):
+    """A function that takes one step of training; `options` are those of AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **options)
+
+    def step() -> None:
+        F.mse_loss(predict(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def training(name: str, peak: float, rounds: int, compile: bool) -> None:
     stock, ours = (model.train() for model in networks(name))
     x, t = batch(name, TRAINING[name])
@@ -134,21 +147,15 @@ def training(name: str, peak: float, rounds: int, compile: bool) -> None:
             difference = gradient_difference(torch.compile(copy.deepcopy(model)), model, x, t)
             check(f"{who}, compiled gradients", difference, 1e-4, fatal=who == "ddpm_hf")
 
-    def step(model: torch.nn.Module, run, **options):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **options)
-
-        def function() -> None:
-            F.mse_loss(run(x, t).sample, x).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return function
-
-    candidates = {"diffusers": step(stock, stock), "ddpm_hf": step(ours, ours, fused=True)}
+    candidates = {
+        "diffusers": training_step(stock, lambda: stock(x, t).sample, x),
+        "ddpm_hf": training_step(ours, lambda: ours(x, t).sample, x, fused=True),
+    }
     if compile:
         for who, model, options in (("diffusers", stock, {}), ("ddpm_hf", ours, {"fused": True})):
             model = copy.deepcopy(model)
-            candidates[f"{who}, compiled"] = step(model, torch.compile(model), **options)
+            run = torch.compile(model)
+            candidates[f"{who}, compiled"] = training_step(model, lambda run=run: run(x, t).sample, x, **options)
     title = f"{name}, training step, batch {TRAINING[name]}"
     table(title, candidates, flops(candidates["diffusers"]), peak, rounds)
 

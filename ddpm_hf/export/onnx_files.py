@@ -1,5 +1,6 @@
 """Write a model's ONNX files, each compared with PyTorch before it appears in its folder."""
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from ddpm_hf.models.onnx_unet import ONNX_FOLDER, onnx_name, open_session
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.guidance import Denoiser
 
-# Of the float32 graph, root mean square, relative to the predictions': the order of sums is another one.
-TOLERANCE = 2e-6
+# Of the float32 graph, root mean square, relative to the predictions': the order of sums is another one. A network that
+# amplifies rounding may differ by as many times PyTorch's own rounding.
+TOLERANCE, TIMES_ROUNDING = 2e-6, 2
 SIZES = (1, 2, 5)  # of the batches that are compared
 GUIDANCE_SCALE = 2.5  # of every second batch
 
@@ -48,7 +50,7 @@ def export_onnx(
         images, labels: x_0, (N, C, H, W) in [-1, 1], which calibrate int8, noised to timesteps over the whole chain. None:
             `num_images` samples of the model.
 
-    Raises ValueError if the float32 file differs from PyTorch by more than `TOLERANCE`.
+    Raises ValueError if the float32 file differs from PyTorch by more than rounding.
     """
     onnx, folder, unet = import_onnx(), Path(folder), pipe.unet.eval()
     model = to_onnx(pipe)
@@ -65,17 +67,18 @@ def export_onnx(
         noised = noised_images(pipe, images, labels)
         models["int8"] = quantized(model, noised)
         batches += noised[: len(SIZES)]
+    expected = [predictions(pipe.unet, inputs) for inputs in batches]
     (folder / ONNX_FOLDER).mkdir(parents=True, exist_ok=True)
     with staging_folder(folder / ONNX_FOLDER) as staged:
         written = []
         for variant, each in models.items():
             path = folder / onnx_name(variant)
             onnx.save(each, staged / path.name)
-            largest, relative = compare(staged / path.name, pipe, batches)
-            if variant is None and not relative <= TOLERANCE:
+            largest, relative = compare(staged / path.name, batches, expected)
+            if variant is None and not is_rounding(relative, pipe, batches, expected):
                 raise ValueError(
                     f"the graph of ONNX differs from the network by {relative:.1e} of its predictions, which is more than "
-                    f"rounding ({TOLERANCE:g}): nothing was written."
+                    "rounding: nothing was written."
                 )
             written.append(ExportedFile(path, largest, relative))
         for file in written:
@@ -98,27 +101,42 @@ def export_program(pipe: DDPMPipelineCustom, folder: str | Path) -> Path:
 # ---------------------------------------------------------------------- comparison
 
 
-def compare(file: Path, pipe: DDPMPipelineCustom, batches: Sequence[Inputs]) -> tuple[float, float]:
+def compare(file: Path, batches: Sequence[Inputs], expected: Sequence[np.ndarray]) -> tuple[float, float]:
     """The two numbers of `ExportedFile`, over all batches."""
-    session, largest, largest_output, squares, squared_outputs = open_session(file), 0.0, 0.0, 0.0, 0.0
-    for inputs in batches:
-        expected = predictions(pipe, inputs)
-        difference = session.run(None, inputs)[0].astype(np.float64) - expected
-        largest, largest_output = max(largest, np.abs(difference).max()), max(largest_output, np.abs(expected).max())
-        squares, squared_outputs = squares + (difference**2).sum(), squared_outputs + (expected**2).sum()
-    return largest / max(largest_output, 1e-30), float(np.sqrt(squares / max(squared_outputs, 1e-30)))
+    session = open_session(file)
+    return differences([session.run(None, inputs)[0] for inputs in batches], expected)
+
+
+def differences(got: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The largest and the root mean square of differences, each relative to that of `expected`."""
+    a, b = (np.concatenate([part.ravel() for part in parts]).astype(np.float64) for parts in (got, expected))
+    largest, square = max(np.abs(b).max(), 1e-30), max((b**2).mean(), 1e-30)
+    return float(np.abs(a - b).max() / largest), float(np.sqrt(((a - b) ** 2).mean() / square))
+
+
+def is_rounding(
+    relative: float, pipe: DDPMPipelineCustom, batches: Sequence[Inputs], expected: Sequence[np.ndarray]
+) -> bool:
+    """Whether a root mean square is that of another order of sums."""
+    if relative <= TOLERANCE:
+        return True
+    exact = copy.deepcopy(pipe.unet).double()
+    own = differences(expected, [predictions(exact, inputs) for inputs in batches])[1]
+    return relative <= TIMES_ROUNDING * own < 1e-3  # where rounding is that large, nothing is shown
 
 
 def agrees(file: Path, pipe: DDPMPipelineCustom) -> bool:
     """Whether a file computes the network of a pipeline, up to rounding."""
-    inputs = graph_inputs(pipe.unet, random_inputs(pipe.unet, pipe.scheduler.config.num_train_timesteps, 2))
-    return compare(file, pipe, [inputs])[1] <= TOLERANCE
+    batches = [graph_inputs(pipe.unet, random_inputs(pipe.unet, pipe.scheduler.config.num_train_timesteps, 2))]
+    expected = [predictions(pipe.unet, inputs) for inputs in batches]
+    return is_rounding(compare(file, batches, expected)[1], pipe, batches, expected)
 
 
-def predictions(pipe: DDPMPipelineCustom, inputs: Inputs) -> np.ndarray:
-    """What the graph has to compute, from the network of PyTorch and the pipeline's guidance."""
+def predictions(unet: torch.nn.Module, inputs: Inputs) -> np.ndarray:
+    """What the graph has to compute, from the network of PyTorch, in its precision, and the guidance of pipelines."""
     given = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    given = {name: value.to(unet.dtype) if value.is_floating_point() else value for name, value in given.items()}
     x, t, scale = given.pop("sample"), given.pop("timestep"), float(given.pop("guidance_scale", 1.0))
-    denoiser = Denoiser(pipe.unet, len(x), "cpu", **given, guidance_scale=scale)
+    denoiser = Denoiser(unet, len(x), "cpu", **given, guidance_scale=scale)
     with torch.no_grad():
-        return denoiser(x, t.repeat(2) if denoiser.is_guided else t).numpy().astype(np.float64)
+        return denoiser(x, t.repeat(2) if denoiser.is_guided else t).numpy()

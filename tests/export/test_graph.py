@@ -9,10 +9,11 @@ import torch
 from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.export.graph import OPSET, to_onnx, to_program
 from ddpm_hf.export.inputs import graph_inputs, random_inputs
-from ddpm_hf.export.onnx_files import TOLERANCE, compare, predictions
+from ddpm_hf.export.onnx_files import TOLERANCE, predictions
 from ddpm_hf.models.onnx_unet import open_session
 from ddpm_hf.pipelines.guidance import mark_class_names, mark_null_class
 from tests.conftest import TINY_SCHEDULER
+from tests.export.comparison import errors
 
 T = TINY_SCHEDULER["num_train_timesteps"]
 CLASSES = {"num_class_embeds": 5}
@@ -47,7 +48,7 @@ def write(pipe: DDPMPipelineCustom, folder):
 def test_the_graph_computes_the_network_for_any_batch(make_pipeline, tmp_path, changes):
     pipe = make_pipeline(scheduler=None, **changes)
     batches = [graph_inputs(pipe.unet, random_inputs(pipe.unet, T, size, seed=size)) for size in (1, 2, 33)]
-    assert compare(write(pipe, tmp_path), pipe, batches)[1] < TOLERANCE
+    assert errors(write(pipe, tmp_path), pipe, batches)[1] < TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def guided(tmp_path_factory):
 def test_guidance_in_the_graph_is_that_of_the_pipeline(guided, scale):
     pipe, file = guided
     batches = [graph_inputs(pipe.unet, random_inputs(pipe.unet, T, size, seed=size), scale) for size in (1, 4)]
-    assert compare(file, pipe, batches)[1] < TOLERANCE
+    assert errors(file, pipe, batches)[1] < TOLERANCE
 
 
 def test_one_timestep_and_label_serve_the_whole_batch(guided):
@@ -78,7 +79,7 @@ def test_one_timestep_and_label_serve_the_whole_batch(guided):
     inputs["timestep"], inputs["class_labels"] = inputs["timestep"][:1], inputs["class_labels"][:1]
     single = open_session(file).run(None, inputs)[0]
     repeated = inputs | {name: inputs[name].repeat(3) for name in ("timestep", "class_labels")}
-    assert abs(single - predictions(pipe, repeated)).max() < 1e-5
+    assert abs(single - predictions(pipe.unet, repeated)).max() < 1e-5
 
 
 def test_the_file_records_what_sampling_needs_to_know(guided):
@@ -100,7 +101,7 @@ def test_a_network_without_a_size_takes_any_multiple(make_unet, tmp_path):
     file = write(pipe, tmp_path)
     for H, W in ((2, 4), (16, 16), (30, 12)):
         inputs = graph_inputs(pipe.unet, random_inputs(pipe.unet, T, 2) | {"sample": torch.randn(2, 3, H, W)})
-        assert compare(file, pipe, [inputs])[1] < TOLERANCE
+        assert errors(file, pipe, [inputs])[1] < TOLERANCE
 
 
 @pytest.mark.parametrize("changes", [{}, CLASSES], ids=["unconditional", "classes"])

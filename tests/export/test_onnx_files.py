@@ -1,10 +1,20 @@
 """Files of an export: all of them at the end, none if the graph is not the network."""
 
+import copy
+
 import pytest
 import torch
 
 from ddpm_hf.export import onnx_files
-from ddpm_hf.export.onnx_files import TOLERANCE, export_onnx, export_program
+from ddpm_hf.export.inputs import graph_inputs, random_inputs
+from ddpm_hf.export.onnx_files import (
+    TOLERANCE,
+    differences,
+    export_onnx,
+    export_program,
+    is_rounding,
+    predictions,
+)
 
 
 def test_all_files_are_written_with_their_differences(tiny_pipeline, tmp_path):
@@ -33,6 +43,22 @@ def test_a_graph_that_differs_is_not_written(tiny_pipeline, tmp_path, monkeypatc
         export_onnx(tiny_pipeline, tmp_path)
     assert (tmp_path / "onnx" / "model.onnx").read_bytes() == before
     assert [p.name for p in (tmp_path / "onnx").iterdir()] == ["model.onnx"]
+
+
+def test_rounding_is_measured_against_float64(tiny_pipeline):
+    unet = tiny_pipeline.unet.eval()
+    inputs = graph_inputs(unet, random_inputs(unet, 20, 4))
+    expected = predictions(unet, inputs)
+    own = differences([expected], [predictions(copy.deepcopy(unet).double(), inputs)])[1]
+    assert 1e-8 < own < 1e-5
+    answers = [is_rounding(relative, tiny_pipeline, [inputs], [expected]) for relative in (own, 2e-6, 1e-4)]
+    assert answers == [True, True, False]
+    # A network that cancels most of what it adds up amplifies rounding, in PyTorch as in ONNX Runtime.
+    with torch.no_grad():
+        unet.conv_in.bias += 300
+    expected = predictions(unet, inputs)
+    own = differences([expected], [predictions(copy.deepcopy(unet).double(), inputs)])[1]
+    assert own > TOLERANCE and is_rounding(own, tiny_pipeline, [inputs], [expected])
 
 
 def test_a_saved_program_is_loaded_and_called(tiny_pipeline, tmp_path):

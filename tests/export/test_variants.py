@@ -8,9 +8,9 @@ import torch
 
 from ddpm_hf.export.graph import to_onnx
 from ddpm_hf.export.inputs import noised_images
-from ddpm_hf.export.onnx_files import compare
 from ddpm_hf.export.variants import MIN_NUMBERS, quantized, with_half_weights
 from ddpm_hf.models.onnx_unet import open_session
+from tests.export.comparison import errors
 
 
 @pytest.fixture
@@ -25,11 +25,11 @@ def test_half_weights_are_those_of_a_network_rounded_to_float16(pipe, tmp_path):
     assert half.ByteSize() < 0.6 * model.ByteSize()
     assert list(half.metadata_props) == list(model.metadata_props)
     images = noised_images(pipe, torch.rand(16, 3, 8, 8) * 2 - 1, None)
-    rounding = compare(tmp_path / "half.onnx", pipe, images)[1]
+    rounding = errors(tmp_path / "half.onnx", pipe, images)[1]
     for parameter in pipe.unet.parameters():
         if parameter.numel() >= MIN_NUMBERS:
             parameter.data = parameter.half().float()
-    assert compare(tmp_path / "half.onnx", pipe, images)[0] < 2e-6 < 1e-5 < rounding < 1e-2
+    assert errors(tmp_path / "half.onnx", pipe, images)[0] < 2e-6 < 1e-5 < rounding < 1e-2
 
 
 def test_weights_that_float16_cannot_hold_are_refused(pipe):
@@ -53,5 +53,5 @@ def test_8_bits_are_smaller_and_stay_near_the_network(pipe, tmp_path):
         re.search(r"conv_in|conv_out|down_blocks\.0|up_blocks\.1|up_blocks\.0\.upsamplers", name) for name in floats
     )
     others = noised_images(pipe, torch.rand(16, 3, 8, 8) * 2 - 1, None)
-    assert 1e-4 < compare(tmp_path / "int8.onnx", pipe, others)[1] < 0.1
+    assert 1e-4 < errors(tmp_path / "int8.onnx", pipe, others)[1] < 0.1
     assert open_session(tmp_path / "int8.onnx").get_modelmeta().custom_metadata_map["prediction_type"]
