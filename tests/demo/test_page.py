@@ -153,6 +153,17 @@ def test_classes_and_guidance_are_those_of_python(open_page):
     assert (pixels(page, "#sample")[0] == pixels(page, "#ten canvas")[0]).all()
 
 
+def test_without_labels_a_prediction_is_that_of_no_class(open_page):
+    page = open_page("mnist")
+    given, taken = page.evaluate(
+        """async () => {
+            const x = ddpm.gaussian(3)(2 * ddpm.size), none = ddpm.facts.null_class;
+            return [[...await ddpm.predict(x, 500)], [...await ddpm.predict(x, 500, [none, none])]];
+        }"""
+    )
+    assert given == taken
+
+
 def test_samples_are_recognized_as_often_as_those_of_python(open_page):
     from scipy.stats import fisher_exact
 

@@ -10,9 +10,14 @@ export async function openModel() {
   const image = [facts.channels, ...facts.sample_size];
   const size = image.reduce((product, length) => product * length);
 
-  // The network's output for samples x at timestep t; labels: one for each image, or null.
-  function predict(x, t, labels = null, guidance = 1) {
-    return call({ x: Float32Array.from(x), shape: [x.length / size, ...image], t, labels, guidance });
+  // The network's output for samples x at timestep t. labels: one for each image; null: no class.
+  async function predict(x, t, labels = null, guidance = 1) {
+    const number = x.length / size;
+    if (facts.labels && !labels) {
+      if (facts.null_class === null) throw new Error("this model needs a label for each image");
+      labels = Array(number).fill(facts.null_class);
+    }
+    return call({ x: Float32Array.from(x), shape: [number, ...image], t, labels, guidance });
   }
   return { facts, size, predict };
 }
