@@ -6,6 +6,7 @@ same weights, converted by `ddpm_hf.convert`. First checks that their outputs ag
 training step (forward, backward, AdamW) of each.
 """
 
+import copy
 import importlib.util
 import sys
 import tempfile
@@ -61,7 +62,7 @@ def compare(name: str, folder: str, args: PeerArguments) -> None:
         torch.save(peer.state_dict(), f"{scratch}/weights.pt")
         given = {"checkpoint": f"{scratch}/weights.pt", "source": name, "output_dir": scratch, "resolution": 32}
         pipe = convert(ConvertOptions(**given, **options))
-    ours, stock = pipe.unet.eval(), pipe.to_diffusers().unet.eval()
+    ours, stock = pipe.unet.eval(), copy.deepcopy(pipe.to_diffusers().unet).eval()  # which shares its weights
     stock = stock.to(memory_format=torch.contiguous_format)
     networks = {name: peer, "diffusers": lambda x, t: stock(x, t).sample, "ddpm_hf": lambda x, t: ours(x, t).sample}
     runtimes = {}
