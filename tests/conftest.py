@@ -122,6 +122,23 @@ def tiny_pipeline(make_pipeline) -> DDPMPipelineCustom:
     return make_pipeline()
 
 
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """A pipeline of 3 classes with a null class, its folder with all its ONNX files, and what the export returned: one export
+    for all tests of a process, because it takes seconds. Tests that change the folder take a copy."""
+    from ddpm_hf.export.onnx_files import export_onnx
+    from ddpm_hf.pipelines.guidance import mark_class_names, mark_null_class
+
+    torch.manual_seed(0)
+    unet = UNet2DModelCustom(**{**TINY_UNET, "num_class_embeds": 4}).eval()
+    mark_null_class(unet)
+    mark_class_names(unet, ["a", "b", "c"])
+    pipe = DDPMPipelineCustom(unet, DDPMSchedulerCustom(**TINY_SCHEDULER))
+    folder = tmp_path_factory.mktemp("exports") / "tiny"
+    pipe.save_pretrained(folder)
+    return pipe, folder, export_onnx(pipe, folder, ["fp16", "int8"], num_images=16)
+
+
 @pytest.fixture
 def diffusers_log(caplog) -> pytest.LogCaptureFixture:
     """`caplog` for diffusers' own logger, which does not hand its records on; warnings and worse."""

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, DDPMSchedulerCustom
 from ddpm_hf.export.onnx_files import export_onnx
 from ddpm_hf.pipelines.guidance import mark_null_class
-from tests.conftest import TINY_SCHEDULER, TINY_UNET
+from tests.conftest import TINY_SCHEDULER
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPT = EXAMPLES / "sample_onnx.py"
@@ -92,19 +92,17 @@ def test_the_images_are_those_of_the_pipeline(make_pipeline, bare, tmp_path, kin
 
 
 @pytest.fixture(scope="module")
-def service(bare, tmp_path_factory):
+def service(bare, exports, tmp_path_factory):
     """The address of the service of a class-conditional model, and the process's output."""
-    torch.manual_seed(0)
-    unet = UNet2DModelCustom(**TINY_UNET | {"in_channels": 1, "out_channels": 1, "num_class_embeds": 4}).eval()
-    mark_null_class(unet)
-    folder = tmp_path_factory.mktemp("served")
-    export_onnx(DDPMPipelineCustom(unet, DDPMSchedulerCustom(**TINY_SCHEDULER)), folder)
+    folder = exports[1]
     command = [sys.executable, "-S", "-s", str(EXAMPLES / "serve_onnx.py"), str(folder), "--port", "0"]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, env={"PYTHONPATH": str(bare)}, stdout=subprocess.PIPE, stderr=log, text=True)
+    with open(log := tmp_path_factory.mktemp("served") / "log", "w") as output:
+        server = subprocess.Popen(
+            command, env={"PYTHONPATH": str(bare)}, stdout=subprocess.PIPE, stderr=output, text=True
+        )
     try:
         address = server.stdout.readline().strip()  # the deadline is the process's own end
-        assert address.startswith("http://127.0.0.1:"), (folder / "log").read_text()
+        assert address.startswith("http://127.0.0.1:"), log.read_text()
         yield address
     finally:
         server.kill()

@@ -1,6 +1,7 @@
 """Write a model's ONNX files, each compared with PyTorch before it appears in its folder."""
 
 import copy
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm_hf.export.graph import import_onnx, to_onnx, to_program
+from ddpm_hf.export.graph import facts_of, import_onnx, to_onnx, to_program
 from ddpm_hf.export.inputs import Inputs, graph_inputs, noised_images, random_inputs, samples_of
 from ddpm_hf.export.variants import quantized, with_half_weights
 from ddpm_hf.files import staging_folder
-from ddpm_hf.models.onnx_unet import ONNX_FOLDER, onnx_name, open_session
+from ddpm_hf.models.onnx_unet import ONNX_FOLDER, OnnxUNet, onnx_name, open_session
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.guidance import Denoiser
 
@@ -126,7 +127,13 @@ def is_rounding(
 
 
 def agrees(file: Path, pipe: DDPMPipelineCustom) -> bool:
-    """Whether a file computes the network of a pipeline, up to rounding."""
+    """Whether a file is an export of a pipeline: what it records, and its predictions up to rounding."""
+    try:
+        recorded = OnnxUNet(file).facts
+    except ValueError:
+        return False
+    if any(recorded.get(name) != value for name, value in json.loads(json.dumps(facts_of(pipe))).items()):
+        return False
     batches = [graph_inputs(pipe.unet, random_inputs(pipe.unet, pipe.scheduler.config.num_train_timesteps, 2))]
     expected = [predictions(pipe.unet, inputs) for inputs in batches]
     return is_rounding(compare(file, batches, expected)[1], pipe, batches, expected)

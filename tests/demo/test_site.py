@@ -1,5 +1,6 @@
 """The files of the page: which they are, what they know about a model, and which models are refused."""
 
+import copy
 import json
 import os
 import re
@@ -9,30 +10,19 @@ import tarfile
 import pytest
 import torch
 
-from ddpm_hf import DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
+from ddpm_hf import DDPMSchedulerCustom
 from ddpm_hf.demo.site import WEB, add_runtime, check_page_can_sample, integrity, page_facts, site_files, write_site
-from ddpm_hf.export.onnx_files import export_onnx
+from ddpm_hf.export.onnx_files import agrees
 from ddpm_hf.models.onnx_unet import OnnxUNet
 from ddpm_hf.pipelines.guidance import mark_null_class
-from tests.conftest import TINY_SCHEDULER, TINY_UNET
+from tests.conftest import TINY_SCHEDULER
 
 RUNTIME = json.loads((WEB / "runtime.json").read_text(encoding="utf-8"))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A saved model whose network is in onnx/model.onnx."""
-    torch.manual_seed(0)
-    pipe = DDPMPipelineCustom(UNet2DModelCustom(**TINY_UNET).eval(), DDPMSchedulerCustom(**TINY_SCHEDULER))
-    folder = tmp_path_factory.mktemp("exported") / "tiny"
-    pipe.save_pretrained(folder)
-    export_onnx(pipe, folder)
-    return folder
-
-
 @pytest.fixture
-def model(exported, tmp_path):
-    return shutil.copytree(exported, tmp_path / "tiny")
+def model(exports, tmp_path):
+    return shutil.copytree(exports[1], tmp_path / "tiny")
 
 
 def test_files_are_the_page_its_facts_and_the_network(model):
@@ -43,19 +33,33 @@ def test_files_are_the_page_its_facts_and_the_network(model):
     assert json.loads(files["model.json"])["name"] == "tiny"
 
 
-@pytest.mark.parametrize("state", ["missing", "of an earlier training"])
-def test_a_network_without_its_own_file_is_exported(model, make_pipeline, tmp_path, state):
+def test_a_network_without_its_own_file_is_exported(model, make_pipeline, tmp_path):
     torch.manual_seed(1)
     pipe = make_pipeline()
+    shutil.rmtree(model / "onnx")
     pipe.save_pretrained(model)
-    if state == "missing":
-        shutil.rmtree(model / "onnx")
     exported = tmp_path / "model.onnx"
     exported.write_bytes(site_files(model)["model.onnx"])
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(OnnxUNet(exported)(x, 5).sample, pipe.unet(x, 5).sample)
-    assert (model / "onnx").exists() == (state != "missing")
+    assert not (model / "onnx").exists()
+
+
+@pytest.mark.parametrize("other", ["weights", "classes", "schedule", "file"])
+def test_an_export_of_another_training_is_not_its_own(exports, model, make_pipeline, other):
+    file, pipe = model / "onnx" / "model.onnx", copy.deepcopy(exports[0])
+    assert agrees(file, pipe)
+    if other == "weights":
+        with torch.no_grad():
+            pipe.unet.conv_out.bias += 0.1
+    elif other == "classes":
+        pipe = make_pipeline()
+    elif other == "schedule":
+        pipe.scheduler = DDPMSchedulerCustom(**{**TINY_SCHEDULER, "beta_schedule": "linear"})
+    else:
+        file.write_bytes(b"no graph")
+    assert not agrees(file, pipe)
 
 
 def test_facts_are_exact_and_name_the_labels(make_pipeline):

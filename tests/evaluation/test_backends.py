@@ -1,5 +1,6 @@
 """The backend that is measured to be faster is taken, and what was measured is said."""
 
+import copy
 import sys
 import time
 
@@ -7,15 +8,12 @@ import pytest
 
 from ddpm_hf.evaluation import backends
 from ddpm_hf.evaluation.backends import faster_pipeline, seconds_per_step
-from ddpm_hf.export.onnx_files import export_onnx
 
 
 @pytest.fixture
-def exported(make_pipeline, tmp_path, monkeypatch):
+def exported(exports, monkeypatch):
     monkeypatch.setattr(backends, "SECONDS", 0.05)
-    pipe = make_pipeline(num_class_embeds=3)
-    export_onnx(pipe, tmp_path)
-    return pipe, str(tmp_path)
+    return copy.deepcopy(exports[0]), str(exports[1])
 
 
 def slow_down(pipe, seconds: float) -> None:
@@ -40,7 +38,7 @@ def test_pytorch_stays_where_it_is_faster(exported, monkeypatch):
 
 def test_without_a_file_or_the_package_pytorch_is_taken(exported, tmp_path, monkeypatch):
     pipe, model = exported
-    assert "torch, because there is no other: " in faster_pipeline(pipe, str(tmp_path / "onnx"), 1, class_labels=0)[1]
+    assert "torch, because there is no other: " in faster_pipeline(pipe, str(tmp_path), 1, class_labels=0)[1]
     (tmp_path / "other" / "onnx").mkdir(parents=True)
     (tmp_path / "other" / "onnx" / "model.onnx").write_bytes(b"no graph")
     assert "cannot be read" in faster_pipeline(pipe, str(tmp_path / "other"), 1, class_labels=0)[1]

@@ -17,24 +17,26 @@ from tests.export.comparison import errors
 
 T = TINY_SCHEDULER["num_train_timesteps"]
 CLASSES = {"num_class_embeds": 5}
+# Each has several kinds of layers, because an export takes seconds.
 CONFIGURATIONS = {
-    "three levels, padding 0": {
+    "three levels, padding 0, learned time embedding, class given as an embedding": {
         "block_out_channels": (8, 8, 16),
         "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         "downsample_padding": 0,
+        "time_embedding_type": "learned",
+        "num_train_timesteps": T,
+        "class_embed_type": "identity",
     },
-    "resnet sampling, scale_shift, learned variance": {
+    "resnet sampling, scale_shift, learned variance, not square, class as timestep": {
         "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
         "up_block_types": ("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
         "resnet_time_scale_shift": "scale_shift",
         "out_channels": 6,
+        "sample_size": (8, 16),
+        "class_embed_type": "timestep",
     },
-    "fourier time embedding, not square": {"time_embedding_type": "fourier", "sample_size": (8, 16)},
-    "learned time embedding": {"time_embedding_type": "learned", "num_train_timesteps": T},
-    "class as timestep": {"class_embed_type": "timestep"},
-    "class given as an embedding": {"class_embed_type": "identity"},
-    "classes without a null class": CLASSES,
+    "fourier time embedding, classes without a null class": {"time_embedding_type": "fourier", **CLASSES},
 }
 
 

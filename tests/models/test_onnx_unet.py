@@ -7,11 +7,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, DDPMSchedulerCustom, UNet2DModelCustom
-from ddpm_hf.export.onnx_files import export_onnx
+from ddpm_hf import DDIMSchedulerCustom, DDPMPipelineCustom, UNet2DModelCustom
 from ddpm_hf.models.onnx_unet import OnnxUNet, onnx_name
-from ddpm_hf.pipelines.guidance import mark_class_names, mark_null_class
-from tests.conftest import TINY_SCHEDULER, TINY_UNET
 from tests.pipelines.helpers import ROUNDING, edits, images
 
 LABELS = {"class_labels": [0, 2], "seed": 0}
@@ -25,18 +22,9 @@ CALLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A saved class-conditional model with its ONNX files."""
-    torch.manual_seed(0)
-    unet = UNet2DModelCustom(**{**TINY_UNET, "num_class_embeds": 4}).eval()
-    mark_null_class(unet)
-    mark_class_names(unet, ["a", "b", "c"])
-    pipe = DDPMPipelineCustom(unet, DDPMSchedulerCustom(**TINY_SCHEDULER))
-    folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
-    export_onnx(pipe, folder, ["fp16"])
-    return folder
+@pytest.fixture
+def folder(exports):
+    return exports[1]
 
 
 def load(folder, **options) -> DDPMPipelineCustom:
