@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -33,19 +34,24 @@ class PeerArguments:
     onnx: bool = HfArg(default=False, help="time the network in ONNX Runtime too")
 
 
-def improved_diffusion(folder: str) -> nn.Module:
-    sys.path.insert(0, folder)
-    from improved_diffusion.unet import UNetModel
+def load(name: str, file: Path) -> ModuleType:
+    """A module of a clone, or a package if the file is its __init__.py."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+def improved_diffusion(folder: str) -> nn.Module:
+    load("improved_diffusion", Path(folder, "improved_diffusion", "__init__.py"))
+    unet = importlib.import_module("improved_diffusion.unet")
     shape = {"in_channels": 3, "model_channels": 128, "out_channels": 3, "num_res_blocks": 2, "num_heads": 1}
-    return UNetModel(**shape, attention_resolutions=(2,), channel_mult=(1, 2, 2, 2))
+    return unet.UNetModel(**shape, attention_resolutions=(2,), channel_mult=(1, 2, 2, 2))
 
 
 def pytorch_ddpm(folder: str) -> nn.Module:
-    spec = importlib.util.spec_from_file_location("pytorch_ddpm_model", Path(folder) / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.UNet(T=1000, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.0)
+    model = load("pytorch_ddpm_model", Path(folder, "model.py"))
+    return model.UNet(T=1000, ch=128, ch_mult=[1, 2, 2, 2], attn=[1], num_res_blocks=2, dropout=0.0)
 
 
 PEERS = {"improved-diffusion": (improved_diffusion, {"num_heads": 1}), "pytorch-ddpm": (pytorch_ddpm, {})}
