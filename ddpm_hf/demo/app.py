@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 MAX_IMAGES, MAX_STEPS, MAX_WAITING, SHOWN_PIXELS = 16, 250, 20, 512
 SECONDS_BETWEEN_PICTURES = 0.1
 EACH = "each class in turn"
+ONE_AT_A_TIME = {
+    "concurrency_id": "model",
+    "concurrency_limit": 1,
+}  # of all functions together: they share the pipeline
 INSTALL = "pip install ddpm_hf[demo]"
 
 
@@ -49,7 +53,7 @@ def make_app(pipe: DDPMPipelineCustom, name: str) -> "gradio.Blocks":
             _edit_tab(gr, model)
         with gr.Tab("Between two seeds"):
             _interpolation_tab(gr, model)
-    return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    return app.queue(max_size=MAX_WAITING)
 
 
 class Model:
@@ -72,11 +76,11 @@ class Model:
         distilled = default_steps(pipe.scheduler)
         self.sampler, self.steps = ("ddim", distilled) if distilled else ("dpmsolver++", min(20, self.max_steps))
 
-    def condition(self, label: str | None, guidance: float, number: int, first: int = 0) -> dict[str, Any]:
+    def condition(self, label: str | None, guidance: float, number: int) -> dict[str, Any]:
         """The arguments of a pipeline call for a label of the list and a guidance scale."""
         if not self.labels:
             return {}
-        labels = cycled_labels(self.pipe.unet, range(first, first + number))
+        labels = cycled_labels(self.pipe.unet, range(number))
         return {
             "class_labels": labels if label in (None, EACH) else self.labels[label],
             "guidance_scale": guidance if self.is_guided else 1.0,
@@ -191,7 +195,7 @@ def _sample_tab(gr, model: Model) -> None:
             picture = gr.Image(label="images", show_label=False, format="png", interactive=False)
             status = gr.Textbox(label="step", interactive=False)
     inputs = [number, label, guidance, sampler, steps, seed]
-    running = button.click(_explained(gr, model.sample), inputs, [picture, status], api_name="sample")
+    running = button.click(_explained(gr, model.sample), inputs, [picture, status], api_name="sample", **ONE_AT_A_TIME)
     stop.click(None, cancels=[running])
 
 
@@ -213,9 +217,11 @@ def _edit_tab(gr, model: Model) -> None:
         with gr.Column():
             picture = gr.Image(label="results", show_label=False, format="png", interactive=False)
     common = [label, guidance, number, seed]
-    example.click(_explained(gr, model.example), [label, guidance, seed], editor, api_name="example")
-    change.click(_explained(gr, model.change), [editor, strength, *common], picture, api_name="image_to_image")
-    fill.click(_explained(gr, model.fill), [editor, steps, *common], picture, api_name="inpaint")
+    example.click(_explained(gr, model.example), [label, guidance, seed], editor, api_name="example", **ONE_AT_A_TIME)
+    change.click(
+        _explained(gr, model.change), [editor, strength, *common], picture, api_name="image_to_image", **ONE_AT_A_TIME
+    )
+    fill.click(_explained(gr, model.fill), [editor, steps, *common], picture, api_name="inpaint", **ONE_AT_A_TIME)
 
 
 def _interpolation_tab(gr, model: Model) -> None:
@@ -227,4 +233,4 @@ def _interpolation_tab(gr, model: Model) -> None:
     button = gr.Button("Interpolate", variant="primary")
     picture = gr.Image(label="images", show_label=False, format="png", interactive=False)
     inputs = [seed, other, number, label, guidance, steps]
-    button.click(_explained(gr, model.between), inputs, picture, api_name="interpolate")
+    button.click(_explained(gr, model.between), inputs, picture, api_name="interpolate", **ONE_AT_A_TIME)

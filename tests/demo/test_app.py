@@ -92,6 +92,16 @@ def test_interpolation_gives_a_row_of_images(client, pipe):
     assert np.abs(pixels(picture) - enlarged(expected, columns=4)).max() <= 1
 
 
+def test_calls_at_the_same_time_do_not_disturb_each_other(client):
+    calls = [("/interpolate", (1, 2, 4, "owl", 1.0, steps)) for steps in (3, 7, 11)]
+    alone = [client.predict(*arguments, api_name=name) for name, arguments in calls]
+    jobs = [client.submit(*arguments, api_name=name) for name, arguments in calls]
+    sampling = client.submit(8, "cat", 1.0, "ddpm", 20, 0, api_name="/sample")
+    together = [job.result(timeout=60) for job in jobs]
+    assert all((pixels(a) == pixels(b)).all() for a, b in zip(alone, together, strict=True))
+    assert sampling.result(timeout=60)[1] == "8 images, seed 0, 20 steps of ddpm"
+
+
 @pytest.fixture
 def editor(tmp_path):
     """What the image editor holds after the upper half of a gray image was painted over."""
