@@ -28,7 +28,7 @@ def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
     from ddpm_hf.evaluation.report import report
     from ddpm_hf.hub.model_card import average_of_weights
     from ddpm_hf.training.artifacts import read_metrics, run_folder, write_evaluation
-    from ddpm_hf.training.config_file import read_options
+    from ddpm_hf.training.config_file import read_run
 
     state, folder = PartialState(), Path(options.output_dir or options.model)
     check_output_folder("output_dir", folder, FILES)
@@ -37,8 +37,7 @@ def evaluate(options: EvaluationOptions) -> tuple[str, str | None]:
     pipe.unet.eval()
     pipe.set_progress_bar_config(disable=not state.is_main_process, desc="Sampling")
     files = run_folder(options.model)
-    run_file = files / "config.yaml"
-    run = read_options(run_file) if run_file.is_file() else {}
+    run = read_run(files)
     evaluation = Evaluation(options, pipe, run, average_of_weights(run, read_metrics(files)) if run else None)
     evaluation.measure_bounds()
     written, problem = False, evaluation.problem

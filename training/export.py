@@ -20,10 +20,9 @@ def calibration(options: ExportOptions, pipe) -> dict:
     from ddpm_hf.evaluation.bounds import load_batch
     from ddpm_hf.evaluation.measures import open_images, random_indices
     from ddpm_hf.training.artifacts import run_folder
-    from ddpm_hf.training.config_file import read_options
+    from ddpm_hf.training.config_file import read_run
 
-    file = run_folder(options.model) / "config.yaml"
-    run = read_options(file) if file.is_file() else {}
+    run = read_run(run_folder(options.model))
     images = open_images(options, pipe.unet.config, run, options.split)
     chosen = random_indices(images, 0, "calibration")[: options.calibration_images]
     x_0, labels = load_batch(images, chosen, "cpu")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm_hf.options import check_options, option
-from ddpm_hf.training.config_file import read_options
+from ddpm_hf.training.config_file import read_run
 from ddpm_hf.training.option_parser import OptionParser
 
 if TYPE_CHECKING:
@@ -56,11 +56,10 @@ def parse(arguments: list[str]) -> PublishArguments:
         if args.gradio_space is not None and args.repo_id is not None and args.space is None:
             return args
         raise ValueError("model must be the folder of a trained model, as in publish.py outputs/digits, got None.")
-    config = Path(args.model) / "config.yaml"
     if args.repo_id is None and (args.space is None or args.gradio_space is not None):
-        args = replace(args, repo_id=read_options(config).get("hub_model_id") if config.is_file() else None)
+        args = replace(args, repo_id=read_run(args.model).get("hub_model_id"))
         if args.repo_id is None:
-            raise ValueError(f"repo_id must be user/name, got None, and {config} has no hub_model_id.")
+            raise ValueError(f"repo_id must be user/name, got None, and {args.model}/config.yaml has no hub_model_id.")
     return args
 
 

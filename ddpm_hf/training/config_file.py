@@ -71,3 +71,9 @@ def read_options(file: Path) -> dict[str, Any]:
         found = "it is empty" if not options else "it is a list" if isinstance(options, list) else "it is one value"
         raise ValueError(f"{file} must have a line `name: value` for each option, but {found}.")
     return options
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The options that a model was trained with, of the config.yaml in its folder; {} for a model without one."""
+    file = Path(folder) / "config.yaml"
+    return read_options(file) if file.is_file() else {}
