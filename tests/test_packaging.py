@@ -142,7 +142,7 @@ def test_imports_at_module_level_are_core_dependencies(distributions, trees):
 
 
 def test_imports_inside_functions_are_dependencies_or_extras(distributions, trees):
-    declared = requirements(distributions[0], "train", "eval", "fid", "lora", "video", "export")
+    declared = requirements(distributions[0], "train", "eval", "fid", "lora", "video", "export", "demo")
     undeclared = {name: imported_distributions(tree) - declared for name, tree in trees.items()}
     assert not {name: missing for name, missing in undeclared.items() if missing}
 
@@ -168,21 +168,44 @@ def test_citation_and_changelog_have_the_version():
     assert f"## [{ddpm_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_an_installed_model_is_trained_sampled_and_loaded(bin_folder, tmp_path):
+@pytest.fixture(scope="module")
+def trained(bin_folder, tmp_path_factory) -> Path:
+    """A folder with a run of the installed package."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(bin_folder / "ddpm-train", "--config", "digits", *TINY_RUN, "--output_dir", "run", cwd=folder)
+    return folder
+
+
+def test_an_installed_model_is_trained_sampled_and_loaded(bin_folder, trained):
     assert Path(run_python(bin_folder, "import ddpm_hf; print(ddpm_hf.__file__)").strip()).is_relative_to(
         bin_folder.parent
     )
-    run(bin_folder / "ddpm-train", "--config", "digits", *TINY_RUN, "--output_dir", "run", cwd=tmp_path)
-    assert (tmp_path / "run" / "README.md").is_file()
+    assert (trained / "run" / "README.md").is_file()
     sample = ("--model", "run", "--num_images", "2", "--steps", "2", "--output_dir", "samples")
-    run(bin_folder / "ddpm-sample", *sample, cwd=tmp_path)
-    assert len(list((tmp_path / "samples").glob("*.png"))) == 2
+    run(bin_folder / "ddpm-sample", *sample, cwd=trained)
+    assert len(list((trained / "samples").glob("*.png"))) == 2
     code = (
         "from ddpm_hf import DDPMPipelineCustom as Pipeline\n"
-        f"pipe = Pipeline.from_pretrained({str(tmp_path / 'run')!r})\n"
+        f"pipe = Pipeline.from_pretrained({str(trained / 'run')!r})\n"
         "print(pipe(2, seed=0, num_inference_steps=2, output_type='np').images.shape)"
     )
     assert run_python(bin_folder, code).strip() == "(2, 8, 8, 1)"
+
+
+def test_an_installed_model_is_exported_and_shown(bin_folder, trained):
+    model = str(trained / "run")
+    run(bin_folder / "ddpm-export", model, cwd=trained)
+    code = f"""
+from ddpm_hf import DDPMPipelineCustom as Pipeline
+from ddpm_hf.demo.app import make_app
+from ddpm_hf.demo.gradio_space import gradio_files
+from ddpm_hf.demo.site import site_files
+pipe = Pipeline.from_pretrained({model!r}, backend="onnxruntime")
+print(make_app(pipe, "digits").title)
+print({{"index.html", "model.onnx"}} <= site_files({model!r}).keys())
+print({{"app.py", "requirements.txt", "ddpm_hf/demo/app.py"}} <= gradio_files("user/digits").keys())
+"""
+    assert run_python(bin_folder, code).splitlines() == ["digits: a DDPM", "True", "True"]
 
 
 def test_accelerate_launches_the_installed_training_module(bin_folder, tmp_path):
