@@ -240,10 +240,12 @@ def _resize(image: Image.Image, form: ImageFormat, fill) -> Image.Image:
     size, method = form.size[::-1], Image.Resampling.LANCZOS
     if form.crop == "center":
         return ImageOps.fit(image, size, method)
-    fitted = ImageOps.contain(image, size, method)
-    if 0 in fitted.size:  # a side of less than half a pixel
-        fitted = image.resize((max(1, fitted.width), max(1, fitted.height)), method)
-    return ImageOps.pad(fitted, size, method, fill)
+    width, height = image.size
+    if round(height / width * size[0]) == 0:  # less than half a pixel, which versions of Pillow refuse
+        image = image.resize((size[0], 1), method)
+    elif round(width / height * size[1]) == 0:
+        image = image.resize((1, size[1]), method)
+    return ImageOps.pad(image, size, method, fill)
 
 
 def match_depth(images: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -107,7 +107,6 @@ def test_what_needs_weights_or_other_inputs_is_refused(pipes, what, message):
     ("options", "error", "message"),
     [
         ({"backend": "tensorrt"}, ValueError, "backend.*'tensorrt'"),
-        ({"variant": "int8"}, FileNotFoundError, "model_int8.onnx does not exist.*ddpm-export"),
         ({"torch_dtype": torch.float16}, TypeError, "torch_dtype is for a network of PyTorch"),
         ({"unet": object()}, TypeError, "unet is for a network of PyTorch"),
     ],
@@ -115,6 +114,13 @@ def test_what_needs_weights_or_other_inputs_is_refused(pipes, what, message):
 def test_options_of_the_backend_are_checked(folder, options, error, message):
     with pytest.raises(error, match=message):
         DDPMPipelineCustom.from_pretrained(folder, **{"backend": "onnxruntime", **options})
+
+
+def test_a_variant_that_was_not_exported_is_named(folder, tmp_path):
+    (tmp_path / "onnx").mkdir()
+    shutil.copy(folder / "onnx" / "model.onnx", tmp_path / "onnx")
+    with pytest.raises(FileNotFoundError, match="model_int8.onnx does not exist.*ddpm-export"):
+        DDPMPipelineCustom.from_pretrained(tmp_path, backend="onnxruntime", variant="int8")
 
 
 def test_files_of_other_programs_are_refused(tmp_path):
