@@ -23,6 +23,7 @@ PAGES = {
     "benchmarks/README.md": "benchmarks.md",
     "model_cards/digits/README.md": "digits.md",
     "model_cards/mnist/README.md": "mnist.md",
+    "model_cards/cifar10-small/README.md": "cifar10-small.md",
     "docs/notebooks/ddpm.ipynb": "notebook.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
