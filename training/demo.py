@@ -25,11 +25,8 @@ class DemoArguments:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]
     try:
-        args = OptionParser(DemoArguments, __doc__.splitlines()[0]).parse(arguments)
+        args = OptionParser(DemoArguments, __doc__.splitlines()[0]).parse_model_first(arguments)
         from ddpm_hf import DDPMPipelineCustom
         from ddpm_hf.demo.app import make_app
 

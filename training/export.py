@@ -48,11 +48,8 @@ def export(options: ExportOptions) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]
     try:
-        export(OptionParser(ExportOptions, __doc__.splitlines()[0]).parse(arguments))
+        export(OptionParser(ExportOptions, __doc__.splitlines()[0]).parse_model_first(arguments))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"export.py: error: {error}")
 

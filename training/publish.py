@@ -47,11 +47,9 @@ class PublishArguments:
         check_options(self)
 
 
-def parse(arguments: list[str]) -> PublishArguments:
+def parse(arguments: list[str] | None) -> PublishArguments:
     """The options. Raises ValueError if the folder or the repository's name is missing."""
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]
-    args = OptionParser(PublishArguments, __doc__.splitlines()[0]).parse(arguments)
+    args = OptionParser(PublishArguments, __doc__.splitlines()[0]).parse_model_first(arguments)
     if args.model is None:
         if args.gradio_space is not None and args.repo_id is not None and args.space is None:
             return args
@@ -101,19 +99,20 @@ def publish_model(args: PublishArguments, retries: "Retries") -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        args = parse(sys.argv[1:] if arguments is None else arguments)
+        args = parse(arguments)
     except (ValueError, TypeError) as error:
         sys.exit(f"publish.py: error: {error}")
     # Imported after parsing, so that --help and wrong options are answered without waiting for torch.
     from ddpm_hf.hub.spaces import publish_space
     from ddpm_hf.transfer.client import hub_api
     from ddpm_hf.transfer.downloads import Retries
-    from ddpm_hf.transfer.errors import explain_error
+    from ddpm_hf.transfer.errors import explain_error, explained
 
     try:
         retries = Retries(first_wait_seconds=args.first_wait_seconds)
         if args.model is None:
-            hub_api(None).model_info(args.repo_id)  # a Space for a model that is not there would not start
+            with explained(args.repo_id):
+                hub_api(None).model_info(args.repo_id)  # a Space for a model that is not there would not start
         elif not publish_model(args, retries):
             return
         for name, kind, files in demos(args):

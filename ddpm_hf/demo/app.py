@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 MAX_IMAGES, MAX_STEPS, MAX_WAITING, SHOWN_PIXELS = 16, 250, 20, 512
 SECONDS_BETWEEN_PICTURES = 0.1
 EACH = "each class in turn"
-ONE_AT_A_TIME = {
-    "concurrency_id": "model",
-    "concurrency_limit": 1,
-}  # of all functions together: they share the pipeline
+# Of all functions together: they share the pipeline.
+ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1}
 INSTALL = "pip install ddpm_hf[demo]"
 
 
@@ -117,14 +115,14 @@ class Model:
 
     def change(self, editor: dict | None, strength: float, label: str | None, guidance: float, number: int, seed: int):
         """Image to image: other images like the one in the editor."""
-        picture = Image.fromarray(np.asarray(_background(editor).convert("RGB")))
+        picture = _background(editor)
         options = {"strength": strength, "num_inference_steps": self.max_steps, "seed": int(seed)}
         options |= self.condition(label, guidance, int(number))
         return self.grid(image_to_image(self.pipe, [picture] * int(number), **options))
 
     def fill(self, editor: dict | None, steps: int, label: str | None, guidance: float, number: int, seed: int):
         """Inpainting: what is painted over in the editor is filled in."""
-        picture, mask = _background(editor).convert("RGB"), _painted(editor)
+        picture, mask = _background(editor), _painted(editor)
         options = {"num_inference_steps": int(steps), "jump_n_sample": 3, "seed": int(seed)}
         options |= self.condition(label, guidance, int(number))
         return self.grid(inpaint(self.pipe, [picture] * int(number), mask, **options))
@@ -140,7 +138,7 @@ class Model:
 def _background(editor: dict | None) -> Image.Image:
     if editor is None or editor["background"] is None:
         raise ValueError("give an image first: upload one, or paste it.")
-    return editor["background"]
+    return editor["background"].convert("RGB")
 
 
 def _painted(editor: dict) -> Image.Image:

@@ -71,6 +71,11 @@ class OptionParser(argparse.ArgumentParser):
         """The options of a command line. Raises ValueError or TypeError that names the option."""
         return self._checked(self.given(arguments))
 
+    def parse_model_first(self, arguments: Sequence[str] | None = None) -> Any:
+        """As `parse`. A first word that is no option is the value of --model."""
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        return self.parse(["--model", *words] if words and not words[0].startswith("-") else words)
+
     def parse_known(self, arguments: Sequence[str] | None = None) -> tuple[Any, list[str]]:
         """The options of a command line, and the words that are none of them, for another script."""
         values, unknown = self.known(arguments)
