@@ -15,7 +15,7 @@ from ddpm_hf.pipelines.editing import image_to_image, inpaint
 from ddpm_hf.pipelines.grids import image_grid
 from ddpm_hf.pipelines.guidance import class_names_of, cycled_labels, null_class_of
 from ddpm_hf.pipelines.inversion import interpolate_seeds
-from ddpm_hf.schedulers.samplers import SAMPLERS, default_steps, make_sampler
+from ddpm_hf.schedulers.samplers import SAMPLERS, make_sampler, recommended_sampler
 
 if TYPE_CHECKING:
     import gradio
@@ -70,9 +70,7 @@ class Model:
         names = class_names_of(pipe.unet)
         self.labels = {} if not labels else {names[k] if names else str(k): k for k in sorted(set(labels))}
         self.is_guided = null_class_of(pipe.unet) is not None
-        # A distilled model has its own sampler.
-        distilled = default_steps(pipe.scheduler)
-        self.sampler, self.steps = ("ddim", distilled) if distilled else ("dpmsolver++", min(20, self.max_steps))
+        self.sampler, self.steps = recommended_sampler(pipe.scheduler)
 
     def condition(self, label: str | None, guidance: float, number: int) -> dict[str, Any]:
         """The arguments of a pipeline call for a label of the list and a guidance scale."""

@@ -183,8 +183,8 @@ class Memorization:
         distance_quantiles, distance_quantiles_validation: of the Euclidean distances to the nearest training image.
         closer_than_5_percent_of_validation: share of samples that are closer to a training image than 95 % of validation
             images are.
-        closer_p_value: of the one-sided Kolmogorov-Smirnov test with the alternative that samples are closer. A small
-            value indicates copies.
+        closer_p_value: probability of at least this share if samples are as close as validation images are. A small value
+            indicates copies.
         closest: (sample, training image, distance) of the closest pairs, closest first.
     """
 
@@ -198,16 +198,21 @@ class Memorization:
 def memorization(samples: torch.Tensor, validation: torch.Tensor, training: torch.Tensor) -> Memorization:
     """Compare distances from samples (N, d) and from validation images (M, d) to training images (K, d). Rows are pixels
     or features."""
-    from scipy.stats import ks_2samp  # an optional dependency
+    from scipy.stats import hypergeom  # an optional dependency
 
     distances, nearest = nearest_neighbors(samples, training)
     validation_distances, _ = nearest_neighbors(validation, training)
+    n, m = len(distances), len(validation_distances)
+    k = max(1, round(0.05 * (m + 1)))  # of m + 1 gaps between validation distances, k are below the k-th
+    closer = int((distances < validation_distances.kthvalue(k).values).sum())
     order = distances.argsort()[:CLOSEST].tolist()
     return Memorization(
         distance_quantiles=_quantiles(distances),
         distance_quantiles_validation=_quantiles(validation_distances),
-        closer_than_5_percent_of_validation=(distances < validation_distances.quantile(0.05)).double().mean().item(),
-        closer_p_value=float(ks_2samp(distances.numpy(), validation_distances.numpy(), alternative="greater").pvalue),
+        closer_than_5_percent_of_validation=closer / n,
+        # At least `closer` samples are below the k-th validation distance if fewer than k of the closer + k - 1 shortest
+        # distances are of validation images.
+        closer_p_value=float(hypergeom.cdf(k - 1, n + m, m, closer + k - 1)),
         closest=[(i, nearest[i].item(), distances[i].item()) for i in order],
     )
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 DEFAULT_STRENGTH = 0.8  # that of diffusers' image to image
-RECOMMENDED, RECOMMENDED_STEPS = "dpmsolver++", 20  # docs/fewer-steps.md
 OWN_STEPS = "editing runs the steps of DDPM, evenly spaced"
 # Options that exclude each other, and why.
 CONFLICTS = (
@@ -38,11 +37,11 @@ class SampleArguments:
     variant: str | None = option(None, "of the weights, such as fp16; of onnxruntime fp16 or int8")
     num_images: int = option(64, "total number of images, including existing ones", "[1, inf)")
     scheduler: SamplerName | None = option(
-        None, f"None: the saved one, but {RECOMMENDED} for ddpm without --steps and other options of the steps"
+        None, "None: the saved one, but the recommended one for ddpm without --steps and other options of the steps"
     )
     steps: int | None = option(
         None,
-        f"sampling steps; None: those that the model was distilled to, {RECOMMENDED_STEPS} of the recommended scheduler, or T",
+        "sampling steps; None: those that the model was distilled to, those recommended (20 of dpmsolver++), or T",
         "[1, inf)",
     )
     spacing: Literal["trailing", "leading", "linspace"] | None = option(
@@ -115,10 +114,11 @@ class SampleArguments:
     def recommend(self, scheduler: "SchedulerMixin") -> None:
         """Sample from a model with the scheduler of DDPM as recommended, unless an option says how."""
         from ddpm_hf import DDPMSchedulerCustom
+        from ddpm_hf.schedulers.samplers import recommended_sampler
 
         options = ("scheduler", "steps", "spacing", "timesteps", "eta")
         if isinstance(scheduler, DDPMSchedulerCustom) and not self.is_editing and not any(map(self.is_given, options)):
-            self.scheduler, self.steps = RECOMMENDED, min(RECOMMENDED_STEPS, scheduler.config.num_train_timesteps)
+            self.scheduler, self.steps = recommended_sampler(scheduler)
 
     @property
     def is_editing(self) -> bool:

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from ddpm_hf.models.builders import image_size, temb_channels
 from ddpm_hf.pipelines.ddpm import DDPMPipelineCustom
 from ddpm_hf.pipelines.guidance import cycled_labels, null_class_of
-from ddpm_hf.schedulers.samplers import as_ddpm, make_sampler
+from ddpm_hf.schedulers.samplers import as_ddpm, make_sampler, recommended_sampler
 
 Inputs = dict[str, np.ndarray]  # of the ONNX graph, by name
-BATCH_SIZE, SAMPLING_STEPS = 16, 20
+BATCH_SIZE = 16
 DEFAULT_PIXELS = 8  # height and width of the smallest level, for a network that takes images of any size
 
 
@@ -40,10 +40,10 @@ def graph_inputs(unet: nn.Module, inputs: dict[str, Tensor], guidance_scale: flo
 
 def samples_of(pipe: DDPMPipelineCustom, number: int) -> tuple[Tensor, Tensor | None]:
     """Samples of the model, (N, C, H, W) in [-1, 1], and their labels: the classes in turn."""
-    fast = DDPMPipelineCustom(pipe.unet, make_sampler("dpmsolver++", pipe.scheduler))
+    sampler, steps = recommended_sampler(pipe.scheduler)
+    fast = DDPMPipelineCustom(pipe.unet, make_sampler(sampler, pipe.scheduler))
     fast.set_progress_bar_config(disable=True)
     labels, images = cycled_labels(pipe.unet, range(number)), []
-    steps = min(SAMPLING_STEPS, pipe.scheduler.config.num_train_timesteps)
     for start in range(0, number, BATCH_SIZE):
         part = slice(start, min(start + BATCH_SIZE, number))
         options = {"seed": 0, "first_index": start, "class_labels": None if labels is None else labels[part]}

@@ -29,6 +29,7 @@ MEAN, STD = 0.6, 0.2  # of the data
 MAX_SHIFT = STD / 4
 MAX_SPREAD = 2.0  # times the right one
 MIN_SPREAD = 0.5  # times that of DDIM with as many steps
+MAX_INPUT = 1.2  # times the spread that the network's input should have
 PIXELS = 1000
 Choice = int | tuple[int, ...]  # a number of steps, or timesteps
 SEARCHED, MAX_TRIALS = 20, 4  # for another number of steps to name in an error message
@@ -139,14 +140,23 @@ def _problem_of_samples(cls: type[SchedulerMixin], config: str, choice: Choice) 
     # without noise keeps the difference, scaled like x; noise in the steps removes it.
     scale = STD / math.sqrt(bar * STD**2 + 1 - bar)
     lowest_mean = MEAN * (1 - math.sqrt(bar) * scale)
+    unit = GaussianNetwork(scheduler, 0.0, 1.0)  # of these data every x_t is N(0, 1)
     try:
         x = sample_gaussian(scheduler)
         least = _spread_of_ddim(scheduler, choice)
+        _problem_of_setting(scheduler, choice)
+        sample_gaussian(scheduler, unit)
     except Exception as error:
         return f"it fails ({type(error).__name__}: {error})"
     mean, std = x.mean().item(), x.std(correction=0).item()
     if lowest_mean - MAX_SHIFT < mean < MEAN + MAX_SHIFT and MIN_SPREAD * least <= std < MAX_SPREAD * scale:
-        return None
+        # This network brings any input back. A trained one has seen none that is wider than a noisy image.
+        wide = unit.widest_input > MAX_INPUT
+        return (
+            f"its steps are too large: what they make of noise is {unit.widest_input:.3g} times too wide"
+            if wide
+            else None
+        )
     return f"it turns data with mean {MEAN} and standard deviation {STD} into {mean:.3g} and {std:.3g}"
 
 
@@ -165,12 +175,14 @@ def _spread_of_ddim(scheduler: SchedulerMixin, choice: Choice) -> float:
 
 
 class GaussianNetwork:
-    """The network that is optimal for pixels N(MEAN, STD²), in closed form, for the chain of a scheduler.
+    """The network that is optimal for pixels N(mean, std²), in closed form, for the chain of a scheduler.
 
-    Between timesteps log SNR is interpolated, for schedulers with fractional timesteps.
+    Between timesteps log SNR is interpolated, for schedulers with fractional timesteps. `widest_input` is the largest
+    standard deviation of its inputs so far.
     """
 
-    def __init__(self, scheduler: SchedulerMixin):
+    def __init__(self, scheduler: SchedulerMixin, mean: float = MEAN, std: float = STD):
+        self.mean, self.std, self.widest_input = mean, std, 0.0
         self.log_snr = torch.logit(torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float64, device="cpu"))
         self.prediction_type = scheduler.config.prediction_type
         self.variance_channels = output_channels(scheduler, 1)[1] - 1
@@ -181,18 +193,19 @@ class GaussianNetwork:
         return torch.sigmoid(torch.where(t.frac() == 0, low, torch.lerp(low, high, t.frac())))
 
     def __call__(self, x: torch.Tensor, t) -> torch.Tensor:
+        self.widest_input = max(self.widest_input, x.std(correction=0).item())
         bar = self.alpha_bar(t)
-        deviation = x - bar.sqrt() * MEAN
-        x_0 = MEAN + bar.sqrt() * STD**2 / (bar * STD**2 + 1 - bar) * deviation
-        epsilon = (1 - bar).sqrt() / (bar * STD**2 + 1 - bar) * deviation
+        deviation = x - bar.sqrt() * self.mean
+        x_0 = self.mean + bar.sqrt() * self.std**2 / (bar * self.std**2 + 1 - bar) * deviation
+        epsilon = (1 - bar).sqrt() / (bar * self.std**2 + 1 - bar) * deviation
         v = bar.sqrt() * epsilon - (1 - bar).sqrt() * x_0
         output = {"sample": x_0, "epsilon": epsilon, "v_prediction": v}[self.prediction_type]
         return torch.cat([output, *[torch.full_like(output, 1e-4)] * self.variance_channels], 1)
 
 
-def sample_gaussian(scheduler: SchedulerMixin) -> torch.Tensor:
+def sample_gaussian(scheduler: SchedulerMixin, network: GaussianNetwork | None = None) -> torch.Tensor:
     """Samples of the Gaussian, (1, 1, 1, PIXELS), float64, by the timesteps that were set. x_T are exact quantiles."""
-    network = GaussianNetwork(scheduler)
+    network = network or GaussianNetwork(scheduler)
     parameters = inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator().manual_seed(0)} if "generator" in parameters else {}
     x = torch.special.ndtri((torch.arange(PIXELS, dtype=torch.float64) + 0.5) / PIXELS)

@@ -187,6 +187,23 @@ def test_memorization_detects_copies_and_not_fresh_images():
     assert distances == sorted(distances) and asdict(copied)["closer_p_value"] == copied.closer_p_value
 
 
+def at(*distances):
+    return torch.tensor(distances)[:, None]
+
+
+def test_probability_of_close_samples_is_that_of_their_ranks():
+    """19 validation images and 4 samples, 2 of them closer than all validation images: 4/23 · 3/22 by symmetry."""
+    near = memorization(at(0.1, 0.2, 8.5, 30.0), at(*range(1, 20)).float(), at(0.0))
+    assert near.closer_than_5_percent_of_validation == 0.5
+    assert near.closer_p_value == pytest.approx(4 / 23 * 3 / 22)
+
+
+def test_samples_that_are_alike_but_near_no_image_are_no_copies():
+    """Blurred samples are closer than most validation images, and none is as close as the closest of these."""
+    near = memorization(at(*[20.0] * 50), at(*range(1, 100)).float(), at(0.0))
+    assert near.closer_than_5_percent_of_validation == 0 and near.closer_p_value == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -5,7 +5,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from ddpm_hf import DDIMSchedulerCustom, DDPMSchedulerCustom
-from ddpm_hf.schedulers.samplers import SAMPLERS, as_ddpm, default_steps, distilled_sampler, make_sampler
+from ddpm_hf.schedulers.samplers import (
+    SAMPLERS,
+    as_ddpm,
+    default_steps,
+    distilled_sampler,
+    make_sampler,
+    recommended_sampler,
+)
 
 
 @pytest.mark.parametrize("beta_schedule", ["linear", "sigmoid"])
@@ -27,6 +34,36 @@ def test_sampler_options_are_those_of_its_name():
     assert make_sampler("dpmsolver++", own).config.algorithm_type == "dpmsolver++"
     assert make_sampler("dpmsolver++sde", own).config.algorithm_type == "sde-dpmsolver++"
     assert make_sampler("pndm", own).config.skip_prk_steps is True
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ("dpmsolver++", 20)),
+        ({"num_train_timesteps": 8}, ("dpmsolver++", 8)),
+        ({"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}, ("dpmsolver++", 20)),
+        ({"beta_schedule": "squaredcos_cap_v2"}, ("ddpm", 100)),
+    ],
+)
+def test_the_recommended_sampler_depends_on_what_x_T_says(config, expected):
+    scheduler = DDPMSchedulerCustom(**config)
+    assert recommended_sampler(scheduler) == expected
+    assert recommended_sampler(distilled_sampler(DDPMSchedulerCustom(**config), 4)) == ("ddim", 4)
+
+
+def test_only_ancestral_sampling_forgets_an_error_of_epsilon_at_T():
+    """Data are N(0, 1), of which the exact ε is √(1−ᾱ)·x. The network adds 1e-3 to it at the first timestep alone."""
+    own = DDPMSchedulerCustom(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    means = {}
+    for name in ("ddpm", "ddim", "dpmsolver++"):
+        scheduler = make_sampler(name, own, "trailing")
+        scheduler.set_timesteps(20)
+        x = torch.randn(1000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        for i, t in enumerate(scheduler.timesteps):
+            eps = (1 - own.alphas_cumprod[t]).sqrt() * x + (1e-3 if i == 0 else 0)
+            x = scheduler.step(eps, t, x, generator=torch.Generator().manual_seed(int(t))).prev_sample
+        means[name] = abs(x.mean().item())
+    assert means["ddpm"] < 0.2 and min(means["ddim"], means["dpmsolver++"]) > 1.4
 
 
 def test_ddpm_sampler_is_the_scheduler_itself_or_its_counterpart():
