@@ -151,8 +151,8 @@ def test_the_recipe_and_cost_are_those_of_the_run(card):
     text = card(quality=QUALITY).text
     for cell in (
         "1.23 M parameters",
-        "T = 1000, linear β",
-        "rate 0.001 (cosine)",
+        "T = 1000, squaredcos_cap_v2 β",
+        "rate 0.002 (cosine)",
         "192 images seen in 12 steps",
         "1.5 minutes",
     ):

@@ -164,7 +164,7 @@ def test_the_name_of_the_card_is_not_taken_for_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "replaced"),
     [
-        ("num_steps", 7, {"total_images": 896}),
+        ("num_steps", 7, {"total_images": 448}),
         ("num_epochs", 7, {"num_epochs": 7, "total_images": None}),
         ("total_images", 1280, {"total_images": 1280}),
         ("ema_decay", 0.9, {"ema_decay": 0.9, "ema_halflife_images": None}),
