@@ -41,7 +41,7 @@ class SampleArguments:
     )
     steps: int | None = option(
         None,
-        "sampling steps; None: those that the model was distilled to, those recommended (20 of dpmsolver++), or T",
+        "sampling steps; None: those that the model was distilled to, those recommended (20 of unipc), or T",
         "[1, inf)",
     )
     spacing: Literal["trailing", "leading", "linspace"] | None = option(

@@ -447,7 +447,7 @@ def test_a_model_of_ddpm_is_sampled_as_recommended_by_default(model, tmp_path):
             return arrays["arr_0"]
 
     recommended = images("a")
-    assert (recommended == images("b", "--scheduler", "dpmsolver++", "--steps", "20")).all()
+    assert (recommended == images("b", "--scheduler", "unipc", "--steps", "20")).all()
     assert (recommended != images("c", "--scheduler", "ddpm")).any()  # all T steps, as `pipe()` takes
     record = json.loads((tmp_path / "a" / "seed0.json").read_text())
-    assert (record["scheduler"], record["steps"]) == ("dpmsolver++", 20)
+    assert (record["scheduler"], record["steps"]) == ("unipc", 20)
