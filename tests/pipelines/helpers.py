@@ -24,7 +24,7 @@ SCHEDULERS = {
     "UniPC": diffusers.UniPCMultistepScheduler(**SHORT),
     "Euler": diffusers.EulerDiscreteScheduler(**SHORT),
     "Euler ancestral": diffusers.EulerAncestralDiscreteScheduler(**SHORT),
-    "Heun": diffusers.HeunDiscreteScheduler(**SHORT),
+    "Heun": diffusers.HeunDiscreteScheduler(**SHORT | {"beta_schedule": "linear", "beta_start": 0.01, "beta_end": 0.3}),
     "PNDM": diffusers.PNDMScheduler(**SHORT),
     "LMS": diffusers.LMSDiscreteScheduler(**SHORT),
     "DEIS": diffusers.DEISMultistepScheduler(**SHORT),

@@ -195,7 +195,7 @@ def test_every_sampler_runs_a_network_with_a_learned_variance(make_pipeline, nam
     """Only ancestral sampling uses it; for the others the result is that of the network without these channels."""
     learned = make_pipeline(DDPMSchedulerCustom(**SHORT, variance_type="learned_range"), out_channels=6)
     learned.scheduler = make_sampler(name, learned.scheduler)
-    result = images(learned, batch_size=2, seed=0, num_inference_steps=10)
+    result = images(learned, batch_size=2, seed=0, num_inference_steps=20)
     if name != "ddpm":
         plain = make_pipeline(DDPMSchedulerCustom(**SHORT), out_channels=3)
         weights = learned.unet.state_dict()
@@ -203,7 +203,7 @@ def test_every_sampler_runs_a_network_with_a_learned_variance(make_pipeline, nam
             weights[key] = weights[key][:3]
         plain.unet.load_state_dict(weights)
         plain.scheduler = make_sampler(name, plain.scheduler)
-        expected = images(plain, batch_size=2, seed=0, num_inference_steps=10)
+        expected = images(plain, batch_size=2, seed=0, num_inference_steps=20)
         torch.testing.assert_close(result, expected, rtol=0, atol=ROUNDING)
 
 
