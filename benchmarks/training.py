@@ -209,9 +209,13 @@ class Ours:
 def compare(preset: str, args: BenchmarkArguments) -> dict[str, float]:
     """Median seconds of a round of each."""
     changes = {"learning_rate": ADAMW["lr"], "warmup_steps": 0, "learning_rate_schedule": "constant"}
-    changes["prediction_type"] = "epsilon"  # what the example trains
-    # The two sides draw dropout masks differently, and the example does not mirror images by default.
-    changes |= {"mixed_precision": args.mixed_precision, "dropout": 0.0, "random_flip": False}
+    # The example predicts ε and does not mirror images by default. The two sides draw dropout masks differently.
+    changes |= {
+        "mixed_precision": args.mixed_precision,
+        "dropout": 0.0,
+        "random_flip": False,
+        "prediction_type": "epsilon",
+    }
     changes |= {name: getattr(args, name) for name in ("dataset", "batch_size") if getattr(args, name) is not None}
     config = TrainingConfig(**(load_preset(preset) | changes))
     torch.manual_seed(0)

@@ -135,12 +135,12 @@ def _problem_of_samples(cls: type[SchedulerMixin], config: str, choice: Choice) 
     scheduler = cls.from_config(json.loads(config))
     _problem_of_setting(scheduler, choice)
     first = float(torch.as_tensor(scheduler.timesteps)[0])
-    bar = GaussianNetwork(scheduler).alpha_bar(first).item()
+    unit = GaussianNetwork(scheduler, 0.0, 1.0)  # of these data every x_t is N(0, 1)
+    bar = unit.alpha_bar(first).item()
     # Where sampling starts from pure noise, x_t should have the mean √ᾱ·MEAN and the variance ᾱ·STD² + 1 − ᾱ. A solver
     # without noise keeps the difference, scaled like x; noise in the steps removes it.
     scale = STD / math.sqrt(bar * STD**2 + 1 - bar)
     lowest_mean = MEAN * (1 - math.sqrt(bar) * scale)
-    unit = GaussianNetwork(scheduler, 0.0, 1.0)  # of these data every x_t is N(0, 1)
     try:
         x = sample_gaussian(scheduler)
         least = _spread_of_ddim(scheduler, choice)
@@ -149,15 +149,12 @@ def _problem_of_samples(cls: type[SchedulerMixin], config: str, choice: Choice) 
     except Exception as error:
         return f"it fails ({type(error).__name__}: {error})"
     mean, std = x.mean().item(), x.std(correction=0).item()
-    if lowest_mean - MAX_SHIFT < mean < MEAN + MAX_SHIFT and MIN_SPREAD * least <= std < MAX_SPREAD * scale:
-        # This network brings any input back. A trained one has seen none that is wider than a noisy image.
-        wide = unit.widest_input > MAX_INPUT
-        return (
-            f"its steps are too large: what they make of noise is {unit.widest_input:.3g} times too wide"
-            if wide
-            else None
-        )
-    return f"it turns data with mean {MEAN} and standard deviation {STD} into {mean:.3g} and {std:.3g}"
+    if not (lowest_mean - MAX_SHIFT < mean < MEAN + MAX_SHIFT and MIN_SPREAD * least <= std < MAX_SPREAD * scale):
+        return f"it turns data with mean {MEAN} and standard deviation {STD} into {mean:.3g} and {std:.3g}"
+    # The network of a Gaussian brings any input back. A trained one has seen none that is wider than a noisy image.
+    if unit.widest_input > MAX_INPUT:
+        return f"its steps are too large: what they make of noise is {unit.widest_input:.3g} times too wide"
+    return None
 
 
 def _spread_of_ddim(scheduler: SchedulerMixin, choice: Choice) -> float:

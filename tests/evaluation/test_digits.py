@@ -24,7 +24,7 @@ def test_validation_digits_are_recognized(judge):
     assert quality["recognized"] == quality["recognized_validation"] > 0.8
     assert quality["recognized_ratio"] == 1
     assert 0.09 < quality["smallest_class_share"] <= quality["largest_class_share"] < 0.11
-    assert quality["closer_p_value"] > 0.4
+    assert quality["closer_p_value"] > 0.5  # by the symmetry of two equal sets
     assert quality["nearest_distance_quantiles"] == pytest.approx(quality["nearest_distance_quantiles_validation"])
 
 

@@ -261,7 +261,7 @@ def test_early_start_is_warned_of_for_every_scheduler(caplog):
 def test_steps_that_leave_the_noisy_images_are_refused(name):
     """Their first step goes from a noise level of 20,000 to 13, and takes the mean of both ends' directions. The exact
     network for Gaussian data brings back what comes out; trained ones make noise of it (MNIST: FD 507, with DDIM 0.15)."""
-    scheduler = converted(name, COSINE, timestep_spacing="trailing", **{"skip_prk_steps": True})
+    scheduler = converted(name, COSINE, timestep_spacing="trailing", skip_prk_steps=True)
     assert "its steps are too large: what they make of noise is 5." in refusal(scheduler, 20)
     set_timesteps(scheduler, "cpu", 100, None)
     unit = GaussianNetwork(scheduler, 0.0, 1.0)
